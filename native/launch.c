@@ -1,0 +1,481 @@
+/* raysandbox-launch: put a command, or the zygote, behind the walls of a plan.
+ *
+ * Theory of operation.  Two processes:
+ *
+ *   monitor   stays outside, in the caller's namespaces and with its ids.  It
+ *             opens what must be opened with the caller's rights, writes the
+ *             id maps, then only waits: for the inside to end, for the life
+ *             pipe to close (its owner died), for the wall time to run out.
+ *             Whatever happens first, it kills the inside and removes cgroups.
+ *   init      pid 1 of the new pid namespace.  For "run" it raises all walls,
+ *             forks the command and reaps; for "zygote" it builds the root and
+ *             becomes the zygote, which raises the inner walls for each jail.
+ *
+ * When init dies the kernel kills everything in its pid namespace, and init
+ * dies with the monitor (PR_SET_PDEATHSIG): nothing can stay behind.
+ *
+ *   raysandbox-launch --plan-fd N [--status-fd N] [--life-fd N] [--keep-fd N]...
+ *                     [--zygote] -- PROGRAM [ARGUMENT]...
+ *
+ * Exit status: the command's; 128+N if signal N ended it; 124 if the wall time
+ * ran out; 125 if a step of the set-up failed (nothing was run).
+ */
+#define _GNU_SOURCE
+#include "jail.h"
+#include "plan.h"
+#include "root.h"
+#include "step.h"
+
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <grp.h>
+#include <limits.h>
+#include <poll.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/signalfd.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { EXIT_TIMEOUT = 124, MAX_KEEP = 16, MAX_CGROUPS = 16 };
+
+struct options {
+    int plan_fd, life_fd, keep_count;
+    int keep_fds[MAX_KEEP + 2];
+    int zygote;
+    char **command;
+};
+
+struct launch {
+    struct options options;
+    struct plan plan;
+    struct binds binds;
+    int binds_by_monitor; /* real root opened them before the user namespace */
+    int sync[2];          /* init's id maps are ready; hung up: monitor died */
+    int proc_fd;
+    int cgroup_fds[MAX_CGROUPS];
+    int cgroup_count;
+};
+
+static int
+number(const char *text)
+{
+    char *end;
+    long value = text ? strtol(text, &end, 10) : -1;
+
+    if (text == NULL || *text == '\0' || *end != '\0' || value < 0 ||
+        value > INT_MAX) {
+        errno = EINVAL;
+        rs_die("arguments", text);
+    }
+    return (int)value;
+}
+
+static void
+parse_arguments(struct options *options, char **argv)
+{
+    char **at = argv + 1;
+
+    options->plan_fd = options->life_fd = -1;
+    for (; *at != NULL && strcmp(*at, "--") != 0; at++) {
+        if (strcmp(*at, "--zygote") == 0)
+            options->zygote = 1;
+        else if (strcmp(*at, "--plan-fd") == 0)
+            options->plan_fd = number(*++at);
+        else if (strcmp(*at, "--status-fd") == 0)
+            rs_status_fd = number(*++at);
+        else if (strcmp(*at, "--life-fd") == 0)
+            options->life_fd = number(*++at);
+        else if (strcmp(*at, "--keep-fd") == 0 &&
+                 options->keep_count < MAX_KEEP)
+            options->keep_fds[options->keep_count++] = number(*++at);
+        else {
+            errno = EINVAL;
+            rs_die("arguments", *at);
+        }
+    }
+    if (*at == NULL || at[1] == NULL || options->plan_fd < 0) {
+        errno = EINVAL;
+        rs_die("arguments", "need --plan-fd N -- PROGRAM [ARGUMENT]...");
+    }
+    options->command = at + 1;
+}
+
+static void
+read_plan(struct plan *plan, int fd)
+{
+    struct stat file;
+
+    if (fstat(fd, &file) != 0)
+        rs_die("plan_stat", NULL);
+    if (file.st_size <= 0 || file.st_size > 16 << 20) {
+        errno = EFBIG;
+        rs_die("plan_size", NULL);
+    }
+    uint8_t *bytes = malloc((size_t)file.st_size);
+    if (bytes == NULL)
+        rs_die("plan_alloc", NULL);
+    for (off_t have = 0; have < file.st_size;) {
+        ssize_t got = pread(fd, bytes + have, (size_t)(file.st_size - have),
+                            have);
+        if (got <= 0)
+            rs_die("plan_read", NULL);
+        have += got;
+    }
+    if (plan_parse(plan, bytes, (size_t)file.st_size) != 0)
+        rs_die("plan_parse", "not a plan of this version");
+    close(fd);
+}
+
+static void
+open_cgroups(struct launch *launch)
+{
+    const struct record *record;
+    char path[PATH_MAX];
+
+    for (size_t cursor = 0;
+         (record = plan_next(&launch->plan, R_CGROUP_JOIN, &cursor));) {
+        if (launch->cgroup_count == MAX_CGROUPS ||
+            (size_t)snprintf(path, sizeof path, "%s/cgroup.procs",
+                             field_str(record, 0)) >= sizeof path) {
+            errno = E2BIG;
+            rs_die("cgroup_open", NULL);
+        }
+        int fd = open(path, O_WRONLY | O_CLOEXEC);
+        if (fd < 0)
+            rs_die("cgroup_open", path);
+        launch->cgroup_fds[launch->cgroup_count++] = fd;
+    }
+}
+
+/* A blocked or ignored signal survives fork and exec; the inside starts clean. */
+static void
+reset_signals(void)
+{
+    struct sigaction action = {.sa_handler = SIG_DFL};
+    sigset_t none;
+
+    for (int signal_number = 1; signal_number < SIGRTMAX; signal_number++)
+        if (signal_number != SIGKILL && signal_number != SIGSTOP)
+            sigaction(signal_number, &action, NULL);
+    sigemptyset(&none);
+    if (sigprocmask(SIG_SETMASK, &none, NULL) != 0)
+        rs_die("sigprocmask", NULL);
+}
+
+static void
+execute(const struct launch *launch)
+{
+    const struct record *record;
+    char **environment = calloc(launch->plan.count + 1, sizeof *environment);
+    size_t count = 0;
+
+    if (environment == NULL)
+        rs_die("environment", NULL);
+    for (size_t cursor = 0;
+         (record = plan_next(&launch->plan, R_ENV, &cursor));)
+        environment[count++] = (char *)(uintptr_t)field_str(record, 0);
+    environ = environment;
+    execvp(launch->options.command[0], launch->options.command);
+    rs_die("exec", launch->options.command[0]);
+}
+
+/* The change of ids cleared the parent-death signal for a while; if the monitor
+ * died just then, the pipe that it holds open says so. */
+static void
+check_monitor_alive(const struct launch *launch)
+{
+    struct pollfd monitor = {.fd = launch->sync[0], .events = POLLIN};
+
+    if (poll(&monitor, 1, 0) != 0) {
+        errno = ESRCH;
+        rs_die("monitor", "died during set-up");
+    }
+    close(launch->sync[0]);
+}
+
+/* Pid 1 of "run": reap until the command ends, then take all down with us. */
+static _Noreturn void
+reap(pid_t command)
+{
+    for (;;) {
+        int status;
+        pid_t pid = waitpid(-1, &status, 0);
+        if (pid < 0 && errno != EINTR)
+            rs_die("wait", NULL);
+        if (pid != command)
+            continue;
+        if (WIFEXITED(status)) {
+            rs_report("exit %d\n", WEXITSTATUS(status));
+            _exit(WEXITSTATUS(status));
+        }
+        if (WIFSIGNALED(status)) {
+            rs_report("signal %d\n", WTERMSIG(status));
+            _exit(128 + WTERMSIG(status));
+        }
+    }
+}
+
+static _Noreturn void
+init(struct launch *launch)
+{
+    struct options *options = &launch->options;
+    const struct record *hostname = plan_one(&launch->plan, R_HOSTNAME);
+    const struct record *idmap = plan_one(&launch->plan, R_IDMAP);
+    char go;
+
+    if (prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0) != 0)
+        rs_die("pdeathsig", NULL);
+    close(launch->sync[1]);
+    if (read(launch->sync[0], &go, 1) != 1) {
+        errno = ESRCH;
+        rs_die("id_maps", "the monitor did not write them");
+    }
+    setsid();
+    if (field_u32(idmap, 4) > 1 && setgroups(0, NULL) != 0)
+        rs_die("setgroups", NULL);
+    if (setresgid(0, 0, 0) != 0 || setresuid(0, 0, 0) != 0)
+        rs_die("setresuid", NULL);
+    if (hostname != NULL && sethostname(field_str(hostname, 0),
+                                        strlen(field_str(hostname, 0))) != 0)
+        rs_die("sethostname", field_str(hostname, 0));
+    if (!launch->binds_by_monitor)
+        binds_open(&launch->binds, &launch->plan);
+    reset_signals();
+
+    if (options->zygote) {
+        root_enter(&launch->plan, &launch->binds, 1);
+        if (rs_status_fd >= 0) {
+            fcntl(rs_status_fd, F_SETFD, FD_CLOEXEC);
+            options->keep_fds[options->keep_count++] = rs_status_fd;
+        }
+        options->keep_fds[options->keep_count++] = launch->sync[0];
+        close_other_fds(options->keep_fds, options->keep_count);
+        if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0)
+            rs_die("no_new_privs", NULL);
+        if (prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0) != 0)
+            rs_die("pdeathsig", NULL);
+        check_monitor_alive(launch);
+        execute(launch);
+    }
+
+    root_enter(&launch->plan, &launch->binds, 0);
+    if (rs_status_fd >= 0)
+        options->keep_fds[options->keep_count++] = rs_status_fd;
+    options->keep_fds[options->keep_count++] = launch->sync[0];
+    struct jail_entry entry = {
+        .plan = &launch->plan,
+        .proc_fd = launch->proc_fd,
+        .slot = field_u32(idmap, 4) > 1 ? 1 : 0,
+        .cgroup_fds = launch->cgroup_fds,
+        .cgroup_count = launch->cgroup_count,
+        .keep_fds = options->keep_fds,
+        .keep_count = options->keep_count,
+    };
+    jail_enter(&entry);
+    check_monitor_alive(launch);
+
+    pid_t command = fork();
+    if (command < 0)
+        rs_die("fork", NULL);
+    if (command == 0) {
+        if (rs_status_fd >= 0)
+            fcntl(rs_status_fd, F_SETFD, FD_CLOEXEC);
+        execute(launch);
+    }
+    for (int i = 0; i < options->keep_count; i++)
+        if (options->keep_fds[i] != rs_status_fd &&
+            options->keep_fds[i] != launch->sync[0])
+            close(options->keep_fds[i]);
+    reap(command);
+}
+
+static void
+write_id_map(pid_t pid, const char *name, const char *text)
+{
+    char path[64];
+
+    snprintf(path, sizeof path, "/proc/%d/%s", pid, name);
+    int fd = open(path, O_WRONLY | O_CLOEXEC);
+    if (fd < 0)
+        rs_die("open_map", path);
+    if (write(fd, text, strlen(text)) != (ssize_t)strlen(text))
+        rs_die("write_map", path);
+    close(fd);
+}
+
+static void
+write_id_maps(const struct plan *plan, pid_t pid)
+{
+    const struct record *idmap = plan_one(plan, R_IDMAP);
+    uint32_t first = field_u32(idmap, 0), count = field_u32(idmap, 4);
+    char text[64];
+
+    if (count == 1)
+        write_id_map(pid, "setgroups", "deny");
+    snprintf(text, sizeof text, "0 %u %u", first, count);
+    write_id_map(pid, "uid_map", text);
+    if (count == 1)
+        snprintf(text, sizeof text, "0 %u 1", getegid());
+    write_id_map(pid, "gid_map", text);
+}
+
+/* Remove the groups below a directory whose names start with a prefix; the
+ * kernel empties a group a moment after its last process died. */
+static void
+remove_cgroups(const char *directory, const char *prefix)
+{
+    for (int attempt = 0; attempt < 200; attempt++) {
+        int left = 0;
+        DIR *dir = opendir(directory);
+        struct dirent *entry;
+        if (dir == NULL)
+            return;
+        while ((entry = readdir(dir)) != NULL) {
+            if (entry->d_type != DT_DIR ||
+                strncmp(entry->d_name, prefix, strlen(prefix)) != 0)
+                continue;
+            if (unlinkat(dirfd(dir), entry->d_name, AT_REMOVEDIR) != 0 &&
+                errno == EBUSY)
+                left = 1;
+        }
+        closedir(dir);
+        if (!left)
+            return;
+        nanosleep(&(struct timespec){.tv_nsec = 5 * 1000 * 1000}, NULL);
+    }
+}
+
+static int64_t
+now_ms(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (int64_t)now.tv_sec * 1000 + now.tv_nsec / 1000000;
+}
+
+/* Wait for the first of: init ends, the life pipe closes, a signal asks us to
+ * stop, the wall time is over.  Returns our exit status. */
+static int
+watch(const struct launch *launch, pid_t pid, int pid_fd, int signal_fd)
+{
+    const struct record *wall = plan_one(&launch->plan, R_WALL_TIME);
+    int64_t deadline = wall ? now_ms() + (int64_t)field_u64(wall, 0) : -1;
+    struct pollfd fds[3] = {{.fd = pid_fd, .events = POLLIN},
+                            {.fd = launch->options.life_fd, .events = POLLIN},
+                            {.fd = signal_fd, .events = POLLIN}};
+    int status, outcome = -1;
+
+    while (outcome < 0) {
+        int64_t left = deadline < 0 ? -1 : deadline - now_ms();
+        if (deadline >= 0 && left <= 0) {
+            rs_report("timeout\n");
+            outcome = EXIT_TIMEOUT;
+            break;
+        }
+        if (poll(fds, 3, left > INT_MAX ? INT_MAX : (int)left) < 0) {
+            if (errno == EINTR)
+                continue;
+            break;
+        }
+        if (fds[0].revents)
+            break;
+        if (fds[1].revents)
+            outcome = 128 + SIGHUP;
+        if (fds[2].revents) {
+            struct signalfd_siginfo info;
+            outcome = 128 + SIGTERM;
+            if (read(signal_fd, &info, sizeof info) == sizeof info)
+                outcome = 128 + (int)info.ssi_signo;
+        }
+    }
+    if (outcome >= 0)
+        syscall(SYS_pidfd_send_signal, pid_fd, SIGKILL, NULL, 0);
+    while (waitpid(pid, &status, 0) < 0)
+        if (errno != EINTR)
+            rs_die("wait", NULL);
+    if (outcome >= 0)
+        return outcome;
+    if (WIFSIGNALED(status)) {
+        rs_report("signal %d\n", WTERMSIG(status));
+        return 128 + WTERMSIG(status);
+    }
+    return WEXITSTATUS(status);
+}
+
+int
+main(int argc, char **argv)
+{
+    struct launch launch = {0};
+    const struct record *record;
+    sigset_t stop;
+    (void)argc;
+
+    parse_arguments(&launch.options, argv);
+    read_plan(&launch.plan, launch.options.plan_fd);
+    const struct record *namespaces = plan_one(&launch.plan, R_NAMESPACES);
+    if (namespaces == NULL || plan_one(&launch.plan, R_IDMAP) == NULL) {
+        errno = EINVAL;
+        rs_die("plan_parse", "no namespaces or no id map");
+    }
+    /* Without these three nothing else holds, whatever the plan says. */
+    uint32_t flags = field_u32(namespaces, 0) | CLONE_NEWUSER | CLONE_NEWPID |
+                     CLONE_NEWNS;
+
+    if (launch.options.zygote)
+        setsid(); /* raylet signals the worker's group; we must outlive it */
+    launch.proc_fd = open("/proc", O_PATH | O_DIRECTORY | O_CLOEXEC);
+    if (launch.proc_fd < 0)
+        rs_die("open_proc", NULL);
+    launch.binds_by_monitor = geteuid() == 0;
+    if (launch.binds_by_monitor)
+        binds_open(&launch.binds, &launch.plan);
+    open_cgroups(&launch);
+    if (pipe2(launch.sync, O_CLOEXEC) != 0)
+        rs_die("pipe", NULL);
+    sigemptyset(&stop);
+    sigaddset(&stop, SIGTERM);
+    sigaddset(&stop, SIGINT);
+    sigaddset(&stop, SIGHUP);
+    if (sigprocmask(SIG_BLOCK, &stop, NULL) != 0)
+        rs_die("sigprocmask", NULL);
+    int signal_fd = signalfd(-1, &stop, SFD_CLOEXEC);
+    if (signal_fd < 0)
+        rs_die("signalfd", NULL);
+
+    int pid_fd = -1;
+    pid_t pid = (pid_t)syscall(SYS_clone, flags | CLONE_PIDFD | SIGCHLD, NULL,
+                               &pid_fd, NULL, NULL);
+    if (pid < 0)
+        rs_die("clone", "new namespaces");
+    if (pid == 0) {
+        close(signal_fd);
+        init(&launch);
+    }
+
+    close(launch.sync[0]);
+    write_id_maps(&launch.plan, pid);
+    if (write(launch.sync[1], "g", 1) != 1)
+        rs_die("id_maps", NULL);
+    for (size_t i = 0; launch.binds_by_monitor && i < launch.binds.count; i++)
+        close(launch.binds.fds[i]);
+    for (int i = 0; i < launch.options.keep_count; i++)
+        close(launch.options.keep_fds[i]);
+    rs_report("started %d\n", pid);
+
+    int outcome = watch(&launch, pid, pid_fd, signal_fd);
+    for (size_t cursor = 0;
+         (record = plan_next(&launch.plan, R_CGROUP_CLEAN, &cursor));)
+        remove_cgroups(field_str(record, 0), field_str2(record, 0));
+    return outcome;
+}

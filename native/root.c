@@ -1,0 +1,226 @@
+#define _GNU_SOURCE
+#include "root.h"
+#include "step.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mount.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+/* Any directory serves to mount the new root on: our mount namespace is
+ * private, and the bind sources were opened before it is covered. */
+#define STAGING "/tmp"
+#define HIDDEN_DIR "/.hidden/dir"
+#define HIDDEN_FILE "/.hidden/file"
+
+void
+binds_open(struct binds *binds, const struct plan *plan)
+{
+    const struct record *record;
+    size_t cursor = 0;
+
+    binds->count = 0;
+    binds->fds = calloc(plan->count + 1, sizeof *binds->fds);
+    if (binds->fds == NULL)
+        rs_die("binds_alloc", NULL);
+    while ((record = plan_next(plan, R_BIND, &cursor)) != NULL) {
+        uint32_t flags = field_u32(record, 0);
+        const char *source = field_str(record, 4);
+        struct mount_attr attr = {.attr_set = MOUNT_ATTR_NOSUID};
+
+        if (flags & BIND_READ_ONLY)
+            attr.attr_set |= MOUNT_ATTR_RDONLY;
+        if (flags & BIND_NO_EXEC || flags & BIND_DEVICE)
+            attr.attr_set |= MOUNT_ATTR_NOEXEC;
+        if (!(flags & BIND_DEVICE))
+            attr.attr_set |= MOUNT_ATTR_NODEV;
+        /* Nothing mounted on the host later may appear inside. */
+        attr.propagation = MS_PRIVATE;
+
+        int fd = open_tree(AT_FDCWD, source,
+                           OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | AT_RECURSIVE);
+        if (fd < 0)
+            rs_die("open_tree", source);
+        if (mount_setattr(fd, "", AT_EMPTY_PATH | AT_RECURSIVE, &attr,
+                          sizeof attr) != 0)
+            rs_die("mount_setattr", source);
+        binds->fds[binds->count++] = fd;
+    }
+}
+
+/* mkdir -p below the directory fd; existing components are fine. */
+static void
+make_dirs(int root, const char *path, mode_t mode)
+{
+    char partial[PATH_MAX];
+    size_t length = strlen(path);
+
+    if (path[0] != '/' || length >= sizeof partial) {
+        errno = EINVAL;
+        rs_die("mkdir", path);
+    }
+    for (size_t i = 1; i <= length; i++) {
+        if (path[i] != '/' && path[i] != '\0')
+            continue;
+        memcpy(partial, path + 1, i - 1);
+        partial[i - 1] = '\0';
+        if (partial[0] == '\0')
+            continue;
+        if (mkdirat(root, partial, i == length ? mode : 0755) != 0 &&
+            errno != EEXIST)
+            rs_die("mkdir", path);
+    }
+}
+
+static void
+make_parents(int root, const char *path)
+{
+    char parent[PATH_MAX];
+    const char *slash = strrchr(path, '/');
+
+    if (slash == NULL || (size_t)(slash - path) >= sizeof parent) {
+        errno = EINVAL;
+        rs_die("mkdir", path);
+    }
+    memcpy(parent, path, (size_t)(slash - path));
+    parent[slash - path] = '\0';
+    if (parent[0] != '\0')
+        make_dirs(root, parent, 0755);
+}
+
+static void
+write_file(int root, const char *path, mode_t mode, const uint8_t *bytes,
+           size_t length)
+{
+    make_parents(root, path);
+    int fd = openat(root, path + 1,
+                    O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, mode);
+    if (fd < 0)
+        rs_die("create", path);
+    while (length > 0) {
+        ssize_t written = write(fd, bytes, length);
+        if (written < 0)
+            rs_die("write", path);
+        bytes += written;
+        length -= (size_t)written;
+    }
+    if (fchmod(fd, mode) != 0)
+        rs_die("fchmod", path);
+    close(fd);
+}
+
+static void
+attach_bind(int root, int fd, const char *target)
+{
+    struct stat source, there;
+
+    if (fstatat(fd, "", &source, AT_EMPTY_PATH) != 0)
+        rs_die("stat", target);
+    if (fstatat(root, target + 1, &there, AT_SYMLINK_NOFOLLOW) != 0) {
+        if (S_ISDIR(source.st_mode))
+            make_dirs(root, target, 0755);
+        else
+            write_file(root, target, 0444, NULL, 0);
+    }
+    if (move_mount(fd, "", root, target + 1, MOVE_MOUNT_F_EMPTY_PATH) != 0)
+        rs_die("move_mount", target);
+    close(fd);
+}
+
+static void
+hide(const char *path)
+{
+    struct stat there;
+
+    if (lstat(path, &there) != 0) {
+        if (errno == ENOENT)
+            return; /* absent is better hidden than masked */
+        rs_die("hide", path);
+    }
+    if (mount(S_ISDIR(there.st_mode) ? HIDDEN_DIR : HIDDEN_FILE, path, NULL,
+              MS_BIND, NULL) != 0)
+        rs_die("hide", path);
+}
+
+void
+root_enter(const struct plan *plan, const struct binds *binds, int with_proc)
+{
+    const struct record *record;
+    size_t cursor, bind = 0, length;
+
+    /* Stop our mounts from reaching the host, and the host's from us. */
+    if (mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) != 0)
+        rs_die("mount_private", "/");
+    if (mount("raysandbox", STAGING, "tmpfs", MS_NOSUID | MS_NODEV,
+              "size=4m,nr_inodes=4096,mode=0755") != 0)
+        rs_die("mount_root", STAGING);
+    int root = open(STAGING, O_PATH | O_DIRECTORY | O_CLOEXEC);
+    if (root < 0)
+        rs_die("open_root", STAGING);
+
+    make_dirs(root, HIDDEN_DIR, 0000);
+    write_file(root, HIDDEN_FILE, 0000, NULL, 0);
+    for (cursor = 0; (record = plan_next(plan, R_DIR, &cursor));)
+        make_dirs(root, field_str(record, 4), field_u32(record, 0));
+    for (cursor = 0; (record = plan_next(plan, R_BIND, &cursor));) {
+        if (bind >= binds->count) {
+            errno = EINVAL;
+            rs_die("binds", NULL);
+        }
+        attach_bind(root, binds->fds[bind++], field_str2(record, 4));
+    }
+    for (cursor = 0; (record = plan_next(plan, R_SYMLINK, &cursor));) {
+        const char *path = field_str2(record, 0);
+        make_parents(root, path);
+        if (symlinkat(field_str(record, 0), root, path + 1) != 0)
+            rs_die("symlink", path);
+    }
+    for (cursor = 0; (record = plan_next(plan, R_FILE, &cursor));) {
+        const char *path = field_str(record, 4);
+        const uint8_t *bytes =
+            field_rest(record, 4 + strlen(path) + 1, &length);
+        write_file(root, path, field_u32(record, 0), bytes, length);
+    }
+    for (cursor = 0; (record = plan_next(plan, R_SCRATCH, &cursor));)
+        make_dirs(root, field_str(record, 16), 0755);
+    for (cursor = 0; (record = plan_next(plan, R_PROC, &cursor));) {
+        char target[PATH_MAX];
+        make_dirs(root, field_str(record, 0), 0555);
+        if (!with_proc)
+            continue;
+        if ((size_t)snprintf(target, sizeof target, "%s%s", STAGING,
+                             field_str(record, 0)) >= sizeof target) {
+            errno = ENAMETOOLONG;
+            rs_die("mount_proc", NULL);
+        }
+        if (mount("proc", target, "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC,
+                  NULL) != 0)
+            rs_die("mount_proc", target);
+    }
+
+    /* pivot_root(".", ".") stacks the old root on the new one's place, so no
+     * directory is needed to put it in; then it is detached. */
+    if (fchdir(root) != 0 || chdir(STAGING) != 0)
+        rs_die("chdir_root", STAGING);
+    close(root);
+    if (syscall(SYS_pivot_root, ".", ".") != 0)
+        rs_die("pivot_root", STAGING);
+    if (umount2(".", MNT_DETACH) != 0)
+        rs_die("umount_old_root", NULL);
+    if (chdir("/") != 0)
+        rs_die("chdir_root", "/");
+
+    for (cursor = 0; (record = plan_next(plan, R_HIDE, &cursor));)
+        hide(field_str(record, 0));
+
+    struct mount_attr attr = {.attr_set = MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID |
+                                          MOUNT_ATTR_NODEV};
+    if (mount_setattr(AT_FDCWD, "/", 0, &attr, sizeof attr) != 0)
+        rs_die("root_read_only", "/");
+}

@@ -1,0 +1,25 @@
+/* The outer wall: a root file system that holds only what the plan names. */
+#ifndef RAYSANDBOX_ROOT_H
+#define RAYSANDBOX_ROOT_H
+
+#include "plan.h"
+
+/* Detached copies of the plan's bind mounts, in the plan's order. */
+struct binds {
+    int *fds;
+    size_t count;
+};
+
+/* Open and restrict every bind source.
+ *
+ * With real root this is done by the monitor, before the user namespace:
+ * inside it, root could not walk through a 0700 directory on the way. */
+void binds_open(struct binds *binds, const struct plan *plan);
+
+/* Build the new root, enter it, drop the old one.  Needs CAP_SYS_ADMIN over
+ * the caller's own mount namespace.  with_proc: also mount a writable /proc
+ * (for the zygote, which runs no task). */
+void root_enter(const struct plan *plan, const struct binds *binds,
+                int with_proc);
+
+#endif

@@ -1,0 +1,25 @@
+/* How a step of the set-up reports that it failed.
+ *
+ * Everything here runs before any line of the task.  A step that fails ends
+ * the process at once (fail closed) after one line on the status descriptor:
+ *
+ *     error <step> <errno> <detail>\n
+ *
+ * Python turns that line into raysandbox.SetupError.
+ */
+#ifndef RAYSANDBOX_STEP_H
+#define RAYSANDBOX_STEP_H
+
+enum { EXIT_SETUP = 125 };
+
+/* Where die() writes; -1 means stderr. */
+extern int rs_status_fd;
+
+/* Report the failed step with errno and end this process. */
+_Noreturn void rs_die(const char *step, const char *detail);
+
+/* Write a whole status line; failures to report are ignored on purpose: the
+ * exit status still says that the set-up failed. */
+void rs_report(const char *format, ...) __attribute__((format(printf, 1, 2)));
+
+#endif

@@ -1,0 +1,1 @@
+"""One kernel interface per module: numbers, structs, errno; no policy."""
