@@ -1,0 +1,1265 @@
+"""Control groups, version 1 and version 2, behind one interface.
+
+Theory of operation::
+
+    discover()          where may this process make groups, per controller?
+    Cgroups.create()    one directory per hierarchy, limits written
+    Cgroup.procs_fds()  the jail's first act is to write b"0" to each of these
+    Cgroup.usage()      what it used; oom kills; refused forks
+    Cgroup.kill()       everything inside is gone when it returns True
+    Cgroup.remove()     the directories too
+    Cgroups.sweep()     groups whose owner died without removing them
+    Cgroups.close()     the base directory itself, if nobody else uses it
+
+Every controller is taken from version 2 where the host has it there, else from
+version 1. Nothing outside directories that are named ``raysandbox…`` is ever
+written, except ``cgroup.subtree_control`` of the parent in version 2, without
+which no child has a controller.
+
+Two kernel facts shape the hot path:
+
+* Writing to ``cgroup.procs`` takes ``cgroup_threadgroup_rwsem`` for writing and
+  with it waits for an RCU grace period: 10 to 19 ms measured on 6.18. A single
+  thread that moves *itself* ("0" into version 1's ``tasks``) skips that lock:
+  0.02 ms. So version 1 hands out ``tasks``, which is right only for a
+  process that has one thread (a jail right after fork has). Version 2 has no
+  such way between domain groups; there, clone straight into ``Cgroup.dir_fd()``
+  (``CLONE_INTO_CGROUP``).
+* The kernel goes on emptying a group for a moment after its last process died;
+  rmdir says EBUSY until then.
+
+Version 1's reading side (usage) goes through cgroupspy. What that can't do, and
+is done by hand here: pids and freezer controllers (it has none), controllers
+mounted together (``cpu,cpuacct``: it takes the directory's name for the
+controller's), ``blkio.throttle.write_*`` (its file name ends in a blank), and
+anything of version 2. Its write path costs about three times a plain write.
+
+See cgroups(7), Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import select
+import signal
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from raysandbox.errors import SetupError, UnsupportedError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = [
+    "Cgroup",
+    "CgroupLimits",
+    "Cgroups",
+    "Missing",
+    "Status",
+    "Usage",
+    "discover",
+]
+
+ENV = "RAYSANDBOX_CGROUP"
+PREFIX = "raysandbox"
+CPU_PERIOD_US = 100_000
+
+# Which controller a limit needs, by version.
+_CONTROLLER = {
+    "memory_bytes": ("memory", "memory"),
+    "swap_bytes": ("memory", "memory"),
+    "cpu_cores": ("cpu", "cpu"),
+    "cpu_weight": ("cpu", "cpu"),
+    "pids": ("pids", "pids"),
+    "io_read_bytes_per_s": ("blkio", "io"),
+    "io_write_bytes_per_s": ("blkio", "io"),
+}
+_V2_CONTROLLERS = ("memory", "pids", "cpu", "io")
+_V1_CONTROLLERS = ("memory", "pids", "cpu", "cpuacct", "blkio", "freezer")
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
+_GROUP = re.compile(r"raysandbox-(\d+)-(\d+)-(\d+)-([A-Za-z0-9_][A-Za-z0-9_.-]*)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CgroupLimits:
+    """What one group may use; None is no limit.
+
+    Attributes:
+        memory_bytes: Hard ceiling (``memory.max``).
+        swap_bytes: Swap on top of memory (``memory.swap.max``). Version 1
+            limits memory and swap together, so it needs ``memory_bytes``.
+        cpu_cores: CPU seconds per second, over periods of 100 ms; at least
+            0.01, which is the kernel's smallest quota.
+        cpu_weight: Share under contention, 1 to 10000, 100 is the default.
+        pids: Processes and threads at once.
+        io_read_bytes_per_s: For each disk of the host.
+        io_write_bytes_per_s: For each disk of the host.
+    """
+
+    memory_bytes: int | None = None
+    swap_bytes: int | None = None
+    cpu_cores: float | None = None
+    cpu_weight: int | None = None
+    pids: int | None = None
+    io_read_bytes_per_s: int | None = None
+    io_write_bytes_per_s: int | None = None
+
+    def __post_init__(self) -> None:
+        lowest = {
+            "memory_bytes": 4096,
+            "swap_bytes": 0,
+            "cpu_cores": 0.01,
+            "cpu_weight": 1,
+            "pids": 1,
+            "io_read_bytes_per_s": 1,
+            "io_write_bytes_per_s": 1,
+        }
+        for name, least in lowest.items():
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise ValueError(f"{name} = {value!r}: must be at least {least}")
+        if self.cpu_weight is not None and self.cpu_weight > 10_000:
+            raise ValueError(f"cpu_weight = {self.cpu_weight!r}: must be at most 10000")
+
+    def asked(self) -> tuple[str, ...]:
+        """Return the names of the limits that are set."""
+        return tuple(f.name for f in fields(self) if getattr(self, f.name) is not None)
+
+
+class Status(NamedTuple):
+    """What became of one limit.
+
+    Attributes:
+        state: ``"ENFORCED"``, ``"DEGRADED"`` (in force, but weaker than its
+            name says) or ``"OFF"``.
+        reason: Why it is not plainly enforced, or ``""``.
+        remedy: What would change that, or ``""``.
+    """
+
+    state: Literal["ENFORCED", "DEGRADED", "OFF"]
+    reason: str = ""
+    remedy: str = ""
+
+
+_ENFORCED = Status("ENFORCED")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Missing:
+    """A controller in which this process can't make groups.
+
+    Attributes:
+        controller: ``"memory"``, ``"pids"``, ``"cpu"`` or ``"io"``.
+        have: What was found instead.
+        remedy: The exact command that changes it.
+    """
+
+    controller: str
+    have: str
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """What a group used; None where the host has no file that says it.
+
+    Attributes:
+        memory_peak_bytes: Highest memory of the group's life.
+        memory_bytes: Memory now.
+        cpu_time_s: User and system time of every process it ever had.
+        oom_kills: Processes killed for memory.
+        pids_denied: Forks refused by the limit.
+        pids: Processes and threads now.
+    """
+
+    memory_peak_bytes: int | None = None
+    memory_bytes: int | None = None
+    cpu_time_s: float | None = None
+    oom_kills: int | None = None
+    pids_denied: int | None = None
+    pids: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Base:
+    """The directory of one hierarchy in which groups are made."""
+
+    version: int
+    path: str
+    controllers: frozenset[str]
+    owned: bool  # made by us (named raysandbox), so ours to remove
+
+
+@dataclass(slots=True)
+class _Write:
+    """One value to write into a new group."""
+
+    base: _Base
+    file: str
+    value: bytes
+    limit: str
+
+
+@dataclass(slots=True)
+class _Plan:
+    """What creating a group with given limits comes to."""
+
+    bases: list[_Base]
+    writes: list[_Write]
+    report: dict[str, Status]
+
+
+# --- small file helpers -----------------------------------------------------
+
+
+def _write(path: str, value: bytes) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, value)
+    finally:
+        os.close(fd)
+
+
+def _read(path: str) -> str:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        chunks = []
+        while chunk := os.read(fd, 65536):
+            chunks.append(chunk)
+    finally:
+        os.close(fd)
+    return b"".join(chunks).decode("ascii", "replace")
+
+
+def _read_or_none(path: str) -> str | None:
+    try:
+        return _read(path)
+    except OSError:
+        return None
+
+
+def _int_or_none(path: str) -> int | None:
+    text = _read_or_none(path)
+    if text is None or not text.strip().isdigit():
+        return None
+    return int(text)
+
+
+def _flat_or_none(path: str, key: str) -> int | None:
+    """Read one key of a flat keyed file (``memory.events``)."""
+    for line in (_read_or_none(path) or "").splitlines():
+        name, _, value = line.partition(" ")
+        if name == key and value.isdigit():
+            return int(value)
+    return None
+
+
+def _writable(path: str) -> bool:
+    return os.access(path, os.W_OK, effective_ids=True)
+
+
+# --- who made a group -------------------------------------------------------
+
+
+def _start_time(pid: int) -> int | None:
+    """Return field 22 of ``/proc/PID/stat`` (clock ticks since boot).
+
+    With it a pid that was given to another process is not taken for its owner.
+    """
+    text = _read_or_none(f"/proc/{pid}/stat")
+    if text is None:
+        return None
+    # The command name (field 2) may hold blanks and parentheses.
+    return int(text.rpartition(")")[2].split()[19])
+
+
+def _pid_namespace() -> int:
+    return os.stat("/proc/self/ns/pid").st_ino
+
+
+# --- discovery --------------------------------------------------------------
+
+
+class _Mount(NamedTuple):
+    version: int
+    path: str
+    root: str
+    controllers: frozenset[str]
+
+
+def _unescape(text: str) -> str:
+    return re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), text)
+
+
+def _mounts(mountinfo: str) -> list[_Mount]:
+    """Parse the cgroup mounts out of ``/proc/self/mountinfo`` (proc(5))."""
+    found = []
+    for line in mountinfo.splitlines():
+        left, _, right = line.partition(" - ")
+        before, after = left.split(" "), right.split(" ")
+        if len(before) < 6 or len(after) < 3 or after[0] not in ("cgroup", "cgroup2"):
+            continue
+        path, root = _unescape(before[4]), _unescape(before[3])
+        if after[0] == "cgroup2":
+            names = (_read_or_none(f"{path}/cgroup.controllers") or "").split()
+            found.append(_Mount(2, path, root, frozenset(names)))
+        else:
+            names = [o for o in after[2].split(",") if o in _V1_CONTROLLERS]
+            found.append(_Mount(1, path, root, frozenset(names)))
+    return found
+
+
+def _own_paths(proc_cgroup: str) -> dict[str, str]:
+    """Map controller to own path; version 2 stands under ``""``."""
+    own = {}
+    for line in proc_cgroup.splitlines():
+        _, names, path = line.split(":", 2)
+        for name in names.split(","):
+            own[name] = path
+    return own
+
+
+def _own_dir(mount: _Mount, own: Mapping[str, str]) -> str:
+    """Return the directory of our own group as this mount shows it."""
+    key = next(iter(mount.controllers), "") if mount.version == 1 else ""
+    path = own.get(key, "/")
+    if mount.root != "/":
+        # A bind of a subtree (a container without cgroup namespace).
+        inside = path == mount.root or path.startswith(mount.root + "/")
+        path = path[len(mount.root) :] if inside else "/"
+    full = mount.path + path.rstrip("/")
+    return full if os.path.isdir(full) else mount.path
+
+
+def _user() -> str:
+    return str(os.geteuid())
+
+
+def _remedy_v1(directory: str, parents: Collection[str]) -> str:
+    targets = " ".join(f"{p}/{PREFIX}" for p in sorted(parents) or [directory])
+    return (
+        f"as root: mkdir -p {targets} && chown {_user()} {targets} "
+        f"(or elsewhere, and name the directories in {ENV}, separated by ':')"
+    )
+
+
+def _remedy_v2(mount: str) -> str:
+    inner = (
+        f"g={mount}$(sed -n s/^0:://p /proc/self/cgroup); mkdir $g/ray && "
+        'echo $$ > $g/ray/cgroup.procs && exec "$@"'
+    )
+    if os.path.isdir("/run/systemd/system"):
+        return (
+            "start Ray in a delegated scope: systemd-run --user --scope "
+            f"-p Delegate=yes -- sh -c '{inner}' sh ray start … "
+            "(a system service: Delegate=yes and DelegateSubgroup=ray)"
+        )
+    base = f"{mount}/{PREFIX}-{_user()}"
+    return (
+        f"as root: mkdir -p {base}/ray && chown -R {_user()} {base} && "
+        f"echo PID_OF_THE_SHELL_THAT_STARTS_RAY > {base}/ray/cgroup.procs"
+    )
+
+
+class _Finder:
+    """Chooses the base directories; collects what is missing on the way."""
+
+    def __init__(self, explicit: str | None) -> None:
+        self.explicit = [p.rstrip("/") for p in (explicit or "").split(":") if p]
+        self.own = _own_paths(_read("/proc/self/cgroup"))
+        mounts = _mounts(_read("/proc/self/mountinfo"))
+        self.v2 = next((m for m in mounts if m.version == 2), None)
+        self.v1 = [m for m in mounts if m.version == 1 and m.controllers]
+        self.root = os.geteuid() == 0
+        self.bases: list[_Base] = []
+        self.missing: list[Missing] = []
+
+    def run(self) -> None:
+        self._check_explicit()
+        in_v2 = (self.v2.controllers if self.v2 else frozenset()) & set(_V2_CONTROLLERS)
+        if self.v2 is not None and in_v2:
+            self._find_v2(self.v2, in_v2)
+        seen: set[str] = set(in_v2) | ({"blkio"} if "io" in in_v2 else set())
+        refused: dict[str, str] = {}
+        for mount in self.v1:
+            wanted = mount.controllers - seen
+            if not wanted or (wanted == {"cpuacct"} and "cpu" in in_v2):
+                continue
+            base, have = self._find_v1(mount)
+            if base is None:
+                parent = _own_dir(mount, self.own)
+                refused.update({c: f"{have}|{parent}" for c in wanted})
+            else:
+                self.bases.append(base)
+            seen |= wanted
+        parents = {v.partition("|")[2] for v in refused.values()}
+        for controller in sorted(refused):
+            have, _, parent = refused[controller].partition("|")
+            name = "io" if controller == "blkio" else controller
+            if name in _V2_CONTROLLERS:
+                self.missing.append(
+                    Missing(
+                        controller=name,
+                        have=f"{have} (cgroup version 1)",
+                        remedy=_remedy_v1(parent, parents),
+                    )
+                )
+        for name in _V2_CONTROLLERS:
+            if name not in seen and not (name == "io" and "blkio" in seen):
+                self.missing.append(
+                    Missing(
+                        controller=name,
+                        have="no mounted hierarchy has this controller",
+                        remedy="mount -t cgroup2 none /sys/fs/cgroup, or boot with "
+                        f"the {name} controller enabled",
+                    )
+                )
+
+    def _check_explicit(self) -> None:
+        """Refuse a path that the operator named and that is no cgroup."""
+        roots = [m.path for m in self.v1] + ([self.v2.path] if self.v2 else [])
+        for path in self.explicit:
+            real = os.path.realpath(path)
+            under = any(real == r or real.startswith(r + "/") for r in roots)
+            if not under or not os.path.isdir(path):
+                raise UnsupportedError(
+                    feature="cgroup",
+                    need=f"{ENV} to name directories of mounted cgroup hierarchies",
+                    have=f"{path!r}: "
+                    + ("no such directory" if under else "not below a cgroup mount"),
+                    remedy=f"mkdir {path}, or correct {ENV}",
+                )
+
+    def _named(self, mount: _Mount) -> str | None:
+        for path in self.explicit:
+            real = os.path.realpath(path)
+            if real == mount.path or real.startswith(mount.path + "/"):
+                return real
+        return None
+
+    def _find_v1(self, mount: _Mount) -> tuple[_Base | None, str]:
+        """Return the base of one version 1 hierarchy, or what stands there."""
+        named = self._named(mount)
+        if named is not None:
+            if _writable(named):
+                return _Base(1, named, mount.controllers, False), ""
+            return None, f"{named}: not writable by uid {_user()}"
+        if self.explicit:
+            return None, f"{ENV} names no directory below {mount.path}"
+        parent = _own_dir(mount, self.own)
+        path = f"{parent}/{PREFIX}"
+        problem = _make_v1_base(path)
+        if problem:
+            return None, problem
+        if not _writable(path):
+            return None, f"{path}: not writable by uid {_user()}"
+        return _Base(1, path, mount.controllers, True), ""
+
+    def _find_v2(self, mount: _Mount, wanted: frozenset[str]) -> None:
+        candidates: list[tuple[str, bool]] = []
+        named = self._named(mount)
+        own = _own_dir(mount, self.own)
+        if named is not None:
+            candidates.append((named, False))
+        elif self.explicit:
+            pass
+        elif self.root:
+            candidates.append((f"{mount.path}/{PREFIX}", True))
+        else:
+            # From our own group upwards: a process may be moved only by who may
+            # write the common ancestor's cgroup.procs, and the nearest one
+            # keeps the jails under every limit that we are under.
+            at = own
+            while at == mount.path or at.startswith(mount.path + "/"):
+                files = ("", "/cgroup.procs", "/cgroup.subtree_control")
+                if all(_writable(at + f) for f in files):
+                    candidates.append((f"{at}/{PREFIX}", True))
+                at = os.path.dirname(at)
+        best: tuple[str, bool, frozenset[str]] | None = None
+        have = "no delegated group: none from our own upwards is writable"
+        if self.explicit and named is None:
+            have = f"{ENV} names no directory below {mount.path}"
+        for path, owned in candidates:
+            if not self.root and not _common_writable(mount.path, own, path):
+                have = (
+                    f"{path}: uid {_user()} may not move processes there from {own} "
+                    "(cgroup.procs of their common ancestor is not writable)"
+                )
+                continue
+            got, problem = _make_v2_base(path, wanted, owned)
+            have = problem or have
+            if got and (best is None or len(got) > len(best[2])):
+                if best is not None and best[1]:
+                    _rmdir_quietly(best[0])
+                best = (path, owned, got)
+                if got == wanted:
+                    break
+            elif owned:
+                _rmdir_quietly(path)
+        if best is not None:
+            self.bases.append(_Base(2, best[0], best[2], best[1]))
+        for name in sorted(wanted - (best[2] if best else frozenset())):
+            self.missing.append(
+                Missing(
+                    controller=name,
+                    have=f"{have} (cgroup version 2)",
+                    remedy=_remedy_v2(mount.path),
+                )
+            )
+
+
+def _common_writable(mount: str, own: str, path: str) -> bool:
+    common = os.path.commonpath([own, path])
+    return common.startswith(mount) and _writable(common + "/cgroup.procs")
+
+
+def _rmdir_quietly(path: str) -> None:
+    try:
+        os.rmdir(path)
+    except OSError:
+        pass  # in use by another worker, or gone already: both are fine
+
+
+def _make_v1_base(path: str) -> str:
+    """Make a version 1 base; return what went wrong, or ``""``."""
+    from cgroupspy.nodes import Node  # type: ignore[import-untyped]
+
+    try:
+        Node(os.path.dirname(path)).create_cgroup(os.path.basename(path))
+    except OSError as error:
+        return f"{path}: {os.strerror(error.errno or 0)}"
+    return ""
+
+
+def _make_v2_base(
+    path: str, wanted: frozenset[str], owned: bool
+) -> tuple[frozenset[str], str]:
+    """Make a version 2 base and enable controllers for its children.
+
+    Returns:
+        The controllers that groups made in ``path`` will have, and what went
+        wrong with the others.
+    """
+    problem = ""
+    if owned:
+        problem = _enable(os.path.dirname(path), wanted)
+        try:
+            os.mkdir(path, 0o755)
+        except FileExistsError:
+            pass
+        except OSError as error:
+            return frozenset(), f"{path}: {os.strerror(error.errno or 0)}"
+    problem = _enable(path, wanted) or problem
+    have = (_read_or_none(f"{path}/cgroup.subtree_control") or "").split()
+    got = wanted & frozenset(have)
+    if got and not _writable(path):
+        return frozenset(), f"{path}: not writable by uid {_user()}"
+    return got, "" if got == wanted else problem
+
+
+def _enable(group: str, wanted: Collection[str]) -> str:
+    """Enable controllers for the children of a version 2 group."""
+    control = f"{group}/cgroup.subtree_control"
+    have = (_read_or_none(control) or "").split()
+    offered = (_read_or_none(f"{group}/cgroup.controllers") or "").split()
+    problem = ""
+    for name in sorted(set(wanted) - set(have)):
+        if name not in offered:
+            problem = f"{group}: its parent does not pass on {name}"
+            continue
+        try:
+            # One by one: a list is refused as a whole.
+            _write(control, b"+" + name.encode())
+        except OSError as error:
+            why = os.strerror(error.errno or 0)
+            if error.errno == errno.EBUSY:
+                why = "it holds processes itself, so it can't have controlled children"
+            problem = f"{group}: {why}"
+    return problem
+
+
+def discover(environ: Mapping[str, str] | None = None) -> Cgroups:
+    """Find, and make, the directories in which groups can be made.
+
+    In this order: the directories that ``RAYSANDBOX_CGROUP`` names (one per
+    hierarchy, separated by ``:``); as root ``<mount>/raysandbox`` in version 2
+    and ``<own group>/raysandbox`` in version 1; as another user the nearest
+    writable group from our own upwards in version 2, and ``<own
+    group>/raysandbox`` in version 1 if it is or can be made ours.
+
+    Args:
+        environ: Read instead of ``os.environ``.
+
+    Returns:
+        What was found; ``.missing`` says which controllers are not there and
+        how to get them. Nothing is raised for those: whether they are needed
+        is the profile's business (see `Cgroups.require`).
+
+    Raises:
+        UnsupportedError: ``RAYSANDBOX_CGROUP`` names something that is no
+            directory of a mounted cgroup hierarchy.
+    """
+    finder = _Finder((os.environ if environ is None else environ).get(ENV))
+    finder.run()
+    return Cgroups(finder.bases, finder.missing)
+
+
+# --- what groups there are --------------------------------------------------
+
+
+def _disks() -> list[str]:
+    """Return ``major:minor`` of every disk that I/O can be throttled on."""
+    found = []
+    try:
+        names = sorted(os.listdir("/sys/block"))
+    except OSError:
+        return []
+    for name in names:
+        if name.startswith(("loop", "ram", "zram", "fd", "sr")):
+            continue
+        if _int_or_none(f"/sys/block/{name}/size"):
+            dev = _read_or_none(f"/sys/block/{name}/dev")
+            if dev is not None:
+                found.append(dev.strip())
+    return found
+
+
+class Cgroups:
+    """The places in which this process makes groups.
+
+    Attributes:
+        missing: Controllers that are out of reach, each with its remedy.
+    """
+
+    def __init__(self, bases: list[_Base], missing: list[Missing]) -> None:
+        self._bases = bases
+        self.missing = tuple(missing)
+        self._plans: dict[CgroupLimits, _Plan] = {}
+        self._by_controller: dict[str, _Base] = {}
+        for base in bases:
+            for controller in base.controllers:
+                self._by_controller.setdefault(controller, base)
+        pid = os.getpid()
+        self._owner = f"{_pid_namespace()}-{pid}-{_start_time(pid)}"
+        self._leftover: list[Cgroup] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def base_paths(self) -> tuple[str, ...]:
+        """The directories that hold the groups, one per hierarchy."""
+        return tuple(b.path for b in self._bases)
+
+    @property
+    def versions(self) -> dict[str, int]:
+        """Controller (version 2's names) to the version that provides it."""
+        return {
+            "io" if c == "blkio" else c: b.version
+            for c, b in self._by_controller.items()
+            if c not in ("cpuacct", "freezer")
+        }
+
+    def _base_for(self, limit: str) -> _Base | None:
+        v1, v2 = _CONTROLLER[limit]
+        base = self._by_controller.get(v2)
+        if base is not None and (base.version == 2 or v1 == v2):
+            return base
+        return self._by_controller.get(v1)
+
+    def support(self, limits: CgroupLimits) -> dict[str, Status]:
+        """Say what would become of each limit, without making a group.
+
+        What only the attempt can show (a file that this kernel lacks) is in
+        `Cgroup.report`.
+        """
+        return dict(self._plan(limits).report)
+
+    def require(self, limits: CgroupLimits, *, profile: str = "") -> None:
+        """Refuse if a limit that is set can't be enforced at all.
+
+        Raises:
+            UnsupportedError: Names the first such limit and the remedy.
+        """
+        _refuse(limits, self._plan(limits).report, profile)
+
+    def _plan(self, limits: CgroupLimits) -> _Plan:
+        plan = self._plans.get(limits)
+        if plan is None:
+            if len(self._plans) > 256:
+                self._plans.clear()
+            plan = self._plans[limits] = self._make_plan(limits)
+        return plan
+
+    def _off(self, limit: str) -> Status:
+        name = _CONTROLLER[limit][1]
+        for missing in self.missing:
+            if missing.controller == name:
+                return Status("OFF", missing.have, missing.remedy)
+        return Status("OFF", f"the host has no {name} controller")
+
+    def _make_plan(self, limits: CgroupLimits) -> _Plan:
+        report: dict[str, Status] = {}
+        writes: list[_Write] = []
+        bases: list[_Base] = []
+        base: _Base | None
+
+        def use(base: _Base) -> None:
+            if base not in bases:
+                bases.append(base)
+
+        # For their counters, limits or not.
+        for controller in ("memory", "pids", "cpuacct"):
+            if controller in self._by_controller:
+                use(self._by_controller[controller])
+        for base in self._bases:
+            if base.version == 2:
+                use(base)
+        for limit in limits.asked():
+            base = self._base_for(limit)
+            if base is None:
+                report[limit] = self._off(limit)
+                continue
+            made, status = _writes(limit, limits, base)
+            report[limit] = status
+            if made:
+                use(base)
+                writes += made
+        if limits.memory_bytes is not None:
+            base = self._base_for("memory_bytes")
+            if base is not None and base.version == 2:
+                writes.append(_Write(base, "memory.oom.group", b"1", "oom_group"))
+                report["oom_group"] = _ENFORCED
+            elif base is not None:
+                report["oom_group"] = Status(
+                    "OFF",
+                    "cgroup version 1 kills one process, not the group; whoever owns "
+                    "the jail must end it when oom_kills rises",
+                )
+        frozen = self._by_controller.get("freezer")
+        if frozen is not None and "pids" not in self._by_controller:
+            # Without pids.max = 0, freezing is what stops a fork race in kill().
+            use(frozen)
+        return _Plan(bases, writes, report)
+
+    def create(
+        self, name: str, limits: CgroupLimits, *, required: bool = False
+    ) -> Cgroup:
+        """Make a group with these limits in every hierarchy that it needs.
+
+        Args:
+            name: Letters, digits, ``_``, ``.`` and ``-``, at most 64; unique
+                among the groups of this process.
+            limits: What it may use.
+            required: Refuse if a limit that is set turns out not to be there.
+
+        Raises:
+            UnsupportedError: Only with ``required``; nothing is left behind.
+            SetupError: The kernel refused a directory or a value
+                (``cgroup_create``, ``cgroup_limit``); nothing is left behind.
+        """
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"cgroup name {name!r}: not of the form {_NAME.pattern}")
+        plan = self._plan(limits)
+        if required:
+            _refuse(limits, plan.report, "")
+        leaf = f"{PREFIX}-{self._owner}-{name}"
+        made: list[tuple[_Base, str]] = []
+        report = dict(plan.report)
+        try:
+            for base in plan.bases:
+                path = f"{base.path}/{leaf}"
+                self._mkdir(base, path)
+                made.append((base, path))
+            for write in plan.writes:
+                self._apply(write, f"{write.base.path}/{leaf}", report)
+            if required:
+                _refuse(limits, report, "")
+        except BaseException:
+            for _, path in made:
+                _rmdir_quietly(path)
+            raise
+        return Cgroup(self, name, made, report)
+
+    def _mkdir(self, base: _Base, path: str) -> None:
+        try:
+            os.mkdir(path, 0o755)
+            return
+        except FileNotFoundError:
+            # Another worker closed and took the shared base with it.
+            pass
+        except OSError as error:
+            raise _setup_error("cgroup_create", error, path) from None
+        if base.owned and base.version == 2:
+            _make_v2_base(base.path, base.controllers, True)
+        elif base.owned:
+            _make_v1_base(base.path)
+        try:
+            os.mkdir(path, 0o755)
+        except OSError as error:
+            raise _setup_error("cgroup_create", error, path) from None
+
+    def _apply(self, write: _Write, path: str, report: dict[str, Status]) -> None:
+        try:
+            _write(f"{path}/{write.file}", write.value)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.EOPNOTSUPP, errno.ENODEV):
+                report[write.limit] = _absent(write)
+            elif write.file == "cpu.cfs_quota_us" and error.errno == errno.EINVAL:
+                # A child's share may not exceed its parent's; then the parent's
+                # lower limit is what holds.
+                lower = _lower_parent_quota(write.base.path, int(write.value))
+                if lower is None:
+                    raise _setup_error(
+                        "cgroup_limit", error, f"{path}/{write.file} = {write.value!r}"
+                    ) from None
+                report[write.limit] = Status("DEGRADED", lower)
+            else:
+                raise _setup_error(
+                    "cgroup_limit", error, f"{path}/{write.file} = {write.value!r}"
+                ) from None
+
+    def sweep(self) -> list[str]:
+        """Remove the groups of owners that are gone.
+
+        A group's name says who made it: pid namespace, pid, and that pid's
+        start time. Processes found in such a group are killed: their owner is
+        not there to do it. Groups made in another pid namespace are left
+        alone, because whether that owner lives can't be seen from here.
+
+        Returns:
+            The paths of the groups that were removed.
+        """
+        here = _pid_namespace()
+        alive: dict[tuple[int, int], bool] = {}
+        stale: dict[str, list[tuple[_Base, str]]] = {}
+        for base in self._bases:
+            try:
+                names = os.listdir(base.path)
+            except OSError:
+                continue
+            for entry in names:
+                match = _GROUP.fullmatch(entry)
+                if match is None or int(match[1]) != here:
+                    continue
+                owner = (int(match[2]), int(match[3]))
+                if owner not in alive:
+                    alive[owner] = _start_time(owner[0]) == owner[1]
+                if not alive[owner]:
+                    stale.setdefault(entry, []).append((base, f"{base.path}/{entry}"))
+        gone = []
+        for entry, dirs in stale.items():
+            group = Cgroup(self, entry, dirs, {})
+            if group.remove():
+                gone += [path for _, path in dirs]
+        leftover, self._leftover = self._leftover, []
+        for group in leftover:
+            if group.remove(timeout_s=0.0):
+                gone += [path for _, path in group.dirs]
+        return gone
+
+    def close(self) -> None:
+        """Remove the base directories that are ours and empty by now."""
+        for base in self._bases:
+            if base.owned:
+                _rmdir_quietly(base.path)
+
+
+def _refuse(limits: CgroupLimits, report: Mapping[str, Status], profile: str) -> None:
+    for limit in limits.asked():
+        status = report[limit]
+        if status.state == "OFF":
+            raise UnsupportedError(
+                feature=f"cgroup limit {limit}",
+                need=f"{limit} = {getattr(limits, limit)}",
+                have=status.reason,
+                remedy=status.remedy or f"leave {limit} out of the profile",
+                profile=profile,
+            )
+
+
+def _setup_error(step: str, error: OSError, detail: str) -> SetupError:
+    return SetupError(step=step, errno=error.errno or 0, detail=detail)
+
+
+def _absent(write: _Write) -> Status:
+    if write.limit == "swap_bytes":
+        swaps = (_read_or_none("/proc/swaps") or "").splitlines()[1:]
+        remedy = "boot with swapaccount=1, or switch swap off"
+        if not swaps:
+            return Status(
+                "DEGRADED", "no swap accounting; the host has no swap now", remedy
+            )
+        return Status("OFF", f"the kernel has no {write.file}", remedy)
+    return Status("OFF", f"the kernel has no {write.file}")
+
+
+def _lower_parent_quota(base: str, quota_us: int) -> str | None:
+    """Find an ancestor whose own CPU quota is lower than the one asked for."""
+    at = base
+    while os.path.exists(f"{at}/cpu.cfs_quota_us"):
+        quota = _int_or_none(f"{at}/cpu.cfs_quota_us")  # "-1" reads as None
+        period = _int_or_none(f"{at}/cpu.cfs_period_us")
+        if quota and period and quota / period < quota_us / CPU_PERIOD_US:
+            return f"{at} allows only {quota / period:g} cores, and that holds"
+        at = os.path.dirname(at)
+    return None
+
+
+def _writes(
+    limit: str, limits: CgroupLimits, base: _Base
+) -> tuple[list[_Write], Status]:
+    """Return what to write for one limit, and what it then amounts to."""
+    value = getattr(limits, limit)
+    v2 = base.version == 2
+
+    def one(file: str, text: object) -> list[_Write]:
+        return [_Write(base, file, str(text).encode(), limit)]
+
+    if limit == "memory_bytes":
+        return one("memory.max" if v2 else "memory.limit_in_bytes", value), _ENFORCED
+    if limit == "swap_bytes":
+        if v2:
+            return one("memory.swap.max", value), _ENFORCED
+        if limits.memory_bytes is None:
+            return [], Status(
+                "OFF",
+                "cgroup version 1 limits memory and swap only together",
+                "set limits.memory too",
+            )
+        # Always after memory.limit_in_bytes: it may never be below that.
+        total = limits.memory_bytes + value
+        return one("memory.memsw.limit_in_bytes", total), _ENFORCED
+    if limit == "cpu_cores":
+        quota = round(value * CPU_PERIOD_US)
+        if v2:
+            return one("cpu.max", f"{quota} {CPU_PERIOD_US}"), _ENFORCED
+        # The period of a new group is 100 ms already.
+        return one("cpu.cfs_quota_us", quota), _ENFORCED
+    if limit == "cpu_weight":
+        if v2:
+            return one("cpu.weight", value), _ENFORCED
+        # Weight 100 and shares 1024 are the defaults: the same share.
+        return one("cpu.shares", max(2, value * 1024 // 100)), _ENFORCED
+    if limit == "pids":
+        return one("pids.max", value), _ENFORCED
+    disks = _disks()
+    if not disks:
+        return [], Status("OFF", "the host has no disk that can be throttled")
+    reading = limit == "io_read_bytes_per_s"
+    made = []
+    for disk in disks:
+        if v2:
+            made += one("io.max", f"{disk} {'rbps' if reading else 'wbps'}={value}")
+        else:
+            file = f"blkio.throttle.{'read' if reading else 'write'}_bps_device"
+            made += one(file, f"{disk} {value}")
+    if not v2 and not reading:
+        return made, Status(
+            "DEGRADED", "cgroup version 1 does not throttle buffered writes"
+        )
+    return made, _ENFORCED
+
+
+# --- one group --------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Cgroup:
+    """One group: a directory in each hierarchy that its limits need.
+
+    Attributes:
+        name: The name it was made under.
+        dirs: Base and directory, per hierarchy.
+        report: Limit to what became of it. Besides the limits that were asked
+            for it may hold ``oom_group``: whether the kernel kills the whole
+            group, not one process, when memory runs out.
+    """
+
+    owner: Cgroups
+    name: str
+    dirs: list[tuple[_Base, str]]
+    report: dict[str, Status]
+    _nodes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The group's directories."""
+        return tuple(path for _, path in self.dirs)
+
+    @property
+    def supported(self) -> tuple[str, ...]:
+        """Names of the limits that hold as asked."""
+        return self._in("ENFORCED")
+
+    @property
+    def degraded(self) -> dict[str, str]:
+        """Limits in force but weaker than asked, with the reason."""
+        return {n: self.report[n].reason for n in self._in("DEGRADED")}
+
+    @property
+    def absent(self) -> dict[str, str]:
+        """Limits that do not hold at all, with the reason."""
+        return {n: self.report[n].reason for n in self._in("OFF")}
+
+    def _in(self, state: str) -> tuple[str, ...]:
+        return tuple(n for n, s in self.report.items() if s.state == state)
+
+    def procs_fds(self) -> list[int]:
+        """Open the files through which a process enters; the caller closes them.
+
+        Whoever writes ``b"0"`` to each is in the group with all its limits.
+        Version 1: moves the *calling thread only* (see the module's docstring),
+        so write from a process with one thread, before it starts more.
+
+        Raises:
+            SetupError: The group is gone or not ours (``cgroup_open``).
+        """
+        fds: list[int] = []
+        try:
+            for base, path in self.dirs:
+                file = "tasks" if base.version == 1 else "cgroup.procs"
+                fds.append(os.open(f"{path}/{file}", os.O_WRONLY | os.O_CLOEXEC))
+        except OSError as error:
+            for fd in fds:
+                os.close(fd)
+            raise _setup_error("cgroup_open", error, path) from None
+        return fds
+
+    def dir_fd(self) -> int | None:
+        """Open the version 2 directory for ``CLONE_INTO_CGROUP``.
+
+        None where the group has none. A child cloned into it needs no entry by
+        ``procs_fds`` in that hierarchy, but does in any version 1 hierarchy.
+        """
+        for base, path in self.dirs:
+            if base.version == 2:
+                try:
+                    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                except OSError as error:
+                    raise _setup_error("cgroup_open", error, path) from None
+        return None
+
+    def _path(self, controller: str) -> tuple[int, str]:
+        for base, path in self.dirs:
+            if controller in base.controllers:
+                return base.version, path
+        return 0, ""
+
+    def _v1(self, controller: str, path: str) -> Any:
+        """Return cgroupspy's controller for one of our version 1 directories."""
+        if controller not in self._nodes:
+            from cgroupspy import controllers  # type: ignore[import-untyped]
+            from cgroupspy.nodes import Node
+
+            kind = {
+                "memory": controllers.MemoryController,
+                "cpuacct": controllers.CpuAcctController,
+            }[controller]
+            # Built by hand: a Node takes its controller from the directory's
+            # name, which is wrong for controllers that are mounted together.
+            self._nodes[controller] = kind(Node(path))
+        return self._nodes[controller]
+
+    def usage(self) -> Usage:
+        """Read what the group has used so far."""
+        peak = now = kills = denied = pids = None
+        cpu_time_s = None
+        version, path = self._path("memory")
+        if version == 2:
+            peak = _int_or_none(f"{path}/memory.peak")  # since 5.19
+            now = _int_or_none(f"{path}/memory.current")
+            kills = _flat_or_none(f"{path}/memory.events", "oom_kill")
+        elif version == 1:
+            memory = self._v1("memory", path)
+            peak = _value(lambda: memory.max_usage_in_bytes)
+            now = _value(lambda: memory.usage_in_bytes)
+            kills = _value(lambda: memory.oom_control["oom_kill"])  # since 4.13
+        version, path = self._path("pids")
+        if version:
+            denied = _flat_or_none(f"{path}/pids.events", "max")
+            pids = _int_or_none(f"{path}/pids.current")
+        version, path = self._path("cpuacct")
+        if version == 1:
+            cpuacct = self._v1("cpuacct", path)
+            usage_ns = _value(lambda: cpuacct.usage)
+            cpu_time_s = None if usage_ns is None else usage_ns / 1e9
+        else:
+            for base, at in self.dirs:
+                if base.version == 2:
+                    # cpu.stat is there in every group, cpu controller or not.
+                    usage_us = _flat_or_none(f"{at}/cpu.stat", "usage_usec")
+                    cpu_time_s = None if usage_us is None else usage_us / 1e6
+        return Usage(
+            memory_peak_bytes=peak,
+            memory_bytes=now,
+            cpu_time_s=cpu_time_s,
+            oom_kills=kills,
+            pids_denied=denied,
+            pids=pids,
+        )
+
+    def pids(self) -> set[int]:
+        """Return the processes in the group, as our pid namespace numbers them."""
+        found: set[int] = set()
+        for _, path in self.dirs:
+            for at in _tree(path):
+                text = _read_or_none(f"{at}/cgroup.procs") or ""
+                found.update(int(n) for n in text.split())
+        return found
+
+    def kill(self, timeout_s: float = 5.0) -> bool:
+        """Kill everything inside and wait until it is gone.
+
+        Version 2 has ``cgroup.kill`` (since 5.14). Elsewhere new forks are
+        stopped first (``pids.max`` = 0, else the freezer), then every process
+        is signalled through a pidfd that was checked to belong to the group,
+        so that a reused pid hits nobody.
+
+        Returns:
+            True when the group is empty; False when the time ran out (a
+            process in uninterruptible sleep, or one that is not visible from
+            our pid namespace).
+        """
+        deadline = time.monotonic() + timeout_s
+        if not self.pids():
+            return True
+        frozen = None
+        by_kernel = False
+        for base, path in self.dirs:
+            if base.version == 2:
+                by_kernel |= _try_write(f"{path}/cgroup.kill", b"1")
+            if "pids" in base.controllers and not by_kernel:
+                for at in _tree(path):
+                    _try_write(f"{at}/pids.max", b"0")
+            if (
+                base.version == 1
+                and "freezer" in base.controllers
+                and _try_write(f"{path}/freezer.state", b"FROZEN")
+            ):
+                frozen = f"{path}/freezer.state"
+        while True:
+            handles = self._signal_all()
+            if frozen is not None:
+                # Frozen processes die only once they may run again.
+                _try_write(frozen, b"THAWED")
+            _wait_exits(handles, deadline)
+            if not self.pids():
+                return True
+            if time.monotonic() >= deadline:
+                return False
+            if not handles:
+                time.sleep(0.0005)
+
+    def _signal_all(self) -> list[int]:
+        """SIGKILL every process inside; return pidfds to wait on."""
+        handles: dict[int, int] = {}
+        for pid in self.pids():
+            try:
+                # 0 stands for a process that our pid namespace does not show.
+                if pid > 0:
+                    handles[pid] = os.pidfd_open(pid)
+            except OSError:
+                pass  # gone since
+        still = self.pids()
+        for pid, fd in handles.items():
+            # Listed again after the pidfd was opened: the pidfd is either that
+            # process or one that has died, never a stranger with its number.
+            if pid in still:
+                try:
+                    signal.pidfd_send_signal(fd, signal.SIGKILL)
+                except OSError:
+                    pass
+        return list(handles.values())
+
+    def remove(self, timeout_s: float = 1.0) -> bool:
+        """Kill what is left and remove the group's directories.
+
+        Tries again, for at most ``timeout_s``, while the kernel is still
+        emptying the group. Calling it again is harmless.
+
+        Returns:
+            True when every directory is gone. False when one is still busy;
+            `Cgroups.sweep` will try again.
+        """
+        deadline = time.monotonic() + timeout_s
+        pause_s = 0.0001
+        left = [path for _, path in self.dirs]
+        while True:
+            left = [path for path in left if not _rmdir(path)]
+            if not left:
+                return True
+            remaining_s = deadline - time.monotonic()
+            if remaining_s <= 0:
+                self.owner._leftover.append(self)
+                return False
+            self.kill(timeout_s=remaining_s)
+            for path in left:
+                for at in reversed(list(_tree(path))[1:]):
+                    _rmdir(at)
+            time.sleep(min(pause_s, remaining_s))
+            pause_s = min(pause_s * 2, 0.02)
+
+
+def _value(read: Callable[[], Any]) -> int | None:
+    try:
+        value = read()
+    except (OSError, KeyError, ValueError):
+        return None
+    return None if value is None else int(value)
+
+
+def _try_write(path: str, value: bytes) -> bool:
+    try:
+        _write(path, value)
+    except OSError:
+        return False
+    return True
+
+
+def _rmdir(path: str) -> bool:
+    """Remove one group; False while it is busy."""
+    try:
+        os.rmdir(path)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+def _tree(path: str) -> Iterator[str]:
+    """Yield a group and every group below it, parents first."""
+    yield path
+    try:
+        with os.scandir(path) as entries:
+            below = [e.path for e in entries if e.is_dir(follow_symlinks=False)]
+    except OSError:
+        return
+    for child in below:
+        yield from _tree(child)
+
+
+def _wait_exits(handles: list[int], deadline: float) -> None:
+    """Wait until every process behind these pidfds has exited; close them."""
+    waiting = set(handles)
+    poll = select.poll()
+    for fd in waiting:
+        poll.register(fd, select.POLLIN)
+    while waiting:
+        left_ms = (deadline - time.monotonic()) * 1000
+        if left_ms <= 0:
+            break
+        for fd, _ in poll.poll(left_ms):
+            poll.unregister(fd)
+            waiting.discard(fd)
+    for fd in handles:
+        os.close(fd)
