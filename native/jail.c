@@ -8,11 +8,13 @@
  * forbids what the other steps do. */
 #define _GNU_SOURCE
 #include "jail.h"
+#include "root.h"
 #include "step.h"
 
 #include <errno.h>
 #include <fcntl.h>
 #include <grp.h>
+#include <limits.h>
 #include <linux/capability.h>
 #include <linux/filter.h>
 #include <linux/seccomp.h>
@@ -57,13 +59,62 @@ join_cgroups(const struct jail_entry *entry)
             rs_die("cgroup_join", NULL);
 }
 
+/* Bind the scratch's own tmp over a shared place such as /tmp.
+ *
+ * Ray keeps working directories and environments below /tmp, and /tmp must be
+ * the jail's own: what the plan bound there is carried over by a second bind. */
 static void
-mount_private_parts(const struct plan *plan, unsigned slot)
+bind_tmp(const struct plan *plan, const char *scratch, unsigned slot)
+{
+    const struct record *tmp = plan_one(plan, R_TMP), *record;
+    char own[PATH_MAX], target[PATH_MAX];
+
+    if (tmp == NULL)
+        return;
+    const char *shared = field_str(tmp, 0);
+    if ((size_t)snprintf(own, sizeof own, "%s/tmp", scratch) >= sizeof own) {
+        errno = ENAMETOOLONG;
+        rs_die("tmp", scratch);
+    }
+    if (mkdir(own, 0700) != 0 || chown(own, slot, slot) != 0 ||
+        chmod(own, 01777) != 0)
+        rs_die("tmp", own);
+    int own_fd = open(own, O_PATH | O_DIRECTORY | O_CLOEXEC);
+    if (own_fd < 0)
+        rs_die("tmp", own);
+    for (size_t cursor = 0; (record = plan_next(plan, R_CARRY, &cursor));) {
+        const char *path = field_str(record, 0);
+        const char *below = path + strlen(shared);
+        struct stat there;
+        if (strncmp(path, shared, strlen(shared)) != 0 || *below != '/' ||
+            (size_t)snprintf(target, sizeof target, "%s%s", own, below) >=
+                sizeof target) {
+            errno = EINVAL;
+            rs_die("carry", path);
+        }
+        if (stat(path, &there) != 0)
+            rs_die("carry", path);
+        if (S_ISDIR(there.st_mode))
+            make_dirs(own_fd, below, 0755);
+        else if (make_parent_dirs(own_fd, below),
+                 mknodat(own_fd, below + 1, S_IFREG | 0444, 0) != 0)
+            rs_die("carry", path);
+        if (mount(path, target, NULL, MS_BIND | MS_REC, NULL) != 0)
+            rs_die("carry", path);
+    }
+    close(own_fd);
+    if (mount(own, shared, NULL, MS_BIND | MS_REC, NULL) != 0)
+        rs_die("tmp", shared);
+}
+
+static void
+mount_private_parts(const struct plan *plan, int own_mounts, unsigned slot)
 {
     const struct record *record;
     size_t cursor;
 
-    for (cursor = 0; (record = plan_next(plan, R_PROC, &cursor));)
+    /* Over the zygote's; a command's own is there already. */
+    for (cursor = 0; own_mounts && (record = plan_next(plan, R_PROC, &cursor));)
         if (mount("proc", field_str(record, 0), "proc",
                   MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL) != 0)
             rs_die("mount_proc", field_str(record, 0));
@@ -88,6 +139,7 @@ mount_private_parts(const struct plan *plan, unsigned slot)
         if (mount("scratch", field_str(record, 16), "tmpfs",
                   MS_NOSUID | MS_NODEV, options) != 0)
             rs_die("mount_scratch", field_str(record, 16));
+        bind_tmp(plan, field_str(record, 16), slot);
     }
 }
 
@@ -305,7 +357,8 @@ jail_enter(struct jail_entry *entry)
     join_cgroups(entry);
     if (unshare((int)field_u32(namespaces, 4)) != 0)
         rs_die("unshare", NULL);
-    mount_private_parts(entry->plan, entry->slot);
+    mount_private_parts(entry->plan, (field_u32(namespaces, 4) & CLONE_NEWNS) != 0,
+                        entry->slot);
     set_rlimits(entry->plan);
     become_user(entry);
     make_scratch_dirs(entry->plan);

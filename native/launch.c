@@ -14,7 +14,7 @@
  * When init dies the kernel kills everything in its pid namespace, and init
  * dies with the monitor (PR_SET_PDEATHSIG): nothing can stay behind.
  *
- *   raysandbox-launch --plan-fd N [--status-fd N] [--life-fd N] [--keep-fd N]...
+ *   raysandbox-launch --plan-fd=N [--status-fd=N] [--life-fd=N] [--keep-fd=N]...
  *                     [--zygote] -- PROGRAM [ARGUMENT]...
  *
  * Exit status: the command's; 128+N if signal N ended it; 124 if the wall time
@@ -67,38 +67,42 @@ struct launch {
     int cgroup_count;
 };
 
+/* If argument is "<name>=<number>", store the number and return 1. */
 static int
-number(const char *text)
+number_option(const char *argument, const char *name, int *value)
 {
+    size_t length = strlen(name);
     char *end;
-    long value = text ? strtol(text, &end, 10) : -1;
 
-    if (text == NULL || *text == '\0' || *end != '\0' || value < 0 ||
-        value > INT_MAX) {
+    if (strncmp(argument, name, length) != 0 || argument[length] != '=')
+        return 0;
+    long parsed = strtol(argument + length + 1, &end, 10);
+    if (argument[length + 1] == '\0' || *end != '\0' || parsed < 0 ||
+        parsed > INT_MAX) {
         errno = EINVAL;
-        rs_die("arguments", text);
+        rs_die("arguments", argument);
     }
-    return (int)value;
+    *value = (int)parsed;
+    return 1;
 }
 
 static void
 parse_arguments(struct options *options, char **argv)
 {
     char **at = argv + 1;
+    int keep;
 
     options->plan_fd = options->life_fd = -1;
     for (; *at != NULL && strcmp(*at, "--") != 0; at++) {
         if (strcmp(*at, "--zygote") == 0)
             options->zygote = 1;
-        else if (strcmp(*at, "--plan-fd") == 0)
-            options->plan_fd = number(*++at);
-        else if (strcmp(*at, "--status-fd") == 0)
-            rs_status_fd = number(*++at);
-        else if (strcmp(*at, "--life-fd") == 0)
-            options->life_fd = number(*++at);
-        else if (strcmp(*at, "--keep-fd") == 0 &&
-                 options->keep_count < MAX_KEEP)
-            options->keep_fds[options->keep_count++] = number(*++at);
+        else if (number_option(*at, "--plan-fd", &options->plan_fd) ||
+                 number_option(*at, "--status-fd", &rs_status_fd) ||
+                 number_option(*at, "--life-fd", &options->life_fd))
+            continue;
+        else if (options->keep_count < MAX_KEEP &&
+                 number_option(*at, "--keep-fd", &keep))
+            options->keep_fds[options->keep_count++] = keep;
         else {
             errno = EINVAL;
             rs_die("arguments", *at);
@@ -106,7 +110,7 @@ parse_arguments(struct options *options, char **argv)
     }
     if (*at == NULL || at[1] == NULL || options->plan_fd < 0) {
         errno = EINVAL;
-        rs_die("arguments", "need --plan-fd N -- PROGRAM [ARGUMENT]...");
+        rs_die("arguments", "need --plan-fd=N -- PROGRAM [ARGUMENT]...");
     }
     options->command = at + 1;
 }
@@ -254,7 +258,7 @@ init(struct launch *launch)
     reset_signals();
 
     if (options->zygote) {
-        root_enter(&launch->plan, &launch->binds, 1);
+        root_enter(&launch->plan, &launch->binds, 0);
         if (rs_status_fd >= 0) {
             fcntl(rs_status_fd, F_SETFD, FD_CLOEXEC);
             options->keep_fds[options->keep_count++] = rs_status_fd;
@@ -269,7 +273,7 @@ init(struct launch *launch)
         execute(launch);
     }
 
-    root_enter(&launch->plan, &launch->binds, 0);
+    root_enter(&launch->plan, &launch->binds, 1);
     if (rs_status_fd >= 0)
         options->keep_fds[options->keep_count++] = rs_status_fd;
     options->keep_fds[options->keep_count++] = launch->sync[0];

@@ -25,7 +25,8 @@ static const struct shape {
     [R_LANDLOCK_PORT] = {16, 0, 0}, [R_SECCOMP] = {4, 0, 1},
     [R_CHDIR] = {0, 1, 0},          [R_ENV] = {0, 1, 0},
     [R_CGROUP_JOIN] = {0, 1, 0},    [R_CGROUP_CLEAN] = {0, 2, 0},
-    [R_WALL_TIME] = {8, 0, 0},
+    [R_WALL_TIME] = {8, 0, 0},      [R_TMP] = {0, 1, 0},
+    [R_CARRY] = {0, 1, 0},
 };
 
 static uint32_t

@@ -39,7 +39,9 @@ enum record_type {
     R_CGROUP_JOIN = 21,   /* str directory: joined by the command (run) */
     R_CGROUP_CLEAN = 22,  /* str directory, str prefix: removed at the end */
     R_WALL_TIME = 23,     /* u64 milliseconds (run) */
-    R_MAX = R_WALL_TIME,
+    R_TMP = 24,           /* str path: the scratch's tmp is bound there */
+    R_CARRY = 25,         /* str path below R_TMP's that stays visible */
+    R_MAX = R_CARRY,
 };
 
 enum {

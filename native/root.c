@@ -54,9 +54,8 @@ binds_open(struct binds *binds, const struct plan *plan)
     }
 }
 
-/* mkdir -p below the directory fd; existing components are fine. */
-static void
-make_dirs(int root, const char *path, mode_t mode)
+void
+make_dirs(int root, const char *path, unsigned mode)
 {
     char partial[PATH_MAX];
     size_t length = strlen(path);
@@ -78,8 +77,8 @@ make_dirs(int root, const char *path, mode_t mode)
     }
 }
 
-static void
-make_parents(int root, const char *path)
+void
+make_parent_dirs(int root, const char *path)
 {
     char parent[PATH_MAX];
     const char *slash = strrchr(path, '/');
@@ -98,7 +97,7 @@ static void
 write_file(int root, const char *path, mode_t mode, const uint8_t *bytes,
            size_t length)
 {
-    make_parents(root, path);
+    make_parent_dirs(root, path);
     int fd = openat(root, path + 1,
                     O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, mode);
     if (fd < 0)
@@ -149,7 +148,7 @@ hide(const char *path)
 }
 
 void
-root_enter(const struct plan *plan, const struct binds *binds, int with_proc)
+root_enter(const struct plan *plan, const struct binds *binds, int read_only_proc)
 {
     const struct record *record;
     size_t cursor, bind = 0, length;
@@ -177,7 +176,7 @@ root_enter(const struct plan *plan, const struct binds *binds, int with_proc)
     }
     for (cursor = 0; (record = plan_next(plan, R_SYMLINK, &cursor));) {
         const char *path = field_str2(record, 0);
-        make_parents(root, path);
+        make_parent_dirs(root, path);
         if (symlinkat(field_str(record, 0), root, path + 1) != 0)
             rs_die("symlink", path);
     }
@@ -192,14 +191,16 @@ root_enter(const struct plan *plan, const struct binds *binds, int with_proc)
     for (cursor = 0; (record = plan_next(plan, R_PROC, &cursor));) {
         char target[PATH_MAX];
         make_dirs(root, field_str(record, 0), 0555);
-        if (!with_proc)
-            continue;
         if ((size_t)snprintf(target, sizeof target, "%s%s", STAGING,
                              field_str(record, 0)) >= sizeof target) {
             errno = ENAMETOOLONG;
             rs_die("mount_proc", NULL);
         }
-        if (mount("proc", target, "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC,
+        /* Before the old root goes: a user namespace may mount a /proc only
+         * where it already sees one in full. */
+        if (mount("proc", target, "proc",
+                  MS_NOSUID | MS_NODEV | MS_NOEXEC |
+                      (read_only_proc ? MS_RDONLY : 0),
                   NULL) != 0)
             rs_die("mount_proc", target);
     }

@@ -17,9 +17,13 @@ struct binds {
 void binds_open(struct binds *binds, const struct plan *plan);
 
 /* Build the new root, enter it, drop the old one.  Needs CAP_SYS_ADMIN over
- * the caller's own mount namespace.  with_proc: also mount a writable /proc
- * (for the zygote, which runs no task). */
+ * the caller's own mount namespace.  Only a zygote, which runs no task, gets a
+ * writable /proc: its jails mount their own over it. */
 void root_enter(const struct plan *plan, const struct binds *binds,
-                int with_proc);
+                int read_only_proc);
+
+/* mkdir -p of an absolute path below the directory fd. */
+void make_dirs(int root, const char *path, unsigned mode);
+void make_parent_dirs(int root, const char *path);
 
 #endif

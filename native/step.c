@@ -1,3 +1,4 @@
+#define _GNU_SOURCE
 #include "step.h"
 
 #include <errno.h>
@@ -14,6 +15,8 @@ rs_report(const char *format, ...)
     char line[512];
     va_list args;
 
+    if (rs_status_fd < 0)
+        return;
     va_start(args, format);
     int length = vsnprintf(line, sizeof line, format, args);
     va_end(args);
@@ -23,8 +26,7 @@ rs_report(const char *format, ...)
         length = sizeof line - 1;
         line[length - 1] = '\n';
     }
-    ssize_t written = write(rs_status_fd >= 0 ? rs_status_fd : STDERR_FILENO,
-                            line, (size_t)length);
+    ssize_t written = write(rs_status_fd, line, (size_t)length);
     (void)written;
 }
 
@@ -36,7 +38,7 @@ rs_die(const char *step, const char *detail)
     if (rs_status_fd >= 0)
         rs_report("error %s %d %s\n", step, error, detail ? detail : "");
     else
-        rs_report("raysandbox-launch: %s: %s [%s]\n", step, strerror(error),
-                  detail ? detail : "");
+        dprintf(STDERR_FILENO, "raysandbox-launch: %s: %s [%s]\n", step,
+                strerror(error), detail ? detail : "");
     _exit(EXIT_SETUP);
 }

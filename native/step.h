@@ -12,13 +12,13 @@
 
 enum { EXIT_SETUP = 125 };
 
-/* Where die() writes; -1 means stderr. */
+/* Where reports go; -1: nowhere, and a failed step to stderr. */
 extern int rs_status_fd;
 
 /* Report the failed step with errno and end this process. */
 _Noreturn void rs_die(const char *step, const char *detail);
 
-/* Write a whole status line; failures to report are ignored on purpose: the
+/* Write a whole line to the status descriptor; failures to are ignored on purpose: the
  * exit status still says that the set-up failed. */
 void rs_report(const char *format, ...) __attribute__((format(printf, 1, 2)));
 

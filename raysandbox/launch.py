@@ -1,0 +1,257 @@
+"""Start ``raysandbox-launch`` with a plan, and read what it reports.
+
+The launcher is the monitor of what it starts: it dies last, and takes all of
+it down when its owner's end of the life pipe closes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import select
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from raysandbox.errors import ProfileError, SetupError
+from raysandbox.native import library_path
+from raysandbox.plan import IdRange, Plan
+
+__all__ = ["IdLease", "Launched", "Outcome", "launcher_path", "lease_ids", "start"]
+
+EXIT_SETUP = 125
+
+# Above all ranges that systemd and /etc/subuid hand out (systemd.io/UIDS-GIDS).
+_DEFAULT_RANGE = (0x70000000, 65536)
+_IDS_PER_LAUNCH = 4
+_LOCK_DIR = "/run/raysandbox/ids"
+
+
+def launcher_path() -> str:
+    """Return the path of the launcher.
+
+    Raises:
+        SetupError: It is not installed: the wheel was built without it.
+    """
+    path = os.path.join(os.path.dirname(library_path()), "raysandbox-launch")
+    for needed in (path, library_path()):
+        if not os.access(needed, os.R_OK):
+            raise SetupError(
+                step="launcher",
+                detail=f"{needed} is missing: install the raysandbox wheel, or run "
+                "`make native` in a source tree",
+            )
+    return path
+
+
+@dataclass(slots=True)
+class IdLease:
+    """Host ids that nobody else uses while the lock is held.
+
+    Attributes:
+        ids: The ids; one (the caller's) for an ordinary user.
+        lock_fd: Open lock file to pass to the launcher, or -1.
+    """
+
+    ids: IdRange
+    lock_fd: int = -1
+
+    def close(self) -> None:
+        """Give up this process's hold; the launcher's own stays."""
+        if self.lock_fd >= 0:
+            os.close(self.lock_fd)
+            self.lock_fd = -1
+
+
+def _configured_range() -> tuple[int, int]:
+    text = os.environ.get("RAYSANDBOX_UID_RANGE")
+    if not text:
+        return _DEFAULT_RANGE
+    first, _, count = text.partition(":")
+    if first.isdigit() and count.isdigit():
+        numbers = int(first), int(count)
+        # Never ids of people or of the system, whatever was configured.
+        if 65536 <= numbers[0] and 0 < numbers[1] <= 0xFFFFFFFE - numbers[0]:
+            return numbers
+    raise ProfileError(
+        source="RAYSANDBOX_UID_RANGE",
+        value=text,
+        reason="must be FIRST:COUNT with FIRST of at least 65536",
+    )
+
+
+def lease_ids() -> IdLease:
+    """Take host ids for one launch: its root's and its jails'.
+
+    Raises:
+        SetupError: All of the range is in use, or the lock directory can't be
+            made.
+    """
+    if os.geteuid() != 0:
+        return IdLease(IdRange(os.geteuid(), 1))
+    first, count = _configured_range()
+    try:
+        os.makedirs(_LOCK_DIR, mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise SetupError(
+            step="lease_ids", errno=error.errno or 0, detail=_LOCK_DIR
+        ) from error
+    for block in range(count // _IDS_PER_LAUNCH):
+        start_id = first + block * _IDS_PER_LAUNCH
+        fd = os.open(
+            f"{_LOCK_DIR}/{start_id}",
+            os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW,
+            0o600,
+        )
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            continue
+        return IdLease(IdRange(start_id, _IDS_PER_LAUNCH), fd)
+    raise SetupError(
+        step="lease_ids",
+        detail=f"all {count} ids from {first} are in use; set RAYSANDBOX_UID_RANGE",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a launch ended.
+
+    Attributes:
+        exit_code: The launcher's exit status: the command's, 128+N for signal
+            N, 124 for the wall time, 125 for a failed set-up.
+        signal: The signal that ended the command, or 0.
+        timed_out: Whether the wall time ran out.
+    """
+
+    exit_code: int
+    signal: int = 0
+    timed_out: bool = False
+
+
+@dataclass(slots=True)
+class Launched:
+    """A running launcher.
+
+    Attributes:
+        process: The monitor.
+        init_pid: Pid, in the caller's namespace, of the inside's pid 1; 0
+            until it is known.
+    """
+
+    process: subprocess.Popen[bytes]
+    status_fd: int
+    life_fd: int
+    init_pid: int = 0
+    _status: bytes = field(default=b"")
+
+    def wait(self, timeout_s: float | None = None) -> Outcome:
+        """Wait for the end.
+
+        Raises:
+            SetupError: A step of the set-up failed; nothing was run.
+            subprocess.TimeoutExpired: It is still running.
+        """
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        code = self.process.wait(timeout_s)
+        self._drain(deadline)
+        self.close()
+        lines = self._status.decode("utf-8", "replace").splitlines()
+        words = [line.split(" ", 3) for line in lines]
+        for word in words:
+            if word[0] == "error":
+                raise SetupError(
+                    step=word[1], errno=int(word[2]), detail="".join(word[3:])
+                )
+        if code == EXIT_SETUP and not any(word[0] == "exit" for word in words):
+            raise SetupError(step="launch", detail="the launcher died unheard")
+        number = next((int(word[1]) for word in words if word[0] == "signal"), 0)
+        if code < 0:
+            return Outcome(128 - code, -code)
+        return Outcome(code, number, ["timeout"] in words)
+
+    def _drain(self, deadline: float | None) -> None:
+        while True:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            if not select.select([self.status_fd], [], [], left)[0]:
+                return
+            chunk = os.read(self.status_fd, 4096)
+            if not chunk:
+                return
+            self._status += chunk
+
+    def kill(self) -> None:
+        """End the inside; the monitor cleans up after it and exits."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+
+    def close(self) -> None:
+        """Close our ends; an inside that still runs is ended by that."""
+        for name in ("status_fd", "life_fd"):
+            fd = getattr(self, name)
+            if fd >= 0:
+                os.close(fd)
+                setattr(self, name, -1)
+
+
+def start(
+    plan: Plan,
+    command: Sequence[str],
+    *,
+    lease: IdLease,
+    zygote: bool = False,
+    keep_fds: Sequence[int] = (),
+    stdin: int | None = None,
+    stdout: int | None = None,
+    stderr: int | None = None,
+) -> Launched:
+    """Start the launcher; the inside may still fail to come up (see ``wait``).
+
+    Args:
+        plan: What to enforce.
+        command: Program and arguments, as seen inside.
+        lease: Host ids; the launcher holds the lock from here on too.
+        zygote: The command is a zygote: outer walls only.
+        keep_fds: Descriptors that the inside keeps, under the same numbers.
+        stdin: Descriptor, as for subprocess; None to inherit.
+        stdout: As stdin.
+        stderr: As stdin.
+    """
+    plan_fd = os.memfd_create("raysandbox-plan", os.MFD_CLOEXEC)
+    status_read, status_write = os.pipe()
+    life_read, life_write = os.pipe()
+    try:
+        os.write(plan_fd, plan.encode())
+        arguments = [
+            launcher_path(),
+            f"--plan-fd={plan_fd}",
+            f"--status-fd={status_write}",
+            f"--life-fd={life_read}",
+            *(f"--keep-fd={fd}" for fd in keep_fds),
+        ]
+        if zygote:
+            arguments.append("--zygote")
+        passed = [plan_fd, status_write, life_read, *keep_fds]
+        if lease.lock_fd >= 0:
+            passed.append(lease.lock_fd)
+        process = subprocess.Popen(
+            [*arguments, "--", *command],
+            pass_fds=passed,
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+            close_fds=True,
+        )
+    except BaseException:
+        os.close(status_read)
+        os.close(life_write)
+        raise
+    finally:
+        os.close(plan_fd)
+        os.close(status_write)
+        os.close(life_read)
+    return Launched(process, status_read, life_write)
