@@ -417,6 +417,17 @@ watch(const struct launch *launch, pid_t pid, int pid_fd, int signal_fd)
     return WEXITSTATUS(status);
 }
 
+/* The mounts and the inside's descriptors are not the monitor's business; the
+ * lock on the host ids, and whatever else its owner passed, is. */
+static void
+close_unneeded(const struct launch *launch)
+{
+    for (size_t i = 0; launch->binds_by_monitor && i < launch->binds.count; i++)
+        close(launch->binds.fds[i]);
+    for (int i = 0; i < launch->options.keep_count; i++)
+        close(launch->options.keep_fds[i]);
+}
+
 int
 main(int argc, char **argv)
 {
@@ -471,10 +482,7 @@ main(int argc, char **argv)
     write_id_maps(&launch.plan, pid);
     if (write(launch.sync[1], "g", 1) != 1)
         rs_die("id_maps", NULL);
-    for (size_t i = 0; launch.binds_by_monitor && i < launch.binds.count; i++)
-        close(launch.binds.fds[i]);
-    for (int i = 0; i < launch.options.keep_count; i++)
-        close(launch.options.keep_fds[i]);
+    close_unneeded(&launch);
     rs_report("started %d\n", pid);
 
     int outcome = watch(&launch, pid, pid_fd, signal_fd);
