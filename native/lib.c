@@ -1,7 +1,7 @@
-/* libraysandbox.so: what the zygote calls through ctypes around each fork.
+/* libraysandbox.so: what the zygote calls through ctypes for each fork.
  *
- * The zygote keeps one plan, one descriptor of its own pid namespace and one
- * of its own writable /proc for its whole life. */
+ * The zygote keeps one plan and a descriptor of its own writable /proc for its
+ * whole life. */
 #define _GNU_SOURCE
 #include "jail.h"
 #include "plan.h"
@@ -9,14 +9,61 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <sched.h>
+#include <linux/sched.h>
+#include <pthread.h>
+#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 static struct plan plan;
-static int proc_fd = -1, pid_ns_fd = -1;
+static int proc_fd = -1;
+static int *tid_address; /* where libc keeps the calling thread's id */
+
+/* Find where libc caches this thread's id.
+ *
+ * A jail must be born in its cgroup and pid namespace (joining a version 2
+ * group later costs an RCU grace period, 10 ms and more), which takes clone3;
+ * but only libc's own fork tells the child's libc its new thread id, and a
+ * stale one breaks pthread calls.  The kernel writes it instead, if told where.
+ * The place is not public, so it is looked for, and proved: after a fork by
+ * libc it must hold the child's id, in exactly one candidate. */
+static int
+find_tid_address(void)
+{
+    char *self = (char *)(uintptr_t)pthread_self();
+    enum { WORDS = 512 };
+    unsigned char verdict[WORDS];
+    int pipe_fds[2], found = 0, status;
+
+    if (pipe2(pipe_fds, O_CLOEXEC) != 0)
+        return errno;
+    pid_t parent = (pid_t)syscall(SYS_gettid);
+    for (int i = 0; i < WORDS; i++)
+        verdict[i] = ((int *)(void *)self)[i] == parent;
+    pid_t child = fork();
+    if (child < 0)
+        return errno;
+    if (child == 0) {
+        pid_t own = (pid_t)syscall(SYS_gettid);
+        for (int i = 0; i < WORDS; i++)
+            verdict[i] = verdict[i] && ((int *)(void *)self)[i] == own;
+        ssize_t sent = write(pipe_fds[1], verdict, sizeof verdict);
+        _exit(sent == sizeof verdict ? 0 : 1);
+    }
+    close(pipe_fds[1]);
+    ssize_t got = read(pipe_fds[0], verdict, sizeof verdict);
+    close(pipe_fds[0]);
+    if (waitpid(child, &status, 0) != child || got != sizeof verdict)
+        return ECHILD;
+    for (int i = 0; i < WORDS; i++)
+        if (verdict[i] && found++ == 0)
+            tid_address = &((int *)(void *)self)[i];
+    return found == 1 ? 0 : ENOTSUP;
+}
 
 /* Take a plan for the life of this process.  0, or errno. */
 int
@@ -30,22 +77,24 @@ rs_load_plan(const uint8_t *bytes, size_t length)
     if (plan_parse(&plan, copy, length) != 0)
         return errno;
     proc_fd = open("/proc", O_PATH | O_DIRECTORY | O_CLOEXEC);
-    pid_ns_fd = open("/proc/self/ns/pid", O_RDONLY | O_CLOEXEC);
-    return proc_fd < 0 || pid_ns_fd < 0 ? errno : 0;
+    return proc_fd < 0 ? errno : find_tid_address();
 }
 
-/* The next fork makes pid 1 of a new pid namespace.  0, or errno. */
-int
-rs_fork_begin(void)
+/* Fork pid 1 of a new pid namespace, born in the cgroup (version 2) whose
+ * directory is cgroup_fd if that is not -1.  As fork(2); -errno on failure.
+ * The caller must have one thread, and hold Python's fork hooks around this. */
+pid_t
+rs_clone(int cgroup_fd)
 {
-    return unshare(CLONE_NEWPID) == 0 ? 0 : errno;
-}
-
-/* The kernel allows that once; going back to our own namespace re-arms it. */
-int
-rs_fork_end(void)
-{
-    return setns(pid_ns_fd, CLONE_NEWPID) == 0 ? 0 : errno;
+    struct clone_args args = {
+        .flags = CLONE_NEWPID | CLONE_CHILD_SETTID | CLONE_CHILD_CLEARTID |
+                 (cgroup_fd >= 0 ? CLONE_INTO_CGROUP : 0),
+        .child_tid = (uint64_t)(uintptr_t)tid_address,
+        .exit_signal = SIGCHLD,
+        .cgroup = cgroup_fd >= 0 ? (unsigned)cgroup_fd : 0U,
+    };
+    long pid = syscall(SYS_clone3, &args, sizeof args);
+    return pid < 0 ? -errno : (pid_t)pid;
 }
 
 /* In the child: raise every wall or die.  On the way out, tell the parent

@@ -40,17 +40,26 @@ class ForkServer:
         """
         self._library = ctypes.CDLL(library_path())
         _check("load_plan", self._library.rs_load_plan(plan, len(plan)))
+        # Like os.fork, the clone must not let go of the GIL.
+        self._clone = ctypes.PyDLL(library_path()).rs_clone
 
     def fork(
-        self, slot: int, cgroup_fds: list[int], keep_fds: list[int]
+        self,
+        slot: int,
+        cgroup_fds: list[int],
+        keep_fds: list[int],
+        cgroup_dir_fd: int = -1,
     ) -> tuple[int, int]:
         """Fork a jail; return only when all its walls are up.
 
         Args:
             slot: Which of the plan's mapped ids the jail takes, from 1; 0 if
                 the plan maps a single one.
-            cgroup_fds: ``cgroup.procs`` files that the jail joins first.
+            cgroup_fds: ``tasks`` or ``cgroup.procs`` files that the jail joins
+                first.
             keep_fds: Descriptors besides 0, 1, 2 that stay open in it.
+            cgroup_dir_fd: Directory of the version 2 group that it is born
+                in; -1 for the caller's own.
 
         Returns:
             ``(pid, notify_fd)`` in the parent, notify_fd -1 where the plan's
@@ -61,13 +70,7 @@ class ForkServer:
                 is gone.
         """
         parent, child = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        _check("fork_begin", self._library.rs_fork_begin())
-        pid = -1
-        try:
-            pid = os.fork()
-        finally:
-            if pid != 0:
-                _check("fork_end", self._library.rs_fork_end())
+        pid = self._fork(cgroup_dir_fd)
         if pid == 0:
             # Never returns on failure: the child ends with its step reported.
             self._library.rs_enter_jail(
@@ -95,6 +98,20 @@ class ForkServer:
             return pid, fds[0] if fds else -1
         os.waitpid(pid, 0)
         raise _setup_error(report)
+
+
+    def _fork(self, cgroup_dir_fd: int) -> int:
+        """os.fork, but with the namespace and the group of the jail."""
+        api = ctypes.pythonapi
+        api.PyOS_BeforeFork()
+        pid = int(self._clone(cgroup_dir_fd))
+        if pid == 0:
+            api.PyOS_AfterFork_Child()
+            return 0
+        api.PyOS_AfterFork_Parent()
+        if pid < 0:
+            raise SetupError(step="clone", errno=-pid)
+        return pid
 
 
 def _check(step: str, code: int) -> None:
