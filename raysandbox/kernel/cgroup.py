@@ -527,7 +527,7 @@ def _rmdir_quietly(path: str) -> None:
 
 def _make_v1_base(path: str) -> str:
     """Make a version 1 base; return what went wrong, or ``""``."""
-    from cgroupspy.nodes import Node  # type: ignore[import-untyped]
+    from cgroupspy.nodes import Node
 
     try:
         Node(os.path.dirname(path)).create_cgroup(os.path.basename(path))
@@ -1057,7 +1057,7 @@ class Cgroup:
     def _v1(self, controller: str, path: str) -> Any:
         """Return cgroupspy's controller for one of our version 1 directories."""
         if controller not in self._nodes:
-            from cgroupspy import controllers  # type: ignore[import-untyped]
+            from cgroupspy import controllers
             from cgroupspy.nodes import Node
 
             kind = {
