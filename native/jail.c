@@ -151,7 +151,7 @@ set_rlimits(const struct plan *plan)
     for (size_t cursor = 0; (record = plan_next(plan, R_RLIMIT, &cursor));) {
         struct rlimit limit = {.rlim_cur = field_u64(record, 4),
                                .rlim_max = field_u64(record, 12)};
-        if (setrlimit((__rlimit_resource_t)field_u32(record, 0), &limit) != 0)
+        if (setrlimit((int)field_u32(record, 0), &limit) != 0)
             rs_die("setrlimit", NULL);
     }
 }

@@ -1,5 +1,6 @@
 #define _GNU_SOURCE
 #include "root.h"
+#include "mount_api.h"
 #include "step.h"
 
 #include <errno.h>
@@ -32,23 +33,23 @@ binds_open(struct binds *binds, const struct plan *plan)
     while ((record = plan_next(plan, R_BIND, &cursor)) != NULL) {
         uint32_t flags = field_u32(record, 0);
         const char *source = field_str(record, 4);
-        struct mount_attr attr = {.attr_set = MOUNT_ATTR_NOSUID};
+        struct rs_mount_attr attr = {.attr_set = RS_ATTR_NOSUID};
 
         if (flags & BIND_READ_ONLY)
-            attr.attr_set |= MOUNT_ATTR_RDONLY;
+            attr.attr_set |= RS_ATTR_RDONLY;
         if (flags & BIND_NO_EXEC || flags & BIND_DEVICE)
-            attr.attr_set |= MOUNT_ATTR_NOEXEC;
+            attr.attr_set |= RS_ATTR_NOEXEC;
         if (!(flags & BIND_DEVICE))
-            attr.attr_set |= MOUNT_ATTR_NODEV;
+            attr.attr_set |= RS_ATTR_NODEV;
         /* Nothing mounted on the host later may appear inside. */
         attr.propagation = MS_PRIVATE;
 
-        int fd = open_tree(AT_FDCWD, source,
-                           OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | AT_RECURSIVE);
+        int fd = rs_open_tree(AT_FDCWD, source,
+                              RS_OPEN_TREE_CLONE | RS_OPEN_TREE_CLOEXEC |
+                                  RS_AT_RECURSIVE);
         if (fd < 0)
             rs_die("open_tree", source);
-        if (mount_setattr(fd, "", AT_EMPTY_PATH | AT_RECURSIVE, &attr,
-                          sizeof attr) != 0)
+        if (rs_mount_setattr(fd, "", RS_AT_EMPTY_PATH | RS_AT_RECURSIVE, &attr) != 0)
             rs_die("mount_setattr", source);
         binds->fds[binds->count++] = fd;
     }
@@ -119,7 +120,7 @@ attach_bind(int root, int fd, const char *target)
 {
     struct stat source, there;
 
-    if (fstatat(fd, "", &source, AT_EMPTY_PATH) != 0)
+    if (fstatat(fd, "", &source, RS_AT_EMPTY_PATH) != 0)
         rs_die("stat", target);
     if (fstatat(root, target + 1, &there, AT_SYMLINK_NOFOLLOW) != 0) {
         if (S_ISDIR(source.st_mode))
@@ -127,7 +128,7 @@ attach_bind(int root, int fd, const char *target)
         else
             write_file(root, target, 0444, NULL, 0);
     }
-    if (move_mount(fd, "", root, target + 1, MOVE_MOUNT_F_EMPTY_PATH) != 0)
+    if (rs_move_mount(fd, "", root, target + 1, RS_MOVE_MOUNT_EMPTY_PATH) != 0)
         rs_die("move_mount", target);
     close(fd);
 }
@@ -220,8 +221,8 @@ root_enter(const struct plan *plan, const struct binds *binds, int read_only_pro
     for (cursor = 0; (record = plan_next(plan, R_HIDE, &cursor));)
         hide(field_str(record, 0));
 
-    struct mount_attr attr = {.attr_set = MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID |
-                                          MOUNT_ATTR_NODEV};
-    if (mount_setattr(AT_FDCWD, "/", 0, &attr, sizeof attr) != 0)
+    struct rs_mount_attr attr = {.attr_set = RS_ATTR_RDONLY | RS_ATTR_NOSUID |
+                                             RS_ATTR_NODEV};
+    if (rs_mount_setattr(AT_FDCWD, "/", 0, &attr) != 0)
         rs_die("root_read_only", "/");
 }
