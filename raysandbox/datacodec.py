@@ -378,7 +378,15 @@ def _write_complex(encoder: Encoder, value: complex) -> None:
     encoder.out += b"c" + _C128.pack(value.real, value.imag)
 
 
+_SHORT = [b"x" + bytes([size]) for size in range(256)]
+
+
 def _write_str(encoder: Encoder, value: str) -> None:
+    size = len(value)
+    if size < 256 and value.isascii():
+        encoder.out += _SHORT[size]
+        encoder.out += value.encode("ascii")
+        return
     encoder.out += b"s" if value.isascii() else b"S"
     encoder.buffer(value.encode("utf-8", "surrogatepass"))
 
@@ -610,7 +618,9 @@ class Decoder:
 
     def __init__(self, parts: Sequence[memoryview], limits: DecodeLimits) -> None:
         self.limits = limits
-        self.buf = parts[0]
+        # A copy, for speed (bytes are indexed faster) and so that at least the
+        # structure can't change between a check and its use.
+        self.buf = bytes(parts[0])
         self.size = len(self.buf)
         self.pos = 0
         self.parts = parts
@@ -626,7 +636,7 @@ class Decoder:
         """Return the error for this place."""
         return DataDecodeError(reason=reason, offset=self.pos)
 
-    def take(self, count: int) -> memoryview:
+    def take(self, count: int) -> bytes:
         """Return the next bytes of the structure."""
         start, end = self.pos, self.pos + count
         if end > self.size:
@@ -642,7 +652,7 @@ class Decoder:
         """Read an unsigned 64-bit number."""
         return int(_U64.unpack(self.take(8))[0])
 
-    def buffer(self) -> memoryview:
+    def buffer(self) -> bytes | memoryview:
         """Return a raw buffer: inline bytes or the next part."""
         how = self.byte()
         if how == 0:
@@ -690,25 +700,29 @@ class Decoder:
     def value(self) -> Any:
         """Read one value."""
         pos = self.pos
-        if pos >= self.size:
-            raise self.fail("the structure ends early")
         self.pos = pos + 1
-        reader = _READERS.get(self.buf[pos])
-        if reader is None:
-            raise self.fail(f"unknown tag {self.buf[pos]}")
-        return reader(self)
+        return _READERS[self.buf[pos]](self)
 
-    def sequence(self) -> list[Any]:
-        """Read the elements of a list or tuple."""
+    def sequence(self, item_bytes: int = 64) -> list[Any]:
+        """Read the elements of a list or tuple.
+
+        Args:
+            item_bytes: Memory to charge for each, small objects included.
+        """
         kind = self.byte()
         if kind == 0x6A or kind == 0x67:  # j, g: of any types
             count = self.byte() if kind == 0x6A else self.number()
             # Each value takes a byte at least.
             if count > self.size - self.pos:
                 raise self.fail(f"{count} values named, and no room for them")
-            self.charge(40 * count, count)
-            value = self.value
-            return [value() for _ in range(count)]
+            self.charge(56 + item_bytes * count, count)
+            buf, readers = self.buf, _READERS
+            out = []
+            for _ in range(count):
+                pos = self.pos
+                self.pos = pos + 1
+                out.append(readers[buf[pos]](self))
+            return out
         if kind == 0x3F:  # ?: one type and None
             present = self._flags()
             self.charge(8 * len(present), len(present))
@@ -772,6 +786,8 @@ class Decoder:
 
     def check_keys(self, keys: list[Any]) -> None:
         """Refuse keys whose insertion would take more than linear time."""
+        if len(keys) <= MAX_SAME_HASH and _ATOMS.issuperset(map(type, keys)):
+            return
         try:
             hashes = list(map(hash, keys))
         except (TypeError, ValueError, OverflowError) as error:
@@ -852,6 +868,15 @@ def _read_complex(decoder: Decoder) -> complex:
     return complex(*_C128.unpack(decoder.take(16)))
 
 
+def _read_short(decoder: Decoder) -> str:
+    buf, pos = decoder.buf, decoder.pos + 1
+    end = pos + buf[pos - 1]
+    if end > decoder.size:
+        raise decoder.fail("the structure ends early")
+    decoder.pos = end
+    return buf[pos:end].decode("ascii")
+
+
 def _read_ascii(decoder: Decoder) -> str:
     raw = decoder.buffer()
     decoder.charge(50 + len(raw))
@@ -873,7 +898,6 @@ def _read_bytes(decoder: Decoder) -> bytes:
 
 def _read_list(decoder: Decoder) -> list[Any]:
     decoder.enter()
-    decoder.charge(56)
     value = decoder.sequence()
     decoder.depth -= 1
     return value
@@ -910,8 +934,7 @@ def _read_frozenset(decoder: Decoder) -> frozenset[Any]:
 
 def _read_dict(decoder: Decoder) -> dict[Any, Any]:
     decoder.enter()
-    keys = decoder.sequence()
-    decoder.charge(64 + 104 * len(keys))
+    keys = decoder.sequence(168)
     decoder.check_keys(keys)
     values = decoder.sequence()
     decoder.depth -= 1
@@ -1031,37 +1054,44 @@ def _read_pandas(decoder: Decoder) -> Any:
     return datacodec_arrays.read_pandas(decoder)
 
 
-_READERS: dict[int, Callable[[Decoder], Any]] = {
-    ord(tag): reader
-    for tag, reader in {
-        "N": lambda _: None,
-        "T": lambda _: True,
-        "F": lambda _: False,
-        "i": _read_int,
-        "I": _read_big_int,
-        "f": _read_float,
-        "c": _read_complex,
-        "s": _read_ascii,
-        "S": _read_str,
-        "b": _read_bytes,
-        "l": _read_list,
-        "t": _read_tuple,
-        "e": _read_set,
-        "z": _read_frozenset,
-        "m": _read_dict,
-        "w": _read_uuid,
-        "n": _read_decimal,
-        "D": _read_date,
-        "h": _read_time,
-        "k": _read_datetime,
-        "r": _read_delta,
-        "Z": _read_zone_value,
-        "A": _read_array,
-        "G": _read_scalar,
-        "P": _read_arrow,
-        "X": _read_pandas,
-    }.items()
-}
+def _read_unknown(decoder: Decoder) -> Any:
+    decoder.pos -= 1
+    raise decoder.fail(f"unknown tag {decoder.buf[decoder.pos]}")
+
+
+_READERS: list[Callable[[Decoder], Any]] = [_read_unknown] * 256
+for _tag, _reader in {
+    "N": lambda _: None,
+    "T": lambda _: True,
+    "F": lambda _: False,
+    "i": _read_int,
+    "I": _read_big_int,
+    "f": _read_float,
+    "c": _read_complex,
+    "x": _read_short,
+    "s": _read_ascii,
+    "S": _read_str,
+    "b": _read_bytes,
+    "l": _read_list,
+    "t": _read_tuple,
+    "e": _read_set,
+    "z": _read_frozenset,
+    "m": _read_dict,
+    "w": _read_uuid,
+    "n": _read_decimal,
+    "D": _read_date,
+    "h": _read_time,
+    "k": _read_datetime,
+    "r": _read_delta,
+    "Z": _read_zone_value,
+    "A": _read_array,
+    "G": _read_scalar,
+    "P": _read_arrow,
+    "X": _read_pandas,
+}.items():
+    _READERS[ord(_tag)] = _reader
+# Keys whose comparison costs no more than their size.
+_ATOMS = frozenset((type(None), bool, int, float, complex, str, bytes))
 
 
 def decode(
@@ -1095,6 +1125,9 @@ def decode(
         # numpy, pyarrow, pandas, datetime…: their refusals are the data's fault.
         reason = f"{type(error).__name__}: {str(error)[:200]}"
         offset = decoder.pos if decoder is not None else 0
+        if decoder is not None and offset > decoder.size:
+            # The readers of single values leave the bounds check to Python.
+            reason = "the structure ends early"
         raise DataDecodeError(reason=reason, offset=offset) from None
 
 

@@ -52,6 +52,7 @@ _DTYPE = re.compile(
 )
 _OFFSET = re.compile(r"[+-]\d\d:\d\d", re.ASCII)
 _MAX_DIMENSIONS = 32
+_MAX_CATEGORIES = 16_384
 
 
 def find_writer(kind: type) -> Callable[[Encoder, Any], None] | None:
@@ -60,7 +61,7 @@ def find_writer(kind: type) -> Callable[[Encoder, Any], None] | None:
     if np is not None:
         if kind is np.ndarray:
             return write_numpy
-        if issubclass(kind, np.generic) and kind.__module__ == "numpy":
+        if issubclass(kind, np.generic) and kind in set(np.sctypeDict.values()):
             return _write_numpy_scalar
     pa = sys.modules.get("pyarrow")
     if pa is not None and kind.__module__ == "pyarrow.lib":
@@ -592,7 +593,7 @@ def _read_values(decoder: Decoder, kind: _Type) -> Any:
     if kind.kind == "fixed_binary":
         if not kind.width:
             decoder.charge(0, length)
-        data = _get(decoder, max(1, length * kind.width), "data")
+        data = _get(decoder, length * kind.width, "data")
         return from_buffers(kind.arrow, length, [validity, data])
     if kind.kind in _VARIABLE:
         offsets = _get(decoder, (length + 1) * _VARIABLE[kind.kind], "offsets")
@@ -745,6 +746,12 @@ def _write_column(encoder: Encoder, column: Any) -> None:
         write_numpy(encoder, column.to_numpy())
     elif type(dtype) is pd.CategoricalDtype:
         encoder.out += b"C" + bytes([bool(dtype.ordered)])
+        if len(dtype.categories) > _MAX_CATEGORIES and _needs_hashing(dtype.categories):
+            raise Refused(
+                f"pandas categorical with {len(dtype.categories)} categories (more "
+                f"than {_MAX_CATEGORIES} can pass only if they are ascending numbers; "
+                "astype the column to the categories' own type)"
+            )
         codes = column.codes if isinstance(column, pd.Index) else column.cat.codes
         write_numpy(encoder, np.asarray(codes))
         _write_index(encoder, dtype.categories)
@@ -877,6 +884,7 @@ def _read_column(decoder: Decoder) -> Any:
         ordered = _flag(decoder)
         codes = _numpy_value(decoder)
         categories = _read_index(decoder)
+        _check_categories(decoder, categories)
         return pd.Categorical.from_codes(codes, categories, ordered=ordered)
     if form == 0x5A:  # Z: time zone
         zone = read_zone(decoder)
@@ -924,8 +932,9 @@ def _object_array(decoder: Decoder) -> Any:
     items = decoder.sequence()
     decoder.depth -= 1
     values = np.empty(len(items), dtype=object)
-    # Not np.array(items): that would look into nested sequences.
-    values[:] = [*items, None][:-1] if len(items) != 1 else items
+    # One by one: numpy would look into nested sequences.
+    for position, item in enumerate(items):
+        values[position] = item
     return values
 
 
@@ -941,8 +950,8 @@ def _read_index(decoder: Decoder) -> Any:
         if any(type(b) is not int for b in bounds) or not bounds[2]:
             raise decoder.fail("no range")
         index = pd.RangeIndex(*bounds)
-        # Nothing may ask for its values and get more than was sent for.
-        decoder.charge(8 * len(index), len(index))
+        if len(index) >= 1 << 40:
+            raise decoder.fail("a range too long")
     elif form == 0x54:  # T: several levels
         count = decoder.number()
         if not 0 < count <= decoder.size - decoder.pos:
@@ -955,7 +964,12 @@ def _read_index(decoder: Decoder) -> Any:
         if type(names) is not list:
             raise decoder.fail("index names that are no list")
         decoder.depth -= 1
-        return pd.MultiIndex(levels, codes, names=names, verify_integrity=True)
+        for level, code in zip(levels, codes):
+            _check_codes(decoder, code, len(level))
+        if len({len(code) for code in codes}) != 1:
+            raise decoder.fail("index levels of different lengths")
+        # Checked above: pandas would check by hashing (see _check_categories).
+        return pd.MultiIndex(levels, codes, names=names, verify_integrity=False)
     elif form == 0x49:  # I: flat
         values = _read_column(decoder)
         index = pd.Index(values, dtype=values.dtype, copy=False)
@@ -964,6 +978,33 @@ def _read_index(decoder: Decoder) -> Any:
     index.name = decoder.value()
     decoder.depth -= 1
     return index
+
+
+def _check_codes(decoder: Decoder, codes: Any, count: int) -> None:
+    if codes.dtype.kind != "i" or not codes.dtype.isnative:
+        raise decoder.fail("codes that are no integers")
+    if len(codes) and not (-1 <= codes.min() and codes.max() < count):
+        raise decoder.fail("codes out of range")
+
+
+def _check_categories(decoder: Decoder, categories: Any) -> None:
+    """Refuse categories whose uniqueness pandas might check in quadratic time.
+
+    It does so by hashing, and values that collide in its tables are easily
+    made. Numbers in ascending order it need not hash.
+    """
+    if len(categories) <= _MAX_CATEGORIES:
+        return
+    if _needs_hashing(categories):
+        raise decoder.fail(f"more than {_MAX_CATEGORIES} unsorted categories")
+
+
+def _needs_hashing(categories: Any) -> bool:
+    import numpy as np
+
+    plain = isinstance(categories.dtype, np.dtype) and categories.dtype.kind in "iufmM"
+    # Asking also makes pandas remember the answer to is_unique.
+    return not (plain and categories.is_monotonic_increasing)
 
 
 def _attrs(decoder: Decoder) -> dict[Any, Any]:
