@@ -167,7 +167,7 @@ class DecodeLimits:
 # --- encoding (in the jail) ---------------------------------------------------
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """A value that can't pass, on its way up; each container adds its step."""
 
     def __init__(self, reason: str) -> None:
@@ -223,9 +223,9 @@ class Encoder:
         self.part_bytes += size
         limits = self.limits
         if len(self.parts) > limits.max_parts:
-            raise Refused(f"more than {limits.max_parts} large buffers")
+            raise RefusedError(f"more than {limits.max_parts} large buffers")
         if self.part_bytes > limits.max_part_bytes:
-            raise Refused(f"more than {limits.max_part_bytes} bytes in all")
+            raise RefusedError(f"more than {limits.max_part_bytes} bytes in all")
 
     def text(self, text: str) -> None:
         """Append a short string, such as a name."""
@@ -239,13 +239,13 @@ class Encoder:
         """Account for this many values."""
         self.items += items
         if self.items > self.limits.max_items:
-            raise Refused(f"more than {self.limits.max_items} values in all")
+            raise RefusedError(f"more than {self.limits.max_items} values in all")
 
     def enter(self) -> None:
         """Account for one more level of containers."""
         self.depth += 1
         if self.depth > self.limits.max_depth:
-            raise Refused(f"more than {self.limits.max_depth} containers deep")
+            raise RefusedError(f"more than {self.limits.max_depth} containers deep")
 
     def sequence(
         self, value: Sequence[Any], owner: object, step: Callable[[int], str]
@@ -268,13 +268,14 @@ class Encoder:
                 if self._optional(value, _PACKERS.get(next(iter(kinds)))):
                     return
         self.out += b"j%c" % count if count < 256 else b"g" + _U64.pack(count)
-        index = 0
+        done = 0
         get = _WRITERS.get
         try:
-            for index, item in enumerate(value):
+            for item in value:
                 (get(type(item)) or _find_writer(item))(self, item)
-        except Refused as refused:
-            refused.steps.append((step(index), id(owner)))
+                done += 1
+        except RefusedError as refused:
+            refused.steps.append((step(done), id(owner)))
             raise
 
     def _optional(
@@ -363,7 +364,7 @@ def _write_int(encoder: Encoder, value: int) -> None:
     except struct.error:
         size = value.bit_length() // 8 + 1
         if size > encoder.limits.max_int_bytes:
-            raise Refused(
+            raise RefusedError(
                 f"int of {size} bytes, more than {encoder.limits.max_int_bytes}"
             ) from None
         encoder.out += b"I"
@@ -448,7 +449,7 @@ def _write_uuid(encoder: Encoder, value: Any) -> None:
 def _write_decimal(encoder: Encoder, value: Any) -> None:
     sign, digits, exponent = value.as_tuple()
     if len(digits) > encoder.limits.max_int_bytes:
-        raise Refused(
+        raise RefusedError(
             f"Decimal of {len(digits)} digits, more than {encoder.limits.max_int_bytes}"
         )
     # Not str(): its exponent form depends on the value, and this one is exact.
@@ -508,11 +509,11 @@ def write_zone(encoder: Encoder, zone: Any) -> None:
         encoder.value(arguments[1] if len(arguments) > 1 else None)
     elif kind is _loaded("zoneinfo", "ZoneInfo"):
         if zone.key is None or not _ZONE.fullmatch(zone.key):
-            raise Refused(f"time zone without a plain name: {_shown(zone.key)}")
+            raise RefusedError(f"time zone without a plain name: {_shown(zone.key)}")
         encoder.out += b"\2"
         encoder.text(zone.key)
     else:
-        raise Refused(
+        raise RefusedError(
             f"tzinfo of type {type_name(zone)} (only datetime.timezone and "
             "zoneinfo.ZoneInfo can pass)"
         )
@@ -549,7 +550,7 @@ def _find_writer(value: object) -> Callable[[Encoder, Any], None]:
         if found is not None:
             _WRITERS[kind] = found
             return found
-    raise Refused(_why_refused(value))
+    raise RefusedError(_why_refused(value))
 
 
 def _why_refused(value: object) -> str:
@@ -583,14 +584,14 @@ def encode(
     encoder = Encoder(limits or DecodeLimits())
     try:
         encoder.value(value)
-    except Refused as refused:
+    except RefusedError as refused:
         raise _located(refused) from None
     except RecursionError:
         raise DataEncodeError(where="result", reason="nested too deeply") from None
     return [bytes(encoder.out), *encoder.parts]
 
 
-def _located(refused: Refused) -> DataEncodeError:
+def _located(refused: RefusedError) -> DataEncodeError:
     steps = list(reversed(refused.steps))
     seen: dict[int, int] = {}
     for level, (_, owner) in enumerate(steps):

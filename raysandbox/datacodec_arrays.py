@@ -23,7 +23,7 @@ from raysandbox.datacodec import (
     INLINE_BYTES,
     Decoder,
     Encoder,
-    Refused,
+    RefusedError,
     _shown,
     read_zone,
     write_zone,
@@ -89,7 +89,7 @@ def _in(step: str, owner: object, write: Callable[[], None]) -> None:
     """Run a writer; if it refuses, say in which part of ``owner``."""
     try:
         write()
-    except Refused as refused:
+    except RefusedError as refused:
         refused.steps.append((step, id(owner)))
         raise
 
@@ -100,9 +100,11 @@ def _in(step: str, owner: object, write: Callable[[], None]) -> None:
 def _dtype_text(dtype: Any) -> str:
     text = str(dtype.str)
     if dtype.fields is not None or dtype.subdtype is not None:
-        raise Refused(f"numpy array of structured dtype {_shown(dtype)}")
+        raise RefusedError(f"numpy array of structured dtype {_shown(dtype)}")
     if not _DTYPE.fullmatch(text):
-        raise Refused(f"numpy array of dtype {_shown(dtype)}, which is not plain data")
+        raise RefusedError(
+            f"numpy array of dtype {_shown(dtype)}, which is not plain data"
+        )
     return text
 
 
@@ -299,7 +301,9 @@ def _write_type(encoder: Encoder, kind: Any) -> _Type:
     import pyarrow as pa
 
     if isinstance(kind, pa.BaseExtensionType):
-        raise Refused(f"Arrow extension type {_shown(str(kind))} is not plain data")
+        raise RefusedError(
+            f"Arrow extension type {_shown(str(kind))} is not plain data"
+        )
     out = encoder.text
     plain = _plain_arrow().get(kind)
     if plain is not None:
@@ -313,7 +317,7 @@ def _write_type(encoder: Encoder, kind: Any) -> _Type:
         return _Type(kind, name)
     if exact is pa.TimestampType:
         if kind.tz is not None and not _zone_ok(kind.tz):
-            raise Refused(f"Arrow time zone {_shown(kind.tz)} is no plain name")
+            raise RefusedError(f"Arrow time zone {_shown(kind.tz)} is no plain name")
         out("timestamp")
         out(kind.unit)
         out(kind.tz or "")
@@ -358,7 +362,7 @@ def _write_type(encoder: Encoder, kind: Any) -> _Type:
         encoder.out += bytes([kind.ordered])
         index = _write_type(encoder, kind.index_type)
         return _Type(kind, "dictionary", (index, _write_type(encoder, kind.value_type)))
-    raise Refused(
+    raise RefusedError(
         f"Arrow type {_shown(str(kind))} has no data-only form; cast it to one that "
         "has (views to string or binary, unions to a struct)"
     )
@@ -366,7 +370,7 @@ def _write_type(encoder: Encoder, kind: Any) -> _Type:
 
 def _write_field(encoder: Encoder, field: Any) -> _Type:
     if field.metadata and any(k.startswith(b"ARROW:ext") for k in field.metadata):
-        raise Refused(f"Arrow field {_shown(field.name)} has extension metadata")
+        raise RefusedError(f"Arrow field {_shown(field.name)} has extension metadata")
     encoder.text(field.name)
     encoder.out += bytes([field.nullable])
     return _write_type(encoder, field.type)
@@ -499,7 +503,9 @@ def _write_values(encoder: Encoder, array: Any, kind: _Type) -> None:
     if length == 0 or kind.kind == "null":
         return
     if array.offset:
-        raise Refused(f"Arrow array of type {_shown(str(kind.arrow))} with an offset")
+        raise RefusedError(
+            f"Arrow array of type {_shown(str(kind.arrow))} with an offset"
+        )
     buffers = array.buffers()
     validity = buffers[0] if array.null_count else None
     _put(encoder, validity, (length + 7) // 8)
@@ -747,7 +753,7 @@ def _write_column(encoder: Encoder, column: Any) -> None:
     elif type(dtype) is pd.CategoricalDtype:
         encoder.out += b"C" + bytes([bool(dtype.ordered)])
         if len(dtype.categories) > _MAX_CATEGORIES and _needs_hashing(dtype.categories):
-            raise Refused(
+            raise RefusedError(
                 f"pandas categorical with {len(dtype.categories)} categories (more "
                 f"than {_MAX_CATEGORIES} can pass only if they are ascending numbers; "
                 "astype the column to the categories' own type)"
@@ -784,7 +790,7 @@ def _write_column(encoder: Encoder, column: Any) -> None:
         write_numpy(encoder, column.to_numpy(dtype=plain, na_value=plain.type(0)))
         write_numpy(encoder, np.asarray(column.isna(), dtype=bool))
     else:
-        raise Refused(
+        raise RefusedError(
             f"pandas dtype {_shown(str(dtype))} has no data-only form; convert it "
             "(astype) to a plain one"
         )
@@ -983,7 +989,7 @@ def _read_index(decoder: Decoder) -> Any:
 def _check_codes(decoder: Decoder, codes: Any, count: int) -> None:
     if codes.dtype.kind != "i" or not codes.dtype.isnative:
         raise decoder.fail("codes that are no integers")
-    if len(codes) and not (-1 <= codes.min() and codes.max() < count):
+    if len(codes) and not (codes.min() >= -1 and codes.max() < count):
         raise decoder.fail("codes out of range")
 
 

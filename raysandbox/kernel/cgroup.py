@@ -45,11 +45,23 @@ import re
 import select
 import signal
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from raysandbox.errors import SetupError, UnsupportedError
+from raysandbox.kernel.cgroup_find import (
+    ENV,
+    PREFIX,
+    Base,
+    Finder,
+    Missing,
+    make_v1_base,
+    make_v2_base,
+    read_or_none,
+    rmdir_quietly,
+    write,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -64,8 +76,6 @@ __all__ = [
     "discover",
 ]
 
-ENV = "RAYSANDBOX_CGROUP"
-PREFIX = "raysandbox"
 CPU_PERIOD_US = 100_000
 
 # Which controller a limit needs, by version.
@@ -78,8 +88,6 @@ _CONTROLLER = {
     "io_read_bytes_per_s": ("blkio", "io"),
     "io_write_bytes_per_s": ("blkio", "io"),
 }
-_V2_CONTROLLERS = ("memory", "pids", "cpu", "io")
-_V1_CONTROLLERS = ("memory", "pids", "cpu", "cpuacct", "blkio", "freezer")
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 _GROUP = re.compile(r"raysandbox-(\d+)-(\d+)-(\d+)-([A-Za-z0-9_][A-Za-z0-9_.-]*)")
@@ -150,21 +158,6 @@ _ENFORCED = Status("ENFORCED")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Missing:
-    """A controller in which this process can't make groups.
-
-    Attributes:
-        controller: ``"memory"``, ``"pids"``, ``"cpu"`` or ``"io"``.
-        have: What was found instead.
-        remedy: The exact command that changes it.
-    """
-
-    controller: str
-    have: str
-    remedy: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
     """What a group used; None where the host has no file that says it.
 
@@ -185,21 +178,11 @@ class Usage:
     pids: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class _Base:
-    """The directory of one hierarchy in which groups are made."""
-
-    version: int
-    path: str
-    controllers: frozenset[str]
-    owned: bool  # made by us (named raysandbox), so ours to remove
-
-
 @dataclass(slots=True)
 class _Write:
     """One value to write into a new group."""
 
-    base: _Base
+    base: Base
     file: str
     value: bytes
     limit: str
@@ -209,42 +192,13 @@ class _Write:
 class _Plan:
     """What creating a group with given limits comes to."""
 
-    bases: list[_Base]
+    bases: list[Base]
     writes: list[_Write]
     report: dict[str, Status]
 
 
-# --- small file helpers -----------------------------------------------------
-
-
-def _write(path: str, value: bytes) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-    try:
-        os.write(fd, value)
-    finally:
-        os.close(fd)
-
-
-def _read(path: str) -> str:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        chunks = []
-        while chunk := os.read(fd, 65536):
-            chunks.append(chunk)
-    finally:
-        os.close(fd)
-    return b"".join(chunks).decode("ascii", "replace")
-
-
-def _read_or_none(path: str) -> str | None:
-    try:
-        return _read(path)
-    except OSError:
-        return None
-
-
 def _int_or_none(path: str) -> int | None:
-    text = _read_or_none(path)
+    text = read_or_none(path)
     if text is None or not text.strip().isdigit():
         return None
     return int(text)
@@ -252,15 +206,11 @@ def _int_or_none(path: str) -> int | None:
 
 def _flat_or_none(path: str, key: str) -> int | None:
     """Read one key of a flat keyed file (``memory.events``)."""
-    for line in (_read_or_none(path) or "").splitlines():
+    for line in (read_or_none(path) or "").splitlines():
         name, _, value = line.partition(" ")
         if name == key and value.isdigit():
             return int(value)
     return None
-
-
-def _writable(path: str) -> bool:
-    return os.access(path, os.W_OK, effective_ids=True)
 
 
 # --- who made a group -------------------------------------------------------
@@ -271,7 +221,7 @@ def _start_time(pid: int) -> int | None:
 
     With it a pid that was given to another process is not taken for its owner.
     """
-    text = _read_or_none(f"/proc/{pid}/stat")
+    text = read_or_none(f"/proc/{pid}/stat")
     if text is None:
         return None
     # The command name (field 2) may hold blanks and parentheses.
@@ -280,307 +230,6 @@ def _start_time(pid: int) -> int | None:
 
 def _pid_namespace() -> int:
     return os.stat("/proc/self/ns/pid").st_ino
-
-
-# --- discovery --------------------------------------------------------------
-
-
-class _Mount(NamedTuple):
-    version: int
-    path: str
-    root: str
-    controllers: frozenset[str]
-
-
-def _unescape(text: str) -> str:
-    return re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), text)
-
-
-def _mounts(mountinfo: str) -> list[_Mount]:
-    """Parse the cgroup mounts out of ``/proc/self/mountinfo`` (proc(5))."""
-    found = []
-    for line in mountinfo.splitlines():
-        left, _, right = line.partition(" - ")
-        before, after = left.split(" "), right.split(" ")
-        if len(before) < 6 or len(after) < 3 or after[0] not in ("cgroup", "cgroup2"):
-            continue
-        path, root = _unescape(before[4]), _unescape(before[3])
-        if after[0] == "cgroup2":
-            names = (_read_or_none(f"{path}/cgroup.controllers") or "").split()
-            found.append(_Mount(2, path, root, frozenset(names)))
-        else:
-            names = [o for o in after[2].split(",") if o in _V1_CONTROLLERS]
-            found.append(_Mount(1, path, root, frozenset(names)))
-    return found
-
-
-def _own_paths(proc_cgroup: str) -> dict[str, str]:
-    """Map controller to own path; version 2 stands under ``""``."""
-    own = {}
-    for line in proc_cgroup.splitlines():
-        _, names, path = line.split(":", 2)
-        for name in names.split(","):
-            own[name] = path
-    return own
-
-
-def _own_dir(mount: _Mount, own: Mapping[str, str]) -> str:
-    """Return the directory of our own group as this mount shows it."""
-    key = next(iter(mount.controllers), "") if mount.version == 1 else ""
-    path = own.get(key, "/")
-    if mount.root != "/":
-        # A bind of a subtree (a container without cgroup namespace).
-        inside = path == mount.root or path.startswith(mount.root + "/")
-        path = path[len(mount.root) :] if inside else "/"
-    full = mount.path + path.rstrip("/")
-    return full if os.path.isdir(full) else mount.path
-
-
-def _user() -> str:
-    return str(os.geteuid())
-
-
-def _remedy_v1(directory: str, parents: Collection[str]) -> str:
-    targets = " ".join(f"{p}/{PREFIX}" for p in sorted(parents) or [directory])
-    return (
-        f"as root: mkdir -p {targets} && chown {_user()} {targets} "
-        f"(or elsewhere, and name the directories in {ENV}, separated by ':')"
-    )
-
-
-def _remedy_v2(mount: str) -> str:
-    inner = (
-        f"g={mount}$(sed -n s/^0:://p /proc/self/cgroup); mkdir $g/ray && "
-        'echo $$ > $g/ray/cgroup.procs && exec "$@"'
-    )
-    if os.path.isdir("/run/systemd/system"):
-        return (
-            "start Ray in a delegated scope: systemd-run --user --scope "
-            f"-p Delegate=yes -- sh -c '{inner}' sh ray start … "
-            "(a system service: Delegate=yes and DelegateSubgroup=ray)"
-        )
-    base = f"{mount}/{PREFIX}-{_user()}"
-    return (
-        f"as root: mkdir -p {base}/ray && chown -R {_user()} {base} && "
-        f"echo PID_OF_THE_SHELL_THAT_STARTS_RAY > {base}/ray/cgroup.procs"
-    )
-
-
-class _Finder:
-    """Chooses the base directories; collects what is missing on the way."""
-
-    def __init__(self, explicit: str | None) -> None:
-        self.explicit = [p.rstrip("/") for p in (explicit or "").split(":") if p]
-        self.own = _own_paths(_read("/proc/self/cgroup"))
-        mounts = _mounts(_read("/proc/self/mountinfo"))
-        self.v2 = next((m for m in mounts if m.version == 2), None)
-        self.v1 = [m for m in mounts if m.version == 1 and m.controllers]
-        self.root = os.geteuid() == 0
-        self.bases: list[_Base] = []
-        self.missing: list[Missing] = []
-
-    def run(self) -> None:
-        self._check_explicit()
-        in_v2 = (self.v2.controllers if self.v2 else frozenset()) & set(_V2_CONTROLLERS)
-        if self.v2 is not None and in_v2:
-            self._find_v2(self.v2, in_v2)
-        seen: set[str] = set(in_v2) | ({"blkio"} if "io" in in_v2 else set())
-        refused: dict[str, str] = {}
-        for mount in self.v1:
-            wanted = mount.controllers - seen
-            if not wanted or (wanted == {"cpuacct"} and "cpu" in in_v2):
-                continue
-            base, have = self._find_v1(mount)
-            if base is None:
-                parent = _own_dir(mount, self.own)
-                refused.update({c: f"{have}|{parent}" for c in wanted})
-            else:
-                self.bases.append(base)
-            seen |= wanted
-        parents = {v.partition("|")[2] for v in refused.values()}
-        for controller in sorted(refused):
-            have, _, parent = refused[controller].partition("|")
-            name = "io" if controller == "blkio" else controller
-            if name in _V2_CONTROLLERS:
-                self.missing.append(
-                    Missing(
-                        controller=name,
-                        have=f"{have} (cgroup version 1)",
-                        remedy=_remedy_v1(parent, parents),
-                    )
-                )
-        for name in _V2_CONTROLLERS:
-            if name not in seen and not (name == "io" and "blkio" in seen):
-                self.missing.append(
-                    Missing(
-                        controller=name,
-                        have="no mounted hierarchy has this controller",
-                        remedy="mount -t cgroup2 none /sys/fs/cgroup, or boot with "
-                        f"the {name} controller enabled",
-                    )
-                )
-
-    def _check_explicit(self) -> None:
-        """Refuse a path that the operator named and that is no cgroup."""
-        roots = [m.path for m in self.v1] + ([self.v2.path] if self.v2 else [])
-        for path in self.explicit:
-            real = os.path.realpath(path)
-            under = any(real == r or real.startswith(r + "/") for r in roots)
-            if not under or not os.path.isdir(path):
-                raise UnsupportedError(
-                    feature="cgroup",
-                    need=f"{ENV} to name directories of mounted cgroup hierarchies",
-                    have=f"{path!r}: "
-                    + ("no such directory" if under else "not below a cgroup mount"),
-                    remedy=f"mkdir {path}, or correct {ENV}",
-                )
-
-    def _named(self, mount: _Mount) -> str | None:
-        for path in self.explicit:
-            real = os.path.realpath(path)
-            if real == mount.path or real.startswith(mount.path + "/"):
-                return real
-        return None
-
-    def _find_v1(self, mount: _Mount) -> tuple[_Base | None, str]:
-        """Return the base of one version 1 hierarchy, or what stands there."""
-        named = self._named(mount)
-        if named is not None:
-            if _writable(named):
-                return _Base(1, named, mount.controllers, False), ""
-            return None, f"{named}: not writable by uid {_user()}"
-        if self.explicit:
-            return None, f"{ENV} names no directory below {mount.path}"
-        parent = _own_dir(mount, self.own)
-        path = f"{parent}/{PREFIX}"
-        problem = _make_v1_base(path)
-        if problem:
-            return None, problem
-        if not _writable(path):
-            return None, f"{path}: not writable by uid {_user()}"
-        return _Base(1, path, mount.controllers, True), ""
-
-    def _find_v2(self, mount: _Mount, wanted: frozenset[str]) -> None:
-        candidates: list[tuple[str, bool]] = []
-        named = self._named(mount)
-        own = _own_dir(mount, self.own)
-        if named is not None:
-            candidates.append((named, False))
-        elif self.explicit:
-            pass
-        elif self.root:
-            candidates.append((f"{mount.path}/{PREFIX}", True))
-        else:
-            # From our own group upwards: a process may be moved only by who may
-            # write the common ancestor's cgroup.procs, and the nearest one
-            # keeps the jails under every limit that we are under.
-            at = own
-            while at == mount.path or at.startswith(mount.path + "/"):
-                files = ("", "/cgroup.procs", "/cgroup.subtree_control")
-                if all(_writable(at + f) for f in files):
-                    candidates.append((f"{at}/{PREFIX}", True))
-                at = os.path.dirname(at)
-        best: tuple[str, bool, frozenset[str]] | None = None
-        have = "no delegated group: none from our own upwards is writable"
-        if self.explicit and named is None:
-            have = f"{ENV} names no directory below {mount.path}"
-        for path, owned in candidates:
-            if not self.root and not _common_writable(mount.path, own, path):
-                have = (
-                    f"{path}: uid {_user()} may not move processes there from {own} "
-                    "(cgroup.procs of their common ancestor is not writable)"
-                )
-                continue
-            got, problem = _make_v2_base(path, wanted, owned)
-            have = problem or have
-            if got and (best is None or len(got) > len(best[2])):
-                if best is not None and best[1]:
-                    _rmdir_quietly(best[0])
-                best = (path, owned, got)
-                if got == wanted:
-                    break
-            elif owned:
-                _rmdir_quietly(path)
-        if best is not None:
-            self.bases.append(_Base(2, best[0], best[2], best[1]))
-        for name in sorted(wanted - (best[2] if best else frozenset())):
-            self.missing.append(
-                Missing(
-                    controller=name,
-                    have=f"{have} (cgroup version 2)",
-                    remedy=_remedy_v2(mount.path),
-                )
-            )
-
-
-def _common_writable(mount: str, own: str, path: str) -> bool:
-    common = os.path.commonpath([own, path])
-    return common.startswith(mount) and _writable(common + "/cgroup.procs")
-
-
-def _rmdir_quietly(path: str) -> None:
-    try:
-        os.rmdir(path)
-    except OSError:
-        pass  # in use by another worker, or gone already: both are fine
-
-
-def _make_v1_base(path: str) -> str:
-    """Make a version 1 base; return what went wrong, or ``""``."""
-    from cgroupspy.nodes import Node
-
-    try:
-        Node(os.path.dirname(path)).create_cgroup(os.path.basename(path))
-    except OSError as error:
-        return f"{path}: {os.strerror(error.errno or 0)}"
-    return ""
-
-
-def _make_v2_base(
-    path: str, wanted: frozenset[str], owned: bool
-) -> tuple[frozenset[str], str]:
-    """Make a version 2 base and enable controllers for its children.
-
-    Returns:
-        The controllers that groups made in ``path`` will have, and what went
-        wrong with the others.
-    """
-    problem = ""
-    if owned:
-        problem = _enable(os.path.dirname(path), wanted)
-        try:
-            os.mkdir(path, 0o755)
-        except FileExistsError:
-            pass
-        except OSError as error:
-            return frozenset(), f"{path}: {os.strerror(error.errno or 0)}"
-    problem = _enable(path, wanted) or problem
-    have = (_read_or_none(f"{path}/cgroup.subtree_control") or "").split()
-    got = wanted & frozenset(have)
-    if got and not _writable(path):
-        return frozenset(), f"{path}: not writable by uid {_user()}"
-    return got, "" if got == wanted else problem
-
-
-def _enable(group: str, wanted: Collection[str]) -> str:
-    """Enable controllers for the children of a version 2 group."""
-    control = f"{group}/cgroup.subtree_control"
-    have = (_read_or_none(control) or "").split()
-    offered = (_read_or_none(f"{group}/cgroup.controllers") or "").split()
-    problem = ""
-    for name in sorted(set(wanted) - set(have)):
-        if name not in offered:
-            problem = f"{group}: its parent does not pass on {name}"
-            continue
-        try:
-            # One by one: a list is refused as a whole.
-            _write(control, b"+" + name.encode())
-        except OSError as error:
-            why = os.strerror(error.errno or 0)
-            if error.errno == errno.EBUSY:
-                why = "it holds processes itself, so it can't have controlled children"
-            problem = f"{group}: {why}"
-    return problem
 
 
 def discover(environ: Mapping[str, str] | None = None) -> Cgroups:
@@ -604,7 +253,7 @@ def discover(environ: Mapping[str, str] | None = None) -> Cgroups:
         UnsupportedError: ``RAYSANDBOX_CGROUP`` names something that is no
             directory of a mounted cgroup hierarchy.
     """
-    finder = _Finder((os.environ if environ is None else environ).get(ENV))
+    finder = Finder((os.environ if environ is None else environ).get(ENV))
     finder.run()
     return Cgroups(finder.bases, finder.missing)
 
@@ -623,7 +272,7 @@ def _disks() -> list[str]:
         if name.startswith(("loop", "ram", "zram", "fd", "sr")):
             continue
         if _int_or_none(f"/sys/block/{name}/size"):
-            dev = _read_or_none(f"/sys/block/{name}/dev")
+            dev = read_or_none(f"/sys/block/{name}/dev")
             if dev is not None:
                 found.append(dev.strip())
     return found
@@ -636,11 +285,11 @@ class Cgroups:
         missing: Controllers that are out of reach, each with its remedy.
     """
 
-    def __init__(self, bases: list[_Base], missing: list[Missing]) -> None:
+    def __init__(self, bases: list[Base], missing: list[Missing]) -> None:
         self._bases = bases
         self.missing = tuple(missing)
         self._plans: dict[CgroupLimits, _Plan] = {}
-        self._by_controller: dict[str, _Base] = {}
+        self._by_controller: dict[str, Base] = {}
         for base in bases:
             for controller in base.controllers:
                 self._by_controller.setdefault(controller, base)
@@ -660,6 +309,14 @@ class Cgroups:
         return tuple(b.path for b in self._bases)
 
     @property
+    def owned(self) -> tuple[tuple[str, str], ...]:
+        """Directory and name prefix of every group that this process makes.
+
+        For a monitor that outlives us and removes what we could not.
+        """
+        return tuple((b.path, f"{PREFIX}-{self._owner}-") for b in self._bases)
+
+    @property
     def versions(self) -> dict[str, int]:
         """Controller (version 2's names) to the version that provides it."""
         return {
@@ -668,7 +325,7 @@ class Cgroups:
             if c not in ("cpuacct", "freezer")
         }
 
-    def _base_for(self, limit: str) -> _Base | None:
+    def _base_for(self, limit: str) -> Base | None:
         v1, v2 = _CONTROLLER[limit]
         base = self._by_controller.get(v2)
         if base is not None and (base.version == 2 or v1 == v2):
@@ -709,10 +366,10 @@ class Cgroups:
     def _make_plan(self, limits: CgroupLimits) -> _Plan:
         report: dict[str, Status] = {}
         writes: list[_Write] = []
-        bases: list[_Base] = []
-        base: _Base | None
+        bases: list[Base] = []
+        base: Base | None
 
-        def use(base: _Base) -> None:
+        def use(base: Base) -> None:
             if base not in bases:
                 bases.append(base)
 
@@ -772,24 +429,24 @@ class Cgroups:
         if required:
             _refuse(limits, plan.report, "")
         leaf = f"{PREFIX}-{self._owner}-{name}"
-        made: list[tuple[_Base, str]] = []
+        made: list[tuple[Base, str]] = []
         report = dict(plan.report)
         try:
             for base in plan.bases:
                 path = f"{base.path}/{leaf}"
                 self._mkdir(base, path)
                 made.append((base, path))
-            for write in plan.writes:
-                self._apply(write, f"{write.base.path}/{leaf}", report)
+            for step in plan.writes:
+                self._apply(step, f"{step.base.path}/{leaf}", report)
             if required:
                 _refuse(limits, report, "")
         except BaseException:
             for _, path in made:
-                _rmdir_quietly(path)
+                rmdir_quietly(path)
             raise
         return Cgroup(self, name, made, report)
 
-    def _mkdir(self, base: _Base, path: str) -> None:
+    def _mkdir(self, base: Base, path: str) -> None:
         try:
             os.mkdir(path, 0o755)
             return
@@ -799,32 +456,32 @@ class Cgroups:
         except OSError as error:
             raise _setup_error("cgroup_create", error, path) from None
         if base.owned and base.version == 2:
-            _make_v2_base(base.path, base.controllers, True)
+            make_v2_base(base.path, base.controllers, True)
         elif base.owned:
-            _make_v1_base(base.path)
+            make_v1_base(base.path)
         try:
             os.mkdir(path, 0o755)
         except OSError as error:
             raise _setup_error("cgroup_create", error, path) from None
 
-    def _apply(self, write: _Write, path: str, report: dict[str, Status]) -> None:
+    def _apply(self, step: _Write, path: str, report: dict[str, Status]) -> None:
         try:
-            _write(f"{path}/{write.file}", write.value)
+            write(f"{path}/{step.file}", step.value)
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.EOPNOTSUPP, errno.ENODEV):
-                report[write.limit] = _absent(write)
-            elif write.file == "cpu.cfs_quota_us" and error.errno == errno.EINVAL:
+                report[step.limit] = _absent(step)
+            elif step.file == "cpu.cfs_quota_us" and error.errno == errno.EINVAL:
                 # A child's share may not exceed its parent's; then the parent's
                 # lower limit is what holds.
-                lower = _lower_parent_quota(write.base.path, int(write.value))
+                lower = _lower_parent_quota(step.base.path, int(step.value))
                 if lower is None:
                     raise _setup_error(
-                        "cgroup_limit", error, f"{path}/{write.file} = {write.value!r}"
+                        "cgroup_limit", error, f"{path}/{step.file} = {step.value!r}"
                     ) from None
-                report[write.limit] = Status("DEGRADED", lower)
+                report[step.limit] = Status("DEGRADED", lower)
             else:
                 raise _setup_error(
-                    "cgroup_limit", error, f"{path}/{write.file} = {write.value!r}"
+                    "cgroup_limit", error, f"{path}/{step.file} = {step.value!r}"
                 ) from None
 
     def sweep(self) -> list[str]:
@@ -840,7 +497,7 @@ class Cgroups:
         """
         here = _pid_namespace()
         alive: dict[tuple[int, int], bool] = {}
-        stale: dict[str, list[tuple[_Base, str]]] = {}
+        stale: dict[str, list[tuple[Base, str]]] = {}
         for base in self._bases:
             try:
                 names = os.listdir(base.path)
@@ -870,7 +527,7 @@ class Cgroups:
         """Remove the base directories that are ours and empty by now."""
         for base in self._bases:
             if base.owned:
-                _rmdir_quietly(base.path)
+                rmdir_quietly(base.path)
 
 
 def _refuse(limits: CgroupLimits, report: Mapping[str, Status], profile: str) -> None:
@@ -890,16 +547,16 @@ def _setup_error(step: str, error: OSError, detail: str) -> SetupError:
     return SetupError(step=step, errno=error.errno or 0, detail=detail)
 
 
-def _absent(write: _Write) -> Status:
-    if write.limit == "swap_bytes":
-        swaps = (_read_or_none("/proc/swaps") or "").splitlines()[1:]
+def _absent(step: _Write) -> Status:
+    if step.limit == "swap_bytes":
+        swaps = (read_or_none("/proc/swaps") or "").splitlines()[1:]
         remedy = "boot with swapaccount=1, or switch swap off"
         if not swaps:
             return Status(
                 "DEGRADED", "no swap accounting; the host has no swap now", remedy
             )
-        return Status("OFF", f"the kernel has no {write.file}", remedy)
-    return Status("OFF", f"the kernel has no {write.file}")
+        return Status("OFF", f"the kernel has no {step.file}", remedy)
+    return Status("OFF", f"the kernel has no {step.file}")
 
 
 def _lower_parent_quota(base: str, quota_us: int) -> str | None:
@@ -915,7 +572,7 @@ def _lower_parent_quota(base: str, quota_us: int) -> str | None:
 
 
 def _writes(
-    limit: str, limits: CgroupLimits, base: _Base
+    limit: str, limits: CgroupLimits, base: Base
 ) -> tuple[list[_Write], Status]:
     """Return what to write for one limit, and what it then amounts to."""
     value = getattr(limits, limit)
@@ -986,7 +643,7 @@ class Cgroup:
 
     owner: Cgroups
     name: str
-    dirs: list[tuple[_Base, str]]
+    dirs: list[tuple[Base, str]]
     report: dict[str, Status]
     _nodes: dict[str, Any] = field(default_factory=dict)
 
@@ -1013,12 +670,16 @@ class Cgroup:
     def _in(self, state: str) -> tuple[str, ...]:
         return tuple(n for n, s in self.report.items() if s.state == state)
 
-    def procs_fds(self) -> list[int]:
+    def procs_fds(self, *, born_inside: bool = False) -> list[int]:
         """Open the files through which a process enters; the caller closes them.
 
         Whoever writes ``b"0"`` to each is in the group with all its limits.
         Version 1: moves the *calling thread only* (see the module's docstring),
         so write from a process with one thread, before it starts more.
+
+        Args:
+            born_inside: The process is cloned into `dir_fd`: leave version 2
+                out, where entering again would only cost its lock.
 
         Raises:
             SetupError: The group is gone or not ours (``cgroup_open``).
@@ -1026,6 +687,8 @@ class Cgroup:
         fds: list[int] = []
         try:
             for base, path in self.dirs:
+                if born_inside and base.version == 2:
+                    continue
                 file = "tasks" if base.version == 1 else "cgroup.procs"
                 fds.append(os.open(f"{path}/{file}", os.O_WRONLY | os.O_CLOEXEC))
         except OSError as error:
@@ -1112,7 +775,7 @@ class Cgroup:
         found: set[int] = set()
         for _, path in self.dirs:
             for at in _tree(path):
-                text = _read_or_none(f"{at}/cgroup.procs") or ""
+                text = read_or_none(f"{at}/cgroup.procs") or ""
                 found.update(int(n) for n in text.split())
         return found
 
@@ -1219,7 +882,7 @@ def _value(read: Callable[[], Any]) -> int | None:
 
 def _try_write(path: str, value: bytes) -> bool:
     try:
-        _write(path, value)
+        write(path, value)
     except OSError:
         return False
     return True

@@ -92,8 +92,8 @@ def main() -> None:
         rows.append(row)
         if "--json" not in sys.argv:
             print(
-                f"{name:18} data {row['data encode']:9.3f} + {row['data decode']:9.3f}"
-                f"   pickle {row['pickle encode']:9.3f} + {row['pickle decode']:9.3f} ms"
+                f"{name:16} data {row['data encode']:9.3f} + {row['data decode']:9.3f}"
+                f"  pickle {row['pickle encode']:9.3f} + {row['pickle decode']:8.3f} ms"
                 f"   ratio {row['ratio']:6.2f}"
             )
     if "--json" in sys.argv:

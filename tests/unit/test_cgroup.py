@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from raysandbox.errors import SetupError, UnsupportedError
-from raysandbox.kernel import cgroup
+from raysandbox.kernel import cgroup, cgroup_find
 from raysandbox.kernel.cgroup import Cgroup, CgroupLimits, Cgroups
 from tests.require import require
 
@@ -391,7 +391,7 @@ def test_close_removes_the_base_and_create_makes_it_again(
 def _unified() -> str:
     """Return where version 2 is mounted, with or without controllers."""
     with open("/proc/self/mountinfo") as opened:
-        for mount in cgroup._mounts(opened.read()):
+        for mount in cgroup_find.parse_mounts(opened.read()):
             if mount.version == 2:
                 return mount.path
     pytest.skip("cgroup version 2 is not mounted")
@@ -403,7 +403,7 @@ def unified() -> Iterator[Cgroups]:
     require("root", "cgroup")
     base = f"{_unified()}/raysandbox-test-{os.getpid()}"
     os.mkdir(base)
-    yield Cgroups([cgroup._Base(2, base, frozenset(), False)], [])
+    yield Cgroups([cgroup_find.Base(2, base, frozenset(), False)], [])
     os.rmdir(base)
 
 
@@ -759,7 +759,7 @@ def test_mounts_are_parsed_with_escapes_and_joint_controllers() -> None:
         "33 31 0:30 / /sys/fs/cgroup/systemd rw - cgroup cgroup rw,name=systemd\n"
         "garbage\n"
     )
-    joint, named = cgroup._mounts(text)
+    joint, named = cgroup_find.parse_mounts(text)
     assert joint.path == "/my dir/cpu,cpuacct"
     assert joint.root == "/docker/a"
     assert joint.controllers == {"cpu", "cpuacct"}
@@ -768,8 +768,10 @@ def test_mounts_are_parsed_with_escapes_and_joint_controllers() -> None:
 
 def test_own_group_inside_a_bound_subtree_is_found(tmp_path: object) -> None:
     """A container without cgroup namespace sees its subtree as the mount."""
-    mount = cgroup._Mount(1, str(tmp_path), "/docker/a", frozenset({"pids"}))
+    mount = cgroup_find.Mount(1, str(tmp_path), "/docker/a", frozenset({"pids"}))
     os.mkdir(f"{tmp_path}/inner")
-    assert cgroup._own_dir(mount, {"pids": "/docker/a/inner"}) == f"{tmp_path}/inner"
-    assert cgroup._own_dir(mount, {"pids": "/docker/ab"}) == str(tmp_path)
-    assert cgroup._own_dir(mount, {"pids": "/docker/a"}) == str(tmp_path)
+    assert (
+        cgroup_find.own_dir(mount, {"pids": "/docker/a/inner"}) == f"{tmp_path}/inner"
+    )
+    assert cgroup_find.own_dir(mount, {"pids": "/docker/ab"}) == str(tmp_path)
+    assert cgroup_find.own_dir(mount, {"pids": "/docker/a"}) == str(tmp_path)

@@ -148,7 +148,7 @@ def test_packed_lists_come_back_the_same(value: list[Any]) -> None:
         decimal.Decimal("NaN12"),
         decimal.Decimal("1E+999999"),
         dt.datetime(2020, 10, 25, 2, 30, fold=1, tzinfo=zoneinfo.ZoneInfo("CET")),
-        dt.datetime.max,
+        dt.datetime(9999, 12, 31, 23, 59, 59, 999999),  # noqa: DTZ001 - naive on purpose
         dt.timezone.utc,
         dt.timezone(dt.timedelta(hours=-3), "x y"),
         dt.timedelta.min,
@@ -527,8 +527,8 @@ HERE = __name__
         (
             {"v": pa.array(["a"], pa.string_view())},
             (
-                'result["v"]: Arrow type "string_view" has no data-only form; cast it to '
-                "one that has (views to string or binary, unions to a struct)"
+                'result["v"]: Arrow type "string_view" has no data-only form; cast it '
+                "to one that has (views to string or binary, unions to a struct)"
             ),
         ),
     ],
