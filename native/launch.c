@@ -141,6 +141,11 @@ read_plan(struct plan *plan, int fd)
     close(fd);
 }
 
+/* Open the files through which the inside joins its cgroups.
+ *
+ * Version 1's cgroup.procs waits for an RCU grace period, 10 ms and more; a
+ * thread that moves itself by its tasks file does not, and the inside has one
+ * thread.  Version 2 has no tasks. */
 static void
 open_cgroups(struct launch *launch)
 {
@@ -149,13 +154,18 @@ open_cgroups(struct launch *launch)
 
     for (size_t cursor = 0;
          (record = plan_next(&launch->plan, R_CGROUP_JOIN, &cursor));) {
+        const char *directory = field_str(record, 0);
         if (launch->cgroup_count == MAX_CGROUPS ||
-            (size_t)snprintf(path, sizeof path, "%s/cgroup.procs",
-                             field_str(record, 0)) >= sizeof path) {
+            strlen(directory) + sizeof "/cgroup.procs" > sizeof path) {
             errno = E2BIG;
             rs_die("cgroup_open", NULL);
         }
+        snprintf(path, sizeof path, "%s/tasks", directory);
         int fd = open(path, O_WRONLY | O_CLOEXEC);
+        if (fd < 0 && errno == ENOENT) {
+            snprintf(path, sizeof path, "%s/cgroup.procs", directory);
+            fd = open(path, O_WRONLY | O_CLOEXEC);
+        }
         if (fd < 0)
             rs_die("cgroup_open", path);
         launch->cgroup_fds[launch->cgroup_count++] = fd;
