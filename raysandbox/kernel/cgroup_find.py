@@ -153,6 +153,7 @@ def _remedy_v1(directory: str, parents: Collection[str]) -> str:
 
 
 def _remedy_v2(mount: str) -> str:
+    wanted = " ".join(f"+{name}" for name in V2_CONTROLLERS)
     inner = (
         f"g={mount}$(sed -n s/^0:://p /proc/self/cgroup); mkdir $g/ray && "
         'echo $$ > $g/ray/cgroup.procs && exec "$@"'
@@ -165,8 +166,9 @@ def _remedy_v2(mount: str) -> str:
         )
     base = f"{mount}/{PREFIX}-{_user()}"
     return (
-        f"as root: mkdir -p {base}/ray && chown -R {_user()} {base} && "
-        f"echo PID_OF_THE_SHELL_THAT_STARTS_RAY > {base}/ray/cgroup.procs"
+        f"as root: echo '{wanted}' > {mount}/cgroup.subtree_control && "
+        f"mkdir -p {base}/ray && chown -R {_user()} {base} && "
+        f"echo PID > {base}/ray/cgroup.procs, PID being the shell that starts Ray"
     )
 
 

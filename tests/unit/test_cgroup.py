@@ -619,7 +619,7 @@ def test_user_without_delegation_is_told_the_remedy(groups: Cgroups) -> None:
         assert caught.value.profile == "strict"
         assert caught.value.feature == "cgroup limit memory_bytes"
         remedy = caught.value.remedy
-        assert ("chown 65534" in remedy) or ("Delegate=yes" in remedy)
+        assert ("chown" in remedy and "65534" in remedy) or "Delegate=yes" in remedy
         with pytest.raises(UnsupportedError):
             bare.create("no", limits, required=True)
         # Not required: an empty group that says what does not hold.
@@ -675,6 +675,64 @@ def test_remedy_for_version_1_is_what_makes_it_work(groups: Cgroups) -> None:
         for target in targets:
             if os.path.isdir(target):
                 os.rmdir(target)
+
+
+def test_remedy_for_version_2_is_what_makes_it_work(groups: Cgroups) -> None:
+    """The printed commands put a user's process where it can make groups."""
+    require("root", "cgroup2", "cgroup:memory", "cgroup:pids")
+    if os.path.isdir("/run/systemd/system"):
+        pytest.skip("the remedy here is systemd's, for a user session")
+    mount = _unified()
+    base = f"{mount}/raysandbox-65534"
+
+    def use() -> int:
+        bare = cgroup.discover({})
+        remedy = next(m.remedy for m in bare.missing if m.controller == "memory")
+        command = remedy.removeprefix("as root: ").partition(", PID being")[0]
+        os.write(wanted, command.replace("PID", str(os.getpid())).encode())
+        os.read(done, 1)
+        with cgroup.discover({}) as found:
+            assert found.missing == (), found.missing
+            assert found.base_paths == (f"{base}/raysandbox",)
+            limits = CgroupLimits(
+                memory_bytes=48 * MiB, swap_bytes=0, pids=8, cpu_cores=0.5
+            )
+            group = found.create("mine", limits, required=True)
+            assert ended(spawn(group, lambda: fork_until_refused(12))) == 7
+            assert group.kill()
+            assert ended(spawn(group, eat(96 * MiB))) == -signal.SIGKILL
+            assert (group.usage().oom_kills or 0) >= 1
+            assert group.remove()
+        return 0
+
+    request, wanted = os.pipe()
+    done, go = os.pipe()
+
+    def helper() -> int:
+        return os.waitstatus_to_exitcode(os.system(os.read(request, 65536).decode()))
+
+    groups.close()
+    operator = spawn(None, lambda: helper() or (os.write(go, b"x") - 1))
+    try:
+        assert _as_nobody(use) == 0
+        assert ended(operator) == 0
+    finally:
+        for path in (f"{base}/raysandbox", f"{base}/ray", base):
+            if os.path.isdir(path):
+                os.rmdir(path)
+
+
+def test_user_may_not_move_processes_out_of_a_foreign_group(delegated: str) -> None:
+    """Version 2: owning the target is not enough; the common ancestor counts."""
+    require("cgroup2")
+
+    def body() -> int:
+        found = cgroup.discover({"RAYSANDBOX_CGROUP": delegated})
+        assert found.versions == {}
+        assert "may not move processes" in found.missing[0].have
+        return 0
+
+    assert _as_nobody(body) == 0
 
 
 # --- errors -----------------------------------------------------------------
