@@ -309,6 +309,57 @@ def test_arrow_comes_back_the_same() -> None:
             assert again(nested).equals(nested), name
 
 
+def odd_arrow() -> list[Any]:
+    """Types within types that Arrow's own constructors are picky about."""
+    words = pa.array(["a", "b"]).dictionary_encode()
+    return [
+        pa.array([[None], [None, None]], pa.list_(pa.null())),
+        pa.array([{}, {}], pa.struct([])),
+        pa.array([b"", b""], pa.binary(0)),
+        pa.array([[], []], pa.list_(pa.int8(), 0)),
+        pa.DictionaryArray.from_arrays(pa.array([0, None, 1], pa.int8()), [["a"], []]),
+        pa.DictionaryArray.from_arrays(pa.array([0, 0], pa.int8()), words),
+        pa.StructArray.from_arrays([words], ["x"]),
+        pa.ListArray.from_arrays([0, 1, 2], words),
+        pa.FixedSizeListArray.from_arrays(words, 2),
+        pa.MapArray.from_arrays([0, 1, 2], words, pa.array([[1], None])),
+        pa.array([[("k", [("z", 1)])]], pa.map_("string", pa.map_("string", "int8"))),
+        pa.array([], pa.map_("string", "int8")),
+        pa.chunked_array([], pa.string()),
+        pa.table({}),
+        pa.array(["a", None] * 5000).dictionary_encode().slice(3, 7),
+        pa.array([{"a": [{"b": {"c": None}}]}] * 3).slice(1),
+    ]
+
+
+def test_odd_arrow_types_come_back_the_same() -> None:
+    """Dictionaries in everything, widths of zero, nothing at all."""
+    for value in odd_arrow():
+        made = again(value)
+        assert made.equals(value), value
+        assert type(made) is type(value)
+    for name in ("decimal32", "decimal64"):
+        if hasattr(pa, name):
+            value = pa.array([1, None], getattr(pa, name)(5, 2))
+            assert again(value).equals(value)
+
+
+def test_null_map_keys_are_refused_before_arrow_sees_them() -> None:
+    """Arrow's constructor would end the worker's process over these."""
+    offsets = b"\1" + inline(struct.pack("<ii", 0, 1))
+    kind = (
+        b"Pa" + inline(b"map") + b"\0"
+        + inline(b"key") + b"\0" + inline(b"string")
+        + inline(b"value") + b"\1" + inline(b"int8")
+    )  # fmt: skip
+    rest = offsets + b"\1" + inline(b"a") + u64(1) + b"\0" + b"\1" + inline(b"1")
+    good = kind + u64(1) + b"\0" + offsets + u64(1) + b"\0" + rest
+    assert decode([memoryview(good)]).to_pylist() == [[("a", 49)]]
+    bad = kind + u64(1) + b"\0" + offsets + u64(1) + b"\1" + inline(b"\0") + rest
+    with pytest.raises(DataDecodeError, match="map keys"):
+        decode([memoryview(bad)])
+
+
 def test_arrow_slice_takes_nothing_else_along() -> None:
     """Ten rows of a million are ten rows: not the parent's other values."""
     secret = "the-rest-of-the-table"
@@ -413,6 +464,15 @@ def test_index_comes_back_the_same(index: Any) -> None:
     pdt.assert_frame_equal(again(value), value)
     across = pd.DataFrame([[1, "a", None]], columns=index)
     pdt.assert_frame_equal(again(across), across)
+
+
+def test_large_categorical_passes_if_no_hashing_is_needed() -> None:
+    """Ascending numbers of any count pass; many texts are refused with a remedy."""
+    numbers = pd.Series(pd.Categorical(np.arange(50_000) // 2))
+    pdt.assert_series_equal(again(numbers), numbers)
+    texts = pd.Series(pd.Categorical([str(n) for n in range(20_000)]))
+    with pytest.raises(DataEncodeError, match=r"20000 categories .* astype"):
+        encode(texts)
 
 
 # --- what is refused, and how -------------------------------------------------
@@ -814,7 +874,9 @@ def corpus() -> list[Any]:
     columns = [table[name].chunk(0) for name in table.column_names]
     value = frame()
     series = [value[name] for name in value]
-    return [*plain, *ARRAYS, table, *columns, value, *series, *INDEXES]
+    return [
+        *plain, *ARRAYS, table, *columns, *odd_arrow(), value, *series, *INDEXES
+    ]  # fmt: skip
 
 
 def mutate(parts: list[bytes], rng: random.Random) -> list[bytes]:
