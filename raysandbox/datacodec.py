@@ -55,6 +55,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
     from typing import Any
 
+    # Steps from an element outwards, each with the id of what it is taken in.
+    Where = Callable[[int], list[tuple[str, int]]]
+
 __all__ = [
     "DataDecodeError",
     "DataEncodeError",
@@ -247,21 +250,26 @@ class Encoder:
         if self.depth > self.limits.max_depth:
             raise RefusedError(f"more than {self.limits.max_depth} containers deep")
 
-    def sequence(
-        self, value: Sequence[Any], owner: object, step: Callable[[int], str]
-    ) -> None:
+    def sequence(self, value: Sequence[Any], where: Where) -> None:
         """Append the elements of a list or tuple.
 
         Elements that all have one simple type are packed, for that is what
         large lists are made of, and packing them is done in C.
+
+        Args:
+            value: The elements.
+            where: The steps that lead to one of them, for errors.
         """
         count = len(value)
         self.count(count)
         if count >= _PACK_FROM:
             kinds = set(map(type, value))
             if len(kinds) == 1:
-                pack = _PACKERS.get(next(iter(kinds)))
+                kind = next(iter(kinds))
+                pack = _PACKERS.get(kind)
                 if pack is not None and pack(self, value):
+                    return
+                if kind in _ROWS and self._rows(kind, value, where):
                     return
             elif len(kinds) == 2 and _NONE in kinds:
                 kinds.discard(_NONE)
@@ -275,8 +283,37 @@ class Encoder:
                 (get(type(item)) or _find_writer(item))(self, item)
                 done += 1
         except RefusedError as refused:
-            refused.steps.append((step(done), id(owner)))
+            refused.steps += where(done)
             raise
+
+    def _rows(self, kind: type, value: Sequence[Any], where: Where) -> bool:
+        """Append rows of one form as columns; False if they have not one form.
+
+        A column mostly has one type, which packs; a row mostly has not.
+        """
+        width = len(value[0])
+        if not 0 < width < 256 or set(map(len, value)) != {width}:
+            return False
+        keys: list[Any] = []
+        columns: Iterable[Sequence[Any]]
+        if kind is dict:
+            # The same objects as keys: equal ones may differ in type (1, True).
+            keys = list(value[0])
+            ids = [*map(id, keys)]
+            if any([*map(id, row)] != ids for row in value):
+                return False
+            columns = zip(*[row.values() for row in value])
+        else:
+            columns = zip(*value)
+        self.out += b"r" + _ROWS[kind] + bytes([width])
+        self.enter()
+        if keys:
+            self.sequence(keys, _steps(value[0], ".<key {}>".format))
+        for number, column in enumerate(columns):
+            shown = f"[{_shown(keys[number])}]" if keys else f"[{number}]"
+            self.sequence(column, _within(value, shown, where))
+        self.depth -= 1
+        return True
 
     def _optional(
         self,
@@ -297,6 +334,17 @@ class Encoder:
 
 
 _NONE = type(None)
+_ROWS: dict[type, bytes] = {tuple: b"t", list: b"l", dict: b"m"}
+
+
+def _steps(owner: object, step: Callable[[int], str]) -> Where:
+    """Return how errors lead from a container to one of its elements."""
+    return lambda at: [(step(at), id(owner))]
+
+
+def _within(rows: Sequence[Any], shown: str, where: Where) -> Where:
+    """Return how errors lead to an element of one column of rows."""
+    return lambda at: [(shown, id(rows[at])), *where(at)]
 
 
 def _pack_numbers(code: str, tag: bytes) -> Callable[[Encoder, Sequence[Any]], bool]:
@@ -397,21 +445,17 @@ def _write_bytes(encoder: Encoder, value: bytes) -> None:
     encoder.buffer(memoryview(value) if len(value) > INLINE_BYTES else value)
 
 
-def _index_step(index: int) -> str:
-    return f"[{index}]"
-
-
 def _write_list(encoder: Encoder, value: list[Any] | tuple[Any, ...]) -> None:
     encoder.out += b"l" if type(value) is list else b"t"
     encoder.enter()
-    encoder.sequence(value, value, _index_step)
+    encoder.sequence(value, _steps(value, "[{}]".format))
     encoder.depth -= 1
 
 
 def _write_set(encoder: Encoder, value: set[Any] | frozenset[Any]) -> None:
     encoder.out += b"e" if type(value) is set else b"z"
     encoder.enter()
-    encoder.sequence(list(value), value, lambda _: ".<element>")
+    encoder.sequence(list(value), _steps(value, ".<element>".format))
     encoder.depth -= 1
 
 
@@ -419,9 +463,9 @@ def _write_dict(encoder: Encoder, value: dict[Any, Any]) -> None:
     encoder.out += b"m"
     encoder.enter()
     keys = list(value)
-    encoder.sequence(keys, value, lambda index: f".<key {index}>")
+    encoder.sequence(keys, _steps(value, ".<key {}>".format))
     encoder.sequence(
-        list(value.values()), value, lambda index: f"[{_shown(keys[index])}]"
+        list(value.values()), _steps(value, lambda at: f"[{_shown(keys[at])}]")
     )
     encoder.depth -= 1
 
@@ -724,6 +768,8 @@ class Decoder:
                 self.pos = pos + 1
                 out.append(readers[buf[pos]](self))
             return out
+        if kind == 0x72:  # r: rows of one form, as columns
+            return self._rows()
         if kind == 0x3F:  # ?: one type and None
             present = self._flags()
             self.charge(8 * len(present), len(present))
@@ -734,6 +780,32 @@ class Decoder:
             items = iter(given)
             return [next(items) if flag else None for flag in present]
         return self._packed(kind)
+
+    def _rows(self) -> list[Any]:
+        form, width = self.byte(), self.byte()
+        if form not in b"tlm" or not width:
+            raise self.fail("rows of no known form")
+        self.enter()
+        keys: list[Any] = []
+        if form == 0x6D:
+            keys = self.sequence()
+            self.check_keys(keys)
+            if len(keys) != width:
+                raise self.fail(f"{len(keys)} keys for {width} values")
+        columns = [self.sequence() for _ in range(width)]
+        count = len(columns[0])
+        if any(len(column) != count for column in columns):
+            raise self.fail("columns of different lengths")
+        self.charge((64 + (104 if keys else 8) * width) * count, count)
+        self.depth -= 1
+        rows: list[Any] = list(zip(*columns))
+        if form == 0x6C:
+            return list(map(list, rows))
+        if form == 0x6D:
+            rows = [dict(zip(keys, row)) for row in rows]
+            if count and len(rows[0]) != width:
+                raise self.fail("two keys are equal")
+        return rows
 
     def _flags(self) -> bytes:
         raw = bytes(self.buffer())

@@ -25,6 +25,7 @@ from raysandbox.datacodec import (
     Encoder,
     RefusedError,
     _shown,
+    _steps,
     read_zone,
     write_zone,
 )
@@ -745,7 +746,7 @@ def _write_column(encoder: Encoder, column: Any) -> None:
             encoder.out += b"O"
             values = column.to_numpy()
             encoder.enter()
-            encoder.sequence(values.tolist(), column, lambda i: f".iloc[{i}]")
+            encoder.sequence(values.tolist(), _steps(column, ".iloc[{}]".format))
             encoder.depth -= 1
             return
         encoder.out += b"A"
@@ -777,8 +778,7 @@ def _write_column(encoder: Encoder, column: Any) -> None:
             encoder.enter()
             encoder.sequence(
                 [None if gone else v for v, gone in zip(values, missing)],
-                column,
-                lambda i: f".iloc[{i}]",
+                _steps(column, ".iloc[{}]".format),
             )
             encoder.depth -= 1
     elif type(dtype) is pd.ArrowDtype:

@@ -128,6 +128,33 @@ def test_packed_lists_come_back_the_same(value: list[Any]) -> None:
     assert same(again(value), value)
 
 
+ROWS = st.integers(1, 4).flatmap(
+    lambda width: st.one_of(
+        st.lists(st.tuples(*[HASHABLE] * width), min_size=8),
+        st.lists(st.lists(HASHABLE, min_size=width, max_size=width), min_size=8),
+        st.lists(
+            st.fixed_dictionaries({f"k{n}": HASHABLE for n in range(width)}),
+            min_size=8,
+        ),
+    )
+)
+
+
+@settings(deadline=None, max_examples=100, suppress_health_check=list(HealthCheck))
+@given(ROWS)
+def test_rows_come_back_the_same(value: list[Any]) -> None:
+    """Rows of one form go as columns, with the same result."""
+    assert same(again(value), value)
+
+
+def test_rows_whose_keys_are_only_equal_keep_their_own() -> None:
+    """{1: …} and {True: …} are equal in keys and no rows of one form."""
+    value = [{1: "a"}] * 5 + [{True: "b"}] * 5 + [{1.0: "c"}] * 5
+    assert same(again(value), value)
+    rows = [{"k": n, 2: [n]} for n in range(9)]
+    assert same(again(rows), rows)
+
+
 @pytest.mark.parametrize(
     "value",
     [
@@ -532,6 +559,18 @@ HERE = __name__
             ),
         ),
         (
+            [{"a": 1, "b": [[n, n]] * 9} for n in range(20)]
+            + [{"a": 1, "b": [[1, 2]] * 8 + [[1, range(2)]]}] * 2,
+            'result[20]["b"][8][1]: type range is not plain data',
+        ),
+        (
+            {(n, n) for n in range(9)} | {(1, Whole(2))},
+            (
+                f"result.<element>[1]: type {HERE}.Whole is not plain data "
+                "(a subclass of int; convert it to int itself)"
+            ),
+        ),
+        (
             collections.OrderedDict(),
             (
                 "result: type collections.OrderedDict is not plain data "
@@ -688,6 +727,13 @@ PRIME = (1 << 61) - 1  # ints hash modulo this
         (b"la" + inline(u64(5)) + inline(b"abc"), "do not match"),
         (b"la" + inline(u64((1 << 64) - 1)) + inline(b"abc"), "do not match"),
         (b"l?" + inline(b"\1\1") + b"q" + inline(u64(1)), "do not match"),
+        (b"lrx\1" + b"j\0", "no known form"),
+        (b"lrt\0", "no known form"),
+        (b"lrt\2" + b"j\1N" + b"j\2NN", "different lengths"),
+        (b"lrm\2" + b"j\1N" + b"j\1N" * 2, "1 keys for 2 values"),
+        (b"lrm\2" + b"j\2NN" + b"j\1N" * 2, "two keys are equal"),
+        (b"lrm\1" + b"j\1lj\0" + b"j\1N", "can't be hashed"),
+        (b"l" + b"rt\1" * 101 + b"j\0", "containers deep"),
         (keys_of([b"T", b"i" + u64(1)]), "two keys are equal"),
         (keys_of([b"i" + u64(0), b"f" + u64(0)], b"z"), "two keys are equal"),
         (keys_of([b"lj\0"]), "can't be hashed"),
@@ -865,6 +911,8 @@ def corpus() -> list[Any]:
         list(range(50)), [0.5] * 20, ["a", "bb", ""] * 9, [b"a"] * 9, [True] * 9,
         ["a", None] * 9, {f"k{n}": n for n in range(30)}, {1, 2, 3, (4, 5)},
         frozenset([frozenset([1]), frozenset([2])]),
+        [(n, "x", None) for n in range(9)], [{"a": n, "b": [n]} for n in range(9)],
+        [[[n, n + 0.5]] * 8 for n in range(8)],
         decimal.Decimal("12.50"), uuid.UUID(int=7), dt.date(2020, 1, 2),
         dt.datetime(2020, 1, 2, 3, 4, 5, 6, zoneinfo.ZoneInfo("Europe/Berlin")),
         dt.time(1, 2, tzinfo=dt.timezone(dt.timedelta(hours=1), "n")),
@@ -892,7 +940,7 @@ def mutate(parts: list[bytes], rng: random.Random) -> list[bytes]:
             part[at] ^= 1 << rng.randrange(8)
         elif action == 1:
             part[at] = rng.choice(
-                b"\0\1\2\7\x7f\x80\xfe\xffNTFiIfcxsSblt?ezmwnDhkrZAGPX"
+                b"\0\1\2\7\x7f\x80\xfe\xffNTFiIfcxsSblt?ezmwnDhkrZAGPXgjqdauyo"
             )
         elif action == 2:
             del part[at : at + rng.randrange(1, 9)]
