@@ -48,6 +48,9 @@ class ForkServer:
         slot: int,
         cgroup_fds: list[int],
         keep_fds: list[int],
+        *,
+        stdout_fd: int = 1,
+        stderr_fd: int = 2,
         cgroup_dir_fd: int = -1,
     ) -> tuple[int, int]:
         """Fork a jail; return only when all its walls are up.
@@ -58,6 +61,8 @@ class ForkServer:
             cgroup_fds: ``tasks`` or ``cgroup.procs`` files that the jail joins
                 first.
             keep_fds: Descriptors besides 0, 1, 2 that stay open in it.
+            stdout_fd: Becomes descriptor 1 of the jail.
+            stderr_fd: Becomes descriptor 2 of the jail.
             cgroup_dir_fd: Directory of the version 2 group that it is born
                 in; -1 for the caller's own.
 
@@ -72,6 +77,8 @@ class ForkServer:
         parent, child = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         pid = self._fork(cgroup_dir_fd)
         if pid == 0:
+            os.dup2(stdout_fd, 1)
+            os.dup2(stderr_fd, 2)
             # Never returns on failure: the child ends with its step reported.
             self._library.rs_enter_jail(
                 slot,

@@ -28,6 +28,7 @@ Needs, and what each asks for:
 ``seccomp``             seccomp filters
 ``program:NAME``        an executable of that name on PATH
 ``module:NAME``         a Python module that can be found
+``kernel``              QEMU and the second kernel that ``make setup`` fetches
 ======================  =======================================================
 
 A listed entry covers what it implies: ``landlock:4`` makes ``landlock:1`` to
@@ -111,6 +112,12 @@ def _module(name: str) -> str:
     return "" if importlib.util.find_spec(name) else f"no Python module {name}"
 
 
+def _kernel(_: str) -> str:
+    from tests.qemu import run
+
+    return run.lacks()
+
+
 _NEEDS: dict[str, Callable[[str], str]] = {
     "root": _root,
     "user": _user,
@@ -122,6 +129,7 @@ _NEEDS: dict[str, Callable[[str], str]] = {
     "seccomp": _seccomp,
     "program": _program,
     "module": _module,
+    "kernel": _kernel,
 }
 
 

@@ -95,9 +95,7 @@ def _initramfs() -> Path:
         flags = ["-std=c11", "-O2", "-Wall", "-Wextra", "-Werror", "-static"]
         subprocess.run(["cc", *flags, str(HERE / "init.c"), "-o", init], check=True)
         shutil.copytree(BUILD / "modules", f"{stage}/modules")
-        names = sorted(
-            str(path.relative_to(stage)) for path in Path(stage).rglob("*")
-        )
+        names = sorted(str(path.relative_to(stage)) for path in Path(stage).rglob("*"))
         made = image.with_suffix(f".{os.getpid()}")
         with made.open("wb") as target:
             subprocess.run(
@@ -168,8 +166,8 @@ def run(
             "-append", COMMAND_LINE,
             "-serial", f"file:{console}",
             "-chardev", "stdio,id=out,signal=off", "-serial", "chardev:out",
-            "-fsdev", "local,id=host,path=/,security_model=none,readonly=on,"
-                      "multidevs=remap",
+            "-fsdev", ("local,id=host,path=/,security_model=none,readonly=on,"
+                       "multidevs=remap"),
             "-device", "virtio-9p-pci,fsdev=host,mount_tag=host",
             "-fsdev", f"local,id=out,path={out},security_model=none",
             "-device", "virtio-9p-pci,fsdev=out,mount_tag=out",

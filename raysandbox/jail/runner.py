@@ -1,0 +1,306 @@
+"""What runs in a jail: one call after the other, until the worker ends it.
+
+Everything that a user made is unpickled here and nowhere else. A call is a
+frame whose first part says in JSON what to do; the others are the function or
+class, and each argument as Ray serialized it::
+
+    {"op": "task"}    function, arguments → result
+    {"op": "new"}     class, arguments → the jail's actor
+    {"op": "method"}  arguments → result of the actor's method
+    {"op": "split"}   the last result again, one value for each item
+    {"op": "retry"}   pickled exception types → is the last exception one?
+
+Replies: RESULT, whose first part has 8 bytes for each value (mode, zeros, u32
+number of parts), or ERROR, whose first part is the error's kind.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import pickle
+import signal
+import socket
+import struct
+import sys
+import traceback
+from typing import Any
+
+from raysandbox import wire
+from raysandbox.jail import ray_facade, ray_objects
+
+__all__ = [
+    "ERROR_QUOTA",
+    "ERROR_RESULT",
+    "ERROR_UNSUPPORTED",
+    "ERROR_USER",
+    "MODE_DATA",
+    "MODE_PICKLE",
+    "MODE_RAW",
+    "run",
+]
+
+MODE_PICKLE, MODE_DATA, MODE_RAW = 1, 2, 3
+ERROR_USER, ERROR_UNSUPPORTED, ERROR_RESULT, ERROR_QUOTA = 1, 2, 3, 4
+ENTRY = struct.Struct("<BBHI")
+
+_MAX_CALL_BYTES = 1 << 48
+_MAX_CALL_PARTS = 1 << 20
+_TEXT_BYTES = 256 << 10
+
+
+class _UnsupportedError(Exception):
+    """Something that this boundary does not have."""
+
+
+class _QuotaError(Exception):
+    """The result is larger than the profile allows."""
+
+
+class _State:
+    """What one call leaves for the next in the same jail."""
+
+    actor: Any = None
+    functions: dict[bytes, Any]
+    result: Any = None
+    error: BaseException | None = None
+
+    def __init__(self) -> None:
+        self.functions = {}
+
+
+def run(sock: socket.socket) -> None:
+    """Serve calls; never returns."""
+    status = 0
+    state = _State()
+    try:
+        while True:
+            frame = wire.receive(
+                sock, limit_bytes=_MAX_CALL_BYTES, max_parts=_MAX_CALL_PARTS
+            )
+            if frame is None:
+                break
+            _serve(sock, frame, state)
+    except OSError:
+        status = 1  # the worker is gone, or the socket is not what it was
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    finally:
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(status)
+
+
+def _serve(sock: socket.socket, frame: wire.Frame, state: _State) -> None:
+    meta = json.loads(bytes(frame.parts[0]))
+    op = meta["op"]
+    try:
+        if op == "retry":
+            _reply(sock, frame.call, [(MODE_RAW, [_is_retryable(frame, state)])])
+            return
+        if op == "split":
+            values = [_encode(item, meta) for item in state.result]
+            state.result = None
+            _reply(sock, frame.call, values)
+            return
+        state.result = state.error = None
+        _prepare(meta)
+        value = _call(op, meta, frame, state)
+        if isinstance(value, (tuple, list)):
+            state.result = value
+        encoded = [_encode(value, meta)]
+        _flush()
+        _reply(sock, frame.call, encoded)
+    except (SystemExit, KeyboardInterrupt) as error:
+        _fail(sock, frame.call, ERROR_USER, error, meta, state)
+    except _UnsupportedError as error:
+        _fail(sock, frame.call, ERROR_UNSUPPORTED, error, meta, state)
+    except _QuotaError as error:
+        _fail(sock, frame.call, ERROR_QUOTA, error, meta, state)
+    except BaseException as error:
+        kind = ERROR_USER
+        if getattr(error, "raysandbox_encode_error", False):
+            kind = ERROR_RESULT
+        _fail(sock, frame.call, kind, error, meta, state)
+
+
+def _prepare(meta: dict[str, Any]) -> None:
+    ray_facade.context.clear()
+    ray_facade.context.update(meta["context"])
+    for path in meta.get("path", ()):
+        if path not in sys.path:
+            sys.path.append(path)
+    first = meta.get("first_path", ())
+    if first and list(first) != sys.path[: len(first)]:
+        sys.path[:] = [*first, *(p for p in sys.path if p not in first)]
+    os.environ.update(meta.get("env", {}))
+    if meta.get("cwd"):
+        os.chdir(meta["cwd"])
+
+
+def _call(op: str, meta: dict[str, Any], frame: wire.Frame, state: _State) -> Any:
+    if op == "method":
+        target = _method(state.actor, meta["method"])
+        arguments = frame.parts[1:]
+    else:
+        target = _load(bytes(frame.parts[1]), meta, state)
+        arguments = frame.parts[2:]
+    args, kwargs = _arguments(meta["layout"], arguments)
+    if op == "new":
+        state.actor = target.__new__(target)
+        target = target.__init__.__get__(state.actor)
+    elif op == "method" and meta["method"] == "__ray_call__":
+        function, *rest = args
+        args = [state.actor, *rest]
+        target = function
+    value = target(*args, **kwargs)
+    if inspect.iscoroutine(value) or inspect.isasyncgen(value):
+        raise _UnsupportedError("an async function")
+    if inspect.isgenerator(value):
+        raise _UnsupportedError("a generator")
+    return None if op == "new" else value
+
+
+def _method(actor: Any, name: str) -> Any:
+    if name in ("__ray_ready__", "__ray_call__"):
+        return lambda *_: True
+    return getattr(actor, name)
+
+
+def _load(code: bytes, meta: dict[str, Any], state: _State) -> Any:
+    target = state.functions.get(code)
+    if target is None:
+        target = pickle.loads(code)
+        try:
+            target.__module__ = meta["module"]
+        except (AttributeError, TypeError):
+            pass  # a callable object or a builtin: its module is its own
+        state.functions[code] = target
+    return target
+
+
+def _arguments(
+    layout: list[str | None], parts: list[memoryview]
+) -> tuple[list[Any], dict[str, Any]]:
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
+    for index, name in enumerate(layout):
+        metadata, data = bytes(parts[2 * index]), parts[2 * index + 1]
+        value = ray_objects.loads(metadata, data)
+        if name is None:
+            args.append(value)
+        else:
+            kwargs[name] = value
+    return args, kwargs
+
+
+def _encode(value: Any, meta: dict[str, Any]) -> tuple[int, list[Any]]:
+    """Serialize a result as the profile wants it; check its size."""
+    if meta["results"] == "data":
+        from raysandbox import datacodec
+
+        try:
+            parts: list[Any] = list(datacodec.encode(value))
+        except datacodec.DataEncodeError as error:
+            error.raysandbox_encode_error = True  # type: ignore[attr-defined]
+            raise
+        mode = MODE_DATA
+    elif type(value) is bytes:
+        mode, parts = MODE_RAW, [value]
+    else:
+        from ray import cloudpickle
+
+        buffers: list[memoryview] = []
+        inband = cloudpickle.dumps(
+            [value],
+            protocol=5,
+            buffer_callback=lambda buffer: buffers.append(buffer.raw()),
+        )
+        mode, parts = MODE_PICKLE, [inband, *buffers]
+    size = sum(memoryview(part).nbytes for part in parts)
+    if size > meta["max_result_bytes"]:
+        raise _QuotaError(str(size))
+    return mode, parts
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            continue  # closed by the task, or nobody reads it any more
+
+
+def _reply(
+    sock: socket.socket, call: int, values: list[tuple[int, list[Any]]]
+) -> None:
+    table = b"".join(ENTRY.pack(mode, 0, 0, len(parts)) for mode, parts in values)
+    wire.send(
+        sock, wire.RESULT, call, [table, *(part for _, ps in values for part in ps)]
+    )
+
+
+def _is_retryable(frame: wire.Frame, state: _State) -> bytes:
+    allowed = pickle.loads(frame.parts[1])
+    return b"1" if allowed is None or isinstance(state.error, allowed) else b"0"
+
+
+def _fail(
+    sock: socket.socket,
+    call: int,
+    kind: int,
+    error: BaseException,
+    meta: dict[str, Any],
+    state: _State,
+) -> None:
+    state.error = error
+    # Our own frames tell the user nothing.
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
+        trace = trace.tb_next
+    try:
+        text = "".join(traceback.format_exception(type(error), error, trace))
+    except Exception:
+        text = "the exception could not be formatted"
+    cause = b""
+    if kind == ERROR_USER and meta.get("results") == "pickle":
+        try:
+            from ray import cloudpickle
+
+            cause = cloudpickle.dumps(error.with_traceback(None))
+        except Exception:
+            cause = b""
+    if len(cause) > meta.get("max_result_bytes", 0):
+        cause = b""
+    denied = error.filename if isinstance(error, OSError) else None
+    number = error.errno if isinstance(error, OSError) else None
+    name = type(error)
+    parts = [
+        struct.pack("<Bi", kind, number or 0),
+        _text(f"{name.__module__}.{name.__qualname__}"),
+        _text(_string(error)),
+        _text(text),
+        cause,
+        _text(denied if isinstance(denied, str) else ""),
+    ]
+    _flush()
+    wire.send(sock, wire.ERROR, call, parts)
+
+
+def _string(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:
+        return "(its message could not be formatted)"
+
+
+def _text(text: str) -> bytes:
+    return text.encode("utf-8", "replace")[:_TEXT_BYTES]
+
+
+# A task that ignores SIGPIPE sees EPIPE, as in any Python.
+signal.signal(signal.SIGPIPE, signal.SIG_IGN)

@@ -1,0 +1,226 @@
+"""Frames between a worker and a jail, over one SOCK_SEQPACKET socketpair.
+
+::
+
+    header   magic "RSB1"  u8 kind  u8 flags  u16 zero  u32 call  u32 parts
+             u64 length of the body
+    body     u64 length of each part, then the parts, each at a multiple of 64
+
+A body of up to :data:`INLINE_BYTES` follows the header in the same packet; a
+larger one is a sealed memfd that travels beside it, so that each side copies
+the data once at most and the receiver maps it read-only.
+
+Whatever comes from a jail is hostile: every number is checked against what the
+receiver allows before anything is allocated or mapped, and anything that is
+not exactly a frame is a :class:`WireError`.
+"""
+
+from __future__ import annotations
+
+import array
+import fcntl
+import mmap
+import os
+import socket
+import struct
+
+__all__ = ["CALL", "ERROR", "INLINE_BYTES", "RESULT", "Frame", "WireError"]
+__all__ += ["receive", "send"]
+
+CALL, RESULT, ERROR = 1, 2, 3
+
+INLINE_BYTES = 64 << 10
+ALIGN = 64
+_HEADER = struct.Struct("<4sBBHIIQ")
+_MAGIC = b"RSB1"
+_IN_MEMFD = 1
+_MAX_FDS = 4
+
+_F_ADD_SEALS, _F_GET_SEALS = 1033, 1034
+# Against further seals, shrinking, growing and writing.
+_SEALED = 1 | 2 | 4 | 8
+# os.pwrite moves at most this much at once (MAX_RW_COUNT of the kernel).
+_CHUNK = 1 << 30
+
+
+class WireError(Exception):
+    """What came is not a frame, or more than the receiver allows.
+
+    Attributes:
+        limit: Bytes allowed, if it was a body over that limit; else 0.
+        seen: Bytes announced in that case.
+    """
+
+    def __init__(self, message: str, limit: int = 0, seen: int = 0) -> None:
+        super().__init__(message)
+        self.limit, self.seen = limit, seen
+
+
+class Frame:
+    """One received frame; its parts are read-only views.
+
+    Attributes:
+        kind: One of :data:`CALL`, :data:`RESULT`, :data:`ERROR`.
+        call: Number of the call that it belongs to.
+        parts: Views into the packet or the mapped memfd, which they keep
+            alive.
+        size: Bytes of the body.
+    """
+
+    __slots__ = ("call", "kind", "parts", "size")
+
+    def __init__(
+        self, kind: int, call: int, parts: list[memoryview], size: int
+    ) -> None:
+        self.kind, self.call, self.parts, self.size = kind, call, parts, size
+
+
+def _aligned(offset: int) -> int:
+    return (offset + ALIGN - 1) & -ALIGN
+
+
+def send(
+    sock: socket.socket,
+    kind: int,
+    call: int,
+    parts: list[bytes] | list[memoryview] | list[bytes | memoryview],
+) -> int:
+    """Send a frame; return the size of its body in bytes.
+
+    Raises:
+        OSError: The other side is gone, or no memory is left for the memfd.
+    """
+    views = [memoryview(part).cast("B") for part in parts]
+    table = struct.pack(f"<{len(views)}Q", *(view.nbytes for view in views))
+    offsets, end = [], len(table)
+    for view in views:
+        start = _aligned(end)
+        offsets.append(start)
+        end = start + view.nbytes
+    if end <= INLINE_BYTES:
+        body = bytearray(end)
+        body[: len(table)] = table
+        for start, view in zip(offsets, views):
+            body[start : start + view.nbytes] = view
+        header = _HEADER.pack(_MAGIC, kind, 0, 0, call, len(views), end)
+        sock.sendmsg([header, body])
+        return end
+    fd = os.memfd_create("raysandbox", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, end)
+        os.pwrite(fd, table, 0)
+        for start, view in zip(offsets, views):
+            _write(fd, view, start)
+        fcntl.fcntl(fd, _F_ADD_SEALS, _SEALED)
+        header = _HEADER.pack(_MAGIC, kind, _IN_MEMFD, 0, call, len(views), end)
+        rights = array.array("i", [fd])
+        sock.sendmsg([header], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+    finally:
+        os.close(fd)
+    return end
+
+
+def _write(fd: int, view: memoryview, offset: int) -> None:
+    done = 0
+    while done < view.nbytes:
+        done += os.pwrite(fd, view[done : done + _CHUNK], offset + done)
+
+
+def receive(
+    sock: socket.socket, *, limit_bytes: int, max_parts: int, flags: int = 0
+) -> Frame | None:
+    """Receive a frame; None when the other side has closed.
+
+    Args:
+        sock: The call socket.
+        limit_bytes: Largest body allowed.
+        max_parts: Most parts allowed.
+        flags: For recvmsg (``MSG_DONTWAIT``).
+
+    Raises:
+        WireError: See the class.
+        BlockingIOError: With ``MSG_DONTWAIT``: nothing there.
+    """
+    ints = array.array("i")
+    packet, ancillary, got, _ = sock.recvmsg(
+        _HEADER.size + INLINE_BYTES + 1,
+        socket.CMSG_SPACE(_MAX_FDS * ints.itemsize),
+        flags | socket.MSG_CMSG_CLOEXEC,
+    )
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            ints.frombytes(data[: len(data) - len(data) % ints.itemsize])
+    fds = list(ints)
+    try:
+        if not packet and not fds and not got & socket.MSG_CTRUNC:
+            return None
+        if got & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+            raise WireError("a packet that is larger than any frame's")
+        return _parse(packet, fds, limit_bytes, max_parts)
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+def _parse(packet: bytes, fds: list[int], limit_bytes: int, max_parts: int) -> Frame:
+    if len(packet) < _HEADER.size:
+        raise WireError("a packet that is shorter than a header")
+    magic, kind, flags, zero, call, count, length = _HEADER.unpack_from(packet)
+    if magic != _MAGIC or zero or kind not in (CALL, RESULT, ERROR):
+        raise WireError("a header of no known kind")
+    if count > max_parts:
+        raise WireError(f"{count} parts where {max_parts} are allowed")
+    if length > limit_bytes:
+        raise WireError(
+            f"a body of {length} bytes where {limit_bytes} are allowed",
+            limit_bytes,
+            length,
+        )
+    if flags == 0:
+        if fds:
+            raise WireError("a descriptor where none belongs")
+        if len(packet) - _HEADER.size != length:
+            raise WireError("a body that is not as long as announced")
+        body = memoryview(packet)[_HEADER.size :]
+    elif flags == _IN_MEMFD:
+        if len(fds) != 1 or len(packet) != _HEADER.size:
+            raise WireError("not exactly one descriptor beside the header")
+        body = _map(fds[0], length)
+    else:
+        raise WireError("unknown flags")
+    return Frame(kind, call, _split(body, count), length)
+
+
+def _map(fd: int, length: int) -> memoryview:
+    """Map a sealed memfd; a file that could still change is refused.
+
+    Without the seal against shrinking, the sender could truncate it under us,
+    and reading the mapping would kill this process with SIGBUS.
+    """
+    try:
+        seals = fcntl.fcntl(fd, _F_GET_SEALS)
+    except OSError as error:
+        raise WireError("a descriptor that is no memfd") from error
+    if seals & _SEALED != _SEALED:
+        raise WireError("a memfd that is not sealed")
+    if length == 0 or os.fstat(fd).st_size != length:
+        raise WireError("a memfd that is not as long as announced")
+    flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
+    return memoryview(mmap.mmap(fd, length, flags, mmap.PROT_READ))
+
+
+def _split(body: memoryview, count: int) -> list[memoryview]:
+    table = 8 * count
+    if table > body.nbytes:
+        raise WireError("a table of parts that is cut short")
+    lengths = struct.unpack_from(f"<{count}Q", body)
+    parts, end = [], table
+    for length in lengths:
+        start = _aligned(end)
+        end = start + length
+        if end > body.nbytes:
+            raise WireError("a part that ends outside the body")
+        parts.append(body[start:end])
+    if end != body.nbytes:
+        raise WireError("bytes behind the last part")
+    return parts

@@ -1,0 +1,137 @@
+"""Forwards what a jail prints to the worker's own stdout and stderr.
+
+Ray's log monitor routes a worker's lines by magic prefixes that the worker
+prints itself (``:job_id:…``); a line of a task that looks like one is forwarded
+with a blank in front.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+from collections.abc import Callable
+from typing import IO
+
+__all__ = ["Output", "Pump"]
+
+_CHUNK = 64 << 10
+_MAGIC = (b":job_id:", b":task_name:", b":actor_name:")
+
+
+class Output:
+    """One jail's stdout and stderr.
+
+    Attributes:
+        seen_bytes: What it has printed so far.
+        limit_bytes: More is thrown away, and :attr:`over_limit` is set.
+    """
+
+    def __init__(self, limit_bytes: int, sinks: tuple[IO[str], IO[str]]) -> None:
+        self.limit_bytes, self.seen_bytes = limit_bytes, 0
+        self._sinks = sinks
+        self._fds: dict[int, int] = {}  # read end → index of its sink
+        self.write_fds: list[int] = []
+        self._line_start = [True, True]
+        self._lock = threading.Lock()
+        for index in range(2):
+            read_end, write_end = os.pipe2(os.O_CLOEXEC)
+            os.set_blocking(read_end, False)
+            self._fds[read_end] = index
+            self.write_fds.append(write_end)
+
+    @property
+    def over_limit(self) -> bool:
+        """Whether more came than is allowed."""
+        return self.seen_bytes > self.limit_bytes
+
+    @property
+    def read_fds(self) -> list[int]:
+        """The ends that are still open."""
+        return list(self._fds)
+
+    def close_write_ends(self) -> None:
+        """Called once the zygote has them."""
+        while self.write_fds:
+            os.close(self.write_fds.pop())
+
+    def drain(self, fd: int) -> bool:
+        """Forward what is there; False at the end of the stream."""
+        with self._lock:
+            index = self._fds.get(fd)
+            if index is None:
+                return False
+            for _ in range(16):
+                try:
+                    chunk = os.read(fd, _CHUNK)
+                except BlockingIOError:
+                    return True
+                if not chunk:
+                    return False
+                self._forward(index, chunk)
+            return True
+
+    def _forward(self, index: int, chunk: bytes) -> None:
+        room = self.limit_bytes - self.seen_bytes
+        self.seen_bytes += len(chunk)
+        chunk = chunk[: max(0, room)]
+        if not chunk:
+            return
+        lines = chunk.splitlines(keepends=True)
+        for number, line in enumerate(lines):
+            if (number or self._line_start[index]) and line.startswith(_MAGIC):
+                lines[number] = b" " + line
+        self._line_start[index] = chunk.endswith((b"\n", b"\r"))
+        sink = self._sinks[index]
+        try:
+            sink.write(b"".join(lines).decode("utf-8", "replace"))
+            sink.flush()
+        except (OSError, ValueError):
+            return  # the worker's own log is gone; the task is not to blame
+
+    def close(self) -> None:
+        """Forward the rest and end a line that was left open."""
+        for fd in self.read_fds:
+            self.drain(fd)
+        with self._lock:
+            for fd, index in self._fds.items():
+                os.close(fd)
+                if not self._line_start[index]:
+                    self._line_start[index] = True
+                    self._sinks[index].write("\n")
+            self._fds.clear()
+        self.close_write_ends()
+
+
+class Pump:
+    """One thread that waits for all descriptors that jails write to."""
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._handlers: dict[int, Callable[[], bool]] = {}
+        self._thread: threading.Thread | None = None
+
+    def add(self, fd: int, handler: Callable[[], bool]) -> None:
+        """Call ``handler`` when ``fd`` is readable, until it returns False."""
+        self._handlers[fd] = handler
+        self._epoll.register(fd, select.EPOLLIN)
+        if self._thread is None:
+            self._thread = threading.Thread(
+                target=self._run, name="raysandbox-pump", daemon=True
+            )
+            self._thread.start()
+
+    def remove(self, fd: int) -> None:
+        """Forget a descriptor; must be called before it is closed."""
+        if self._handlers.pop(fd, None) is not None:
+            try:
+                self._epoll.unregister(fd)
+            except OSError:
+                return
+
+    def _run(self) -> None:
+        while True:
+            for fd, _ in self._epoll.poll():
+                handler = self._handlers.get(fd)
+                if handler is not None and not handler():
+                    self.remove(fd)

@@ -1,0 +1,526 @@
+"""Zygotes and jails of one worker: start, wait, end, and say what happened.
+
+Knows nothing of Ray. A call goes to a jail that is waiting already; while it
+runs, the next one is forked. What a jail sends is checked by ``wire``; how it
+ended becomes one of the errors of :mod:`raysandbox.errors`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from raysandbox import launch, plan, wire
+from raysandbox.errors import (
+    JailProtocolError,
+    SetupError,
+    TaskDenied,
+    TaskKilled,
+    TaskOutOfMemory,
+    TaskQuotaExceeded,
+    TaskTimedOut,
+)
+from raysandbox.jail.zygote import receive_message, send_message
+from raysandbox.kernel import cgroup, seccomp_notify
+from raysandbox.probe import probe
+from raysandbox.profile import Profile
+from raysandbox.worker.output import Output, Pump
+
+__all__ = ["Environment", "Jail", "Pool"]
+
+_START_S = 60.0
+_READY_S = 30.0
+_SLICE_S = 0.1
+_CPU_CHECK_S = 0.25
+_MAX_REPLY_PARTS = 1 << 16
+# Structure, texts and the like beside the result itself.
+_REPLY_OVERHEAD_BYTES = 2 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Environment:
+    """What of the worker a jail must see again.
+
+    Attributes:
+        python_path: Module search path of the trusted part.
+        ray_directory: Where Ray's package is.
+        working_dirs: Directories of the runtime environment.
+        variables: Environment to choose from.
+        extra_variables: Environment that passes regardless (runtime_env).
+        preload: Whether ``profile.preload`` may be imported in the zygote:
+            not where the modules are the user's own.
+    """
+
+    python_path: Sequence[str]
+    ray_directory: str
+    working_dirs: Sequence[str] = ()
+    variables: Mapping[str, str] = field(default_factory=dict)
+    extra_variables: Mapping[str, str] = field(default_factory=dict)
+    preload: bool = True
+
+
+@dataclass(slots=True)
+class Jail:
+    """One jail, from the request to its last word."""
+
+    jail_id: int
+    slot: int
+    call: socket.socket
+    output: Output
+    group: cgroup.Cgroup | None
+    ready: bool = False
+    notify: seccomp_notify.Listener | None = None
+    status: int | None = None
+    calls: int = 0
+    timed_out: str = ""
+    over_output: bool = False
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def denials(self) -> list[str]:
+        """System calls that were denied so far, described."""
+        return list(self.notify.denials) if self.notify is not None else []
+
+
+class Pool:
+    """The zygote of one profile in this worker, and its jails."""
+
+    def __init__(
+        self,
+        profile: Profile,
+        environment: Environment,
+        pump: Pump,
+        on_end: Callable[[Jail, str, cgroup.Usage], None],
+    ) -> None:
+        self.profile, self.environment = profile, environment
+        self.protections: tuple[plan.Protection, ...] = ()
+        self._pump, self._on_end = pump, on_end
+        self._launched: launch.Launched | None = None
+        self._control: socket.socket | None = None
+        self._groups: cgroup.Cgroups | None = None
+        self._jails: dict[int, Jail] = {}
+        self._spare: Jail | None = None
+        self._free_slots: list[int] = []
+        self._next_id = 0
+        self._mapped = 1
+
+    # -- the zygote ---------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the zygote; a failure leaves nothing behind."""
+        host, profile = probe(), self.profile
+        self._groups = self._discover_groups()
+        lease = launch.lease_ids()
+        try:
+            self._mapped = lease.ids.count
+            python = plan.python_paths(self.environment.python_path)
+            compiled = plan.compile(
+                profile,
+                host,
+                plan.Context(
+                    ids=lease.ids,
+                    zygote=True,
+                    notify=True,
+                    working_dirs=self.environment.working_dirs,
+                    python=python,
+                    environment=self.environment.variables,
+                    extra_environment=self.environment.extra_variables,
+                ),
+            )
+            self.protections = compiled.protections
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            with theirs:
+                self._launched = launch.start(
+                    compiled,
+                    [
+                        sys.executable,
+                        "-I",
+                        "-S",
+                        "-c",
+                        "import sys;sys.path[:0]=sys.argv[2:];"
+                        "from raysandbox.jail.zygote import main;"
+                        "main(int(sys.argv[1]))",
+                        str(theirs.fileno()),
+                        _package_parent(),
+                    ],
+                    lease=lease,
+                    zygote=True,
+                    keep_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                )
+        finally:
+            lease.close()
+        self._control = ours
+        self._free_slots = [1, 2, 3] if self._mapped > 1 else [0, 0, 0]
+        self._configure(compiled.encode())
+
+    def _discover_groups(self) -> cgroup.Cgroups | None:
+        limits = self.profile.limits
+        try:
+            return cgroup.discover()
+        except Exception:
+            if limits.required:
+                raise
+            return None
+
+    def _configure(self, encoded: bytes) -> None:
+        assert self._control is not None
+        plan_fd = os.memfd_create("plan", os.MFD_CLOEXEC)
+        try:
+            os.write(plan_fd, encoded)
+            send_message(
+                self._control,
+                {
+                    "op": "config",
+                    "path": [_package_parent(), *self.environment.python_path],
+                    "preload": ["msgpack", *self._preload()],
+                    "ray": self.environment.ray_directory,
+                },
+                [plan_fd],
+            )
+        finally:
+            os.close(plan_fd)
+        message, _ = self._receive(_START_S)
+        if message.get("op") != "hello":
+            raise SetupError(step="zygote", detail=f"unexpected answer {message!r}")
+
+    def _preload(self) -> Sequence[str]:
+        return self.profile.preload if self.environment.preload else ()
+
+    def _receive(self, timeout_s: float) -> tuple[dict[str, Any], list[int]]:
+        assert self._control is not None
+        if not select.select([self._control], [], [], timeout_s)[0]:
+            self.stop()
+            raise SetupError(step="zygote", errno=errno.ETIMEDOUT)
+        message, fds = receive_message(self._control)
+        if message is None:
+            self._lost()
+        assert message is not None
+        return message, fds
+
+    def _lost(self) -> None:
+        """The zygote is gone: find out why, and be ready to start again."""
+        launched, self._launched = self._launched, None
+        detail = "the zygote died"
+        if self._control is not None:
+            self._control.close()
+            self._control = None
+        self._spare = None
+        for jail in list(self._jails.values()):
+            jail.status = signal.SIGKILL
+            self._forget(jail, "lost")
+        if launched is not None:
+            launched.kill()
+            outcome = launched.wait(_READY_S)
+            detail = f"the zygote ended with status {outcome.exit_code}"
+        raise SetupError(step="zygote", detail=detail)
+
+    def stop(self) -> None:
+        """End the zygote and every jail of it."""
+        if self._control is not None:
+            self._control.close()
+            self._control = None
+        if self._launched is not None:
+            self._launched.kill()
+            try:
+                self._launched.wait(_READY_S)
+            finally:
+                self._launched = None
+
+    # -- jails --------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Ask for the next jail, unless one is on its way."""
+        if self._spare is None:
+            self._spare = self._spawn()
+
+    def take(self) -> Jail:
+        """Return a jail that is ready; the caller sends it its first call.
+
+        Raises:
+            SetupError: It could not be made; nothing was run.
+        """
+        if self._control is None:
+            self.start()
+        self.prepare()
+        jail, self._spare = self._spare, None
+        assert jail is not None
+        deadline = time.monotonic() + _READY_S
+        while not jail.ready:
+            self._handle(*self._receive(max(0.0, deadline - time.monotonic())))
+        return jail
+
+    def _spawn(self) -> Jail:
+        assert self._control is not None
+        while not self._free_slots:
+            self._handle(*self._receive(_READY_S))
+        slot = self._free_slots.pop(0)
+        self._next_id += 1
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        output = Output(self.profile.limits.output_bytes, (sys.stdout, sys.stderr))
+        group = self._make_group()
+        jail = Jail(self._next_id, slot, ours, output, group)
+        self._jails[jail.jail_id] = jail
+        group_fds = group.procs_fds() if group is not None else []
+        try:
+            send_message(
+                self._control,
+                {"op": "spawn", "id": jail.jail_id, "slot": slot, "dir": False},
+                [theirs.fileno(), *output.write_fds, *group_fds],
+            )
+        finally:
+            theirs.close()
+            output.close_write_ends()
+            for fd in group_fds:
+                os.close(fd)
+        for fd in output.read_fds:
+            self._pump.add(fd, lambda fd=fd: output.drain(fd))  # type: ignore[misc]
+        return jail
+
+    def _make_group(self) -> cgroup.Cgroup | None:
+        if self._groups is None:
+            return None
+        limits = self.profile.limits
+        return self._groups.create(
+            f"jail{self._next_id}",
+            cgroup.CgroupLimits(
+                memory_bytes=limits.memory_bytes,
+                swap_bytes=limits.swap_bytes,
+                cpu_cores=limits.cpu_cores,
+                cpu_weight=limits.cpu_weight,
+                pids=limits.pids,
+                io_read_bytes_per_s=limits.io_read_bytes_per_s,
+                io_write_bytes_per_s=limits.io_write_bytes_per_s,
+            ),
+        )
+
+    def _handle(self, message: dict[str, Any], fds: list[int]) -> None:
+        """Take in one message of the zygote."""
+        jail = self._jails.get(message["id"])
+        if jail is None:
+            for fd in fds:
+                os.close(fd)
+            return
+        if message["op"] == "ready":
+            jail.ready = True
+            if fds:
+                jail.notify = seccomp_notify.Listener(
+                    fds[0], self.profile, lambda: self.kill(jail)
+                )
+                self._pump.add(fds[0], jail.notify.handle)
+        elif message["op"] == "failed":
+            self._forget(jail, "set-up failed")
+            if self._spare is jail:
+                self._spare = None
+            raise SetupError(
+                step=message["step"],
+                errno=message["errno"],
+                detail=message.get("detail", ""),
+            )
+        elif message["op"] == "exit":
+            jail.status = message["status"]
+            if self._spare is jail:
+                self._spare = None
+            self._forget(jail, "")
+
+    def _forget(self, jail: Jail, outcome: str) -> None:
+        """Free all that a jail that has ended held."""
+        self._jails.pop(jail.jail_id, None)
+        self._free_slots.append(jail.slot)
+        jail.call.close()
+        for fd in jail.output.read_fds:
+            self._pump.remove(fd)
+        jail.output.close()
+        if jail.notify is not None:
+            self._pump.remove(jail.notify.fd)
+            jail.notify.close()
+        usage = cgroup.Usage()
+        if jail.group is not None:
+            usage = jail.group.usage()
+            jail.group.kill()
+            jail.group.remove()
+        if jail.calls:
+            self._on_end(jail, outcome, usage)
+
+    def kill(self, jail: Jail) -> None:
+        """Ask the zygote to end a jail; ``end`` waits for it."""
+        if self._control is not None and jail.status is None:
+            send_message(self._control, {"op": "kill", "id": jail.jail_id})
+
+    def end(self, jail: Jail, *, wait: bool = False) -> None:
+        """End a jail; its outcome is handled when the zygote says it is gone."""
+        self.kill(jail)
+        while wait and jail.status is None and self._control is not None:
+            self._handle(*self._receive(_READY_S))
+
+    # -- calls --------------------------------------------------------------
+
+    def call(self, jail: Jail, task: str, parts: Sequence[Any]) -> wire.Frame:
+        """Send a call and wait for its one reply.
+
+        Raises:
+            TaskError: What became of it, if there is no reply.
+        """
+        jail.calls += 1
+        number = jail.calls & 0xFFFFFFFF
+        try:
+            wire.send(jail.call, wire.CALL, number, list(parts))
+        except OSError as error:
+            raise self._post_mortem(jail, task, f"before the call: {error}") from None
+        return self.wait(jail, task, number)
+
+    def wait(self, jail: Jail, task: str, number: int) -> wire.Frame:
+        """Wait for the reply to call ``number``; see :meth:`call`."""
+        limits, store = self.profile.limits, self.profile.object_store
+        now = time.monotonic()
+        deadline = None if limits.wall_time_s is None else now + limits.wall_time_s
+        next_cpu_check = now + _CPU_CHECK_S
+        poll = select.poll()
+        poll.register(jail.call, select.POLLIN)
+        assert self._control is not None
+        poll.register(self._control, select.POLLIN)
+        while True:
+            events = poll.poll(_SLICE_S * 1000)
+            ready = {fd for fd, _ in events}
+            if jail.call.fileno() in ready:
+                break
+            if self._control.fileno() in ready:
+                self._handle(*self._receive(0))
+                if jail.status is not None:
+                    raise self._post_mortem(jail, task, "")
+            now = time.monotonic()
+            if deadline is not None and now >= deadline:
+                jail.timed_out = "limits.wall_time"
+                raise self._post_mortem(jail, task, "")
+            if jail.output.over_limit:
+                jail.over_output = True
+                raise self._post_mortem(jail, task, "")
+            if now >= next_cpu_check:
+                next_cpu_check = now + _CPU_CHECK_S
+                self._check_cpu(jail, task)
+        try:
+            frame = wire.receive(
+                jail.call,
+                limit_bytes=store.max_result_bytes + _REPLY_OVERHEAD_BYTES,
+                max_parts=_MAX_REPLY_PARTS,
+                flags=socket.MSG_DONTWAIT,
+            )
+        except (wire.WireError, OSError, ValueError) as error:
+            raise self._protocol_error(jail, task, str(error)) from None
+        if frame is None:
+            raise self._post_mortem(jail, task, "")
+        if frame.call != number or frame.kind == wire.CALL:
+            raise self._protocol_error(jail, task, "a reply to another call")
+        if jail.output.over_limit:
+            jail.over_output = True
+            raise self._post_mortem(jail, task, "")
+        return frame
+
+    def _check_cpu(self, jail: Jail, task: str) -> None:
+        limit = self.profile.limits.cpu_time_s
+        if limit is None or jail.group is None:
+            return
+        used = jail.group.usage().cpu_time_s
+        if used is not None and used > limit:
+            jail.timed_out = "limits.cpu_time"
+            raise self._post_mortem(jail, task, "")
+
+    def _protocol_error(self, jail: Jail, task: str, what: str) -> JailProtocolError:
+        self.end(jail, wait=True)
+        return JailProtocolError(
+            task=task,
+            profile=self.profile.name,
+            seen=what,
+            remedy="the task's code wrote to the jail's own socket; it was ended",
+        )
+
+    def _post_mortem(self, jail: Jail, task: str, when: str) -> Exception:
+        """End a jail that owes an answer, and say what became of it."""
+        group, limits = jail.group, self.profile.limits
+        # Before it goes: a jail that we kill now was not killed by this.
+        usage = group.usage() if group is not None else cgroup.Usage()
+        self.end(jail, wait=True)
+        common = {"task": task, "profile": self.profile.name, "hint": self.hint(jail)}
+        status = jail.status if jail.status is not None else 0
+        if jail.timed_out:
+            wall = jail.timed_out == "limits.wall_time"
+            allowed = limits.wall_time_s if wall else limits.cpu_time_s
+            return TaskTimedOut(
+                limit=jail.timed_out,
+                allowed=f"{allowed:g} s",
+                remedy="make it faster, or ask for a profile with a larger limit",
+                **common,
+            )
+        if jail.over_output:
+            return TaskQuotaExceeded(
+                limit="limits.output",
+                allowed=f"{limits.output_bytes} bytes",
+                seen=f"{jail.output.seen_bytes} bytes",
+                remedy="print less, or return the text as a result",
+                **common,
+            )
+        if usage.oom_kills:
+            return TaskOutOfMemory(
+                limit="limits.memory",
+                allowed=_mebibytes(limits.memory_bytes),
+                seen=f"a peak of {_mebibytes(usage.memory_peak_bytes)}",
+                remedy="use less memory, or ask for a profile with a larger limit",
+                **common,
+            )
+        killer = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+        if killer == signal.SIGSYS or (jail.notify and jail.notify.killed):
+            return TaskDenied(
+                limit="syscalls.action",
+                allowed="no call outside syscalls.groups",
+                seen=jail.notify.killed if jail.notify else "SIGSYS",
+                remedy="don't make this call, or ask for a profile that allows it",
+                **common,
+            )
+        cpu = limits.cpu_time_s
+        if (
+            killer == signal.SIGKILL
+            and cpu is not None
+            and usage.cpu_time_s is not None
+            and usage.cpu_time_s >= cpu
+        ):
+            return TaskTimedOut(
+                limit="limits.cpu_time", allowed=f"{cpu:g} s", **common
+            )
+        how = (
+            f"signal {killer} ({signal.Signals(killer).name})"
+            if killer
+            else f"exit status {os.waitstatus_to_exitcode(status)}"
+        )
+        return TaskKilled(
+            seen=f"{how} {when}".strip(),
+            remedy="look at what it printed last",
+            **common,
+        )
+
+    def hint(self, jail: Jail) -> str:
+        """Return which denied calls were seen, as a sentence, or ``""``."""
+        denials = jail.denials
+        return f"denied on the way: {'; '.join(denials[:5])}" if denials else ""
+
+    def oom_kills(self, jail: Jail) -> int:
+        """Return how many of a jail's processes were killed for memory."""
+        if jail.group is None:
+            return 0
+        return jail.group.usage().oom_kills or 0
+
+
+def _mebibytes(size: int | None) -> str:
+    return "unknown" if size is None else f"{size / (1 << 20):.0f} MiB"
+
+
+def _package_parent() -> str:
+    return os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))

@@ -1,0 +1,462 @@
+"""The seams of Ray's worker that keep it from running or opening user bytes.
+
+The only module that knows Ray's internals. Each seam replaces one place where a
+stock worker (Ray 2.60) would unpickle or import something a user controls:
+
+==========================================  ==================================
+``FunctionActorManager`` (functions, class)  the bytes are kept, not opened
+``fetch_registered_method``, outer dicts     read by an unpickler without globals
+``SerializationContext._deserialize_object`` arguments stay sealed
+``SerializationContext.serialize``           sealed results pass through
+``_raylet.ray_pickle``                       retry lists: the jail decides
+``_raylet.traceback``                        errors show the jail's traceback
+``sys.path``                                 user directories stay out of it
+==========================================  ==================================
+
+:func:`install` checks that each is there and refuses by name if one is not.
+"""
+
+from __future__ import annotations
+
+import inspect
+import io
+import json
+import os
+import pickle
+import sys
+import threading
+import traceback
+import types
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn
+
+import ray
+from ray import _raylet
+from ray._private import function_manager, ray_constants, serialization
+from ray.exceptions import RayTaskError
+
+from raysandbox.errors import UnsupportedError
+
+__all__ = ["Executor", "SealedArgument", "SealedResult", "TrustedPath", "install"]
+
+_ABSENT = object()
+
+
+class SealedArgument:
+    """An argument that nobody opened: Ray's metadata and data."""
+
+    __slots__ = ("data", "metadata")
+
+    def __init__(self, metadata: bytes, data: Any) -> None:
+        self.metadata, self.data = metadata, data
+
+
+class SealedResult:
+    """A jail's answer, on its way to Ray's store.
+
+    ``len()`` is asked only when a task has several returns; then the jail is
+    asked to take its answer apart.
+    """
+
+    def __init__(self, serialized: Any, split: Callable[[], list[Any]]) -> None:
+        self.serialized, self._split = serialized, split
+        self._parts: list[Any] | None = None
+
+    def parts(self) -> list[Any]:
+        """Return one result for each item."""
+        if self._parts is None:
+            self._parts = self._split()
+        return self._parts
+
+    def __len__(self) -> int:
+        return len(self.parts())
+
+    def __iter__(self) -> Any:
+        return iter(self.parts())
+
+
+class Executor:
+    """What the seams call; implemented by ``hook``."""
+
+    def task(
+        self, info: FunctionBytes, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run a function in a jail."""
+        raise NotImplementedError
+
+    def actor(
+        self,
+        info: FunctionBytes,
+        method: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Run an actor's constructor or method in its jail."""
+        raise NotImplementedError
+
+    def is_retryable(self, error: BaseException, allowed: bytes) -> bool:
+        """Ask the jail whether its exception is of one of the pickled types."""
+        raise NotImplementedError
+
+    def formatted(self, error: BaseException | None) -> str | None:
+        """Return the traceback to show instead of the worker's own."""
+        raise NotImplementedError
+
+    def serialized(self) -> None:
+        """The last result is stored; its jail is no longer needed."""
+
+
+class FunctionBytes:
+    """A function or class as it lies in the GCS, unopened."""
+
+    __slots__ = ("code", "methods", "module", "name")
+
+    def __init__(
+        self, name: str, module: str, code: bytes, methods: Iterable[str] = ()
+    ) -> None:
+        self.name, self.module, self.code = name, module, code
+        self.methods = tuple(methods)
+
+
+class _DataUnpickler(pickle.Unpickler):
+    """Reads what needs no import: anything else is refused."""
+
+    def find_class(self, module: str, name: str) -> NoReturn:
+        raise pickle.UnpicklingError(
+            f"the function table holds a reference to {module}.{name}; a function "
+            "table entry is plain data"
+        )
+
+
+def _plain_loads(data: bytes) -> Any:
+    return _DataUnpickler(io.BytesIO(data)).load()
+
+
+class TrustedPath(list):  # type: ignore[type-arg]
+    """``sys.path`` of a worker: what a user adds goes to the jail, not here.
+
+    A directory of a user's in front of it would let any module that the worker
+    imports later be the user's own.
+
+    Attributes:
+        refused: What was kept out, in the order of precedence.
+    """
+
+    def __init__(self, entries: Iterable[str]) -> None:
+        super().__init__(entries)
+        self.refused: list[str] = []
+
+    def insert(self, index: Any, entry: str) -> None:
+        """Keep a new entry for the jail; one that is here already is nothing."""
+        if entry not in self and entry not in self.refused:
+            self.refused.insert(0 if index == 0 else len(self.refused), entry)
+
+    def append(self, entry: str) -> None:
+        """As :meth:`insert`, with the lowest precedence."""
+        self.insert(len(self), entry)
+
+    def extend(self, entries: Iterable[str]) -> None:
+        """As :meth:`append`, for each."""
+        for entry in entries:
+            self.append(entry)
+
+
+def install(executor: Executor) -> None:
+    """Replace all seams, or none.
+
+    Raises:
+        UnsupportedError: This Ray lacks one; it is named with the version.
+    """
+    needed = (
+        (function_manager.FunctionActorManager, "fetch_registered_method"),
+        (function_manager.FunctionActorManager, "fetch_and_register_remote_function"),
+        (function_manager.FunctionActorManager, "_load_actor_class_from_gcs"),
+        (function_manager.FunctionActorManager, "_load_actor_class_from_local"),
+        (function_manager.FunctionActorManager, "_load_function_from_local"),
+        (serialization.SerializationContext, "_deserialize_object"),
+        (serialization.SerializationContext, "serialize"),
+        (_raylet, "ray_pickle"),
+        (_raylet, "pickle"),
+        (_raylet, "traceback"),
+        (_raylet, "Pickle5Writer"),
+        (_raylet, "Pickle5SerializedObject"),
+        (_raylet, "MessagePackSerializedObject"),
+        (_raylet, "RawSerializedObject"),
+    )
+    for owner, name in needed:
+        if getattr(owner, name, _ABSENT) is _ABSENT:
+            raise UnsupportedError(
+                feature="Ray's worker seams",
+                need=f"{getattr(owner, '__name__', owner)}.{name}",
+                have=f"Ray {ray.__version__} without it",
+                remedy="install a Ray version that raysandbox supports",
+            )
+    _seal_functions(executor)
+    _seal_arguments()
+    _seal_results(executor)
+    _seal_pickle(executor)
+
+
+def _seal_functions(executor: Executor) -> None:
+    manager = function_manager.FunctionActorManager
+
+    def fetch_registered_method(self: Any, key: bytes) -> Any:
+        values = self._worker.gcs_client.internal_kv_get(
+            key, ray_constants.KV_NAMESPACE_FUNCTION_TABLE
+        )
+        if values is None:
+            return None
+        values = _plain_loads(values)
+        fields = (
+            "job_id",
+            "function_id",
+            "function_name",
+            "function",
+            "module",
+            "max_calls",
+        )
+        return function_manager.ImportedFunctionInfo._make(
+            values.get(field) for field in fields
+        )
+
+    def fetch_and_register_remote_function(self: Any, key: bytes) -> bool:
+        found = self.fetch_registered_method(key)
+        if not found:
+            return False
+        info = FunctionBytes(
+            str(found.function_name), str(found.module), bytes(found.function)
+        )
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return executor.task(info, args, kwargs)
+
+        function_id = ray.FunctionID(found.function_id)
+        with self.lock:
+            self._num_task_executions[function_id] = 0
+            self._function_execution_info[function_id] = (
+                function_manager.FunctionExecutionInfo(
+                    function=run,
+                    function_name=info.name,
+                    max_calls=int(found.max_calls),
+                )
+            )
+        return True
+
+    def load_actor_class_from_gcs(self: Any, job_id: Any, descriptor: Any) -> type:
+        key = function_manager.make_function_table_key(
+            b"ActorClass", job_id, descriptor.function_id.binary()
+        )
+        values = self._worker.gcs_client.internal_kv_get(
+            key, ray_constants.KV_NAMESPACE_FUNCTION_TABLE
+        )
+        values = _plain_loads(values) if values is not None else {}
+        info = FunctionBytes(
+            str(values["class_name"]),
+            str(values["module"]),
+            bytes(values["class"]),
+            json.loads(values["actor_method_names"]),
+        )
+        return _actor_class(info, executor)
+
+    manager.fetch_registered_method = fetch_registered_method
+    manager.fetch_and_register_remote_function = fetch_and_register_remote_function
+    manager._load_actor_class_from_gcs = load_actor_class_from_gcs
+    # Code from local paths would be imported by the worker: always the GCS.
+    manager._load_actor_class_from_local = lambda *_: None
+    manager._load_function_from_local = lambda *_: False
+
+
+def _actor_class(info: FunctionBytes, executor: Executor) -> type:
+    """Make a class whose methods go to the actor's jail."""
+    asynchronous = ray._private.worker.global_worker.core_worker
+
+    def method(name: str) -> Callable[..., Any]:
+        def call(_self: Any, *args: Any, **kwargs: Any) -> Any:
+            return executor.actor(info, name, args, kwargs)
+
+        async def call_async(_self: Any, *args: Any, **kwargs: Any) -> Any:
+            return executor.actor(info, name, args, kwargs)
+
+        made = call_async if asynchronous.current_actor_is_asyncio() else call
+        made.__name__ = made.__qualname__ = name
+        return made
+
+    names = {"__init__", "__ray_ready__", "__ray_call__", *info.methods}
+    # Ray's own way for an actor to leave; it needs nothing of the user's.
+    names.discard("__ray_terminate__")
+    body: dict[str, Any] = {name: method(name) for name in names}
+    body["__ray_terminate__"] = lambda _self: ray.actor.exit_actor()
+    body["__module__"] = info.module
+    return type(info.name, (), body)
+
+
+def _seal_arguments() -> None:
+    context = serialization.SerializationContext
+    original = context._deserialize_object
+    sealed = (
+        ray_constants.OBJECT_METADATA_TYPE_PYTHON,
+        ray_constants.OBJECT_METADATA_TYPE_CROSS_LANGUAGE,
+        ray_constants.OBJECT_METADATA_TYPE_RAW,
+        ray_constants.OBJECT_METADATA_TYPE_ACTOR_HANDLE,
+    )
+    failed = str(serialization.ErrorType.Value("TASK_EXECUTION_EXCEPTION")).encode()
+    died = str(serialization.ErrorType.Value("ACTOR_DIED")).encode()
+    cancelled = str(serialization.ErrorType.Value("TASK_CANCELLED")).encode()
+
+    def deserialize_object(
+        self: Any, data: Any, metadata: bytes, ref: Any, *rest: Any
+    ) -> Any:
+        kind = metadata.split(b",")[0] if metadata else b""
+        if kind in sealed:
+            if kind == ray_constants.OBJECT_METADATA_TYPE_RAW and (
+                data is None or data.size <= 64
+            ):
+                # Ray's own markers in argument lists are such; and bytes are data.
+                return b"" if data is None else data.to_pybytes()
+            if kind == ray_constants.OBJECT_METADATA_TYPE_CROSS_LANGUAGE:
+                name = _short_text(data)
+                if name is not None:
+                    return name
+            return SealedArgument(bytes(metadata), data)
+        if kind in (failed, died, cancelled):
+            return _failed_dependency(data)
+        return original(self, data, metadata, ref, *rest)
+
+    context._deserialize_object = deserialize_object
+
+
+def _short_text(data: Any) -> str | None:
+    """Return a keyword's name: a small object that is a msgpack string alone."""
+    if data is None or data.size > 256:
+        return None
+    import msgpack
+
+    view = memoryview(data).cast("B")
+    try:
+        size = msgpack.unpackb(view[:9])
+        value = msgpack.unpackb(view[9 : 9 + size], raw=False)
+    except Exception:
+        return None
+    return value if type(value) is str else None
+
+
+class SealedDependencyError(RayTaskError):
+    """A failed dependency, passed on as the bytes that it came in."""
+
+    def __init__(self, blob: bytes) -> None:
+        Exception.__init__(self, "a dependency of this task failed")
+        self.blob = blob
+        self.function_name = self.traceback_str = self.proctitle = ""
+        self.pid, self.ip, self.cause = 0, "", None
+        self._actor_repr = self._actor_id = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _open_dependency, (self.blob,)
+
+    def __str__(self) -> str:
+        return "a dependency of this task failed"
+
+
+def _open_dependency(blob: bytes) -> Any:
+    from ray.exceptions import RayError
+
+    return RayError.from_bytes(blob)
+
+
+def _failed_dependency(data: Any) -> Exception:
+    import msgpack
+
+    view = memoryview(data).cast("B") if data is not None else memoryview(b"")
+    size = msgpack.unpackb(view[:9])
+    blob = msgpack.unpackb(view[9 : 9 + size])
+    return SealedDependencyError(bytes(blob))
+
+
+def _seal_results(executor: Executor) -> None:
+    context = serialization.SerializationContext
+    original = context.serialize
+
+    def serialize(self: Any, value: Any) -> Any:
+        if isinstance(value, SealedResult):
+            serialized = value.serialized
+            executor.serialized()
+            return serialized(self, original) if callable(serialized) else serialized
+        return original(self, value)
+
+    context.serialize = serialize
+
+
+def serialize_python(inband: bytes, buffers: Iterable[memoryview]) -> Any:
+    """Frame a jail's pickle as Ray does, with Ray's own writer.
+
+    The worker writes all lengths and offsets itself: none that a jail made up
+    ever reaches the C++ code that reads them.
+    """
+    writer = _raylet.Pickle5Writer()
+    for view in buffers:
+        writer.buffer_callback(pickle.PickleBuffer(view))
+    kind = ray_constants.OBJECT_METADATA_TYPE_PYTHON
+    inner = _raylet.Pickle5SerializedObject(kind, inband, writer, set())
+    return _raylet.MessagePackSerializedObject(kind, _FIRST_OBJECT, set(), inner)
+
+
+def serialize_raw(data: bytes) -> Any:
+    """Frame a bytes result."""
+    return _raylet.RawSerializedObject(data)
+
+
+# msgpack for "the first of the pickled objects".
+_FIRST_OBJECT = _raylet.MessagePackSerializer.dumps(object(), lambda _: 0)
+
+
+def _seal_pickle(executor: Executor) -> None:
+    class Retryable(type):
+        """Stands for the pickled list of types: the jail looks into it."""
+
+        allowed: bytes
+
+        def __instancecheck__(cls, error: Any) -> bool:
+            return executor.is_retryable(error, cls.allowed)
+
+    def loads(data: Any, *_args: Any, **_options: Any) -> Any:
+        allowed = Retryable("Allowed", (), {})
+        allowed.allowed = bytes(data)
+        return (allowed,)
+
+    def refuse(*_args: Any, **_options: Any) -> NoReturn:
+        raise pickle.UnpicklingError("a sandboxed worker opens no pickles")
+
+    def shim(module: types.ModuleType, load: Callable[..., Any]) -> Any:
+        made = types.ModuleType(module.__name__)
+        made.__dict__.update(module.__dict__)
+        made.loads = load  # type: ignore[attr-defined]
+        made.load = refuse  # type: ignore[attr-defined]
+        return made
+
+    _raylet.ray_pickle = shim(_raylet.ray_pickle, loads)
+    _raylet.pickle = shim(_raylet.pickle, refuse)
+
+    def format_exc(*args: Any, **options: Any) -> str:
+        shown = executor.formatted(sys.exc_info()[1])
+        return traceback.format_exc(*args, **options) if shown is None else shown
+
+    formatter = types.ModuleType("traceback")
+    formatter.__dict__.update(traceback.__dict__)
+    formatter.format_exc = format_exc  # type: ignore[attr-defined]
+    _raylet.traceback = formatter
+
+
+def on_main_thread() -> bool:
+    """Whether this is the thread that runs ordinary tasks."""
+    return threading.current_thread() is threading.main_thread()
+
+
+def signature_of(target: Any) -> str:
+    """Return a callable's signature for messages."""
+    return str(inspect.signature(target))
+
+
+def session_log_dir() -> str:
+    """Return Ray's log directory of this session."""
+    node = ray._private.worker.global_worker.node
+    return str(os.path.join(node.get_session_dir_path(), "logs"))

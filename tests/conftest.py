@@ -1,0 +1,136 @@
+"""Order, marks and time limits of all tests, and what they may leave behind.
+
+A directory under tests/ gives its tests their mark and their time limit. Quick
+ones run first, so that a broken wall shows in seconds.
+
+Nothing may stay when the session ends: no process, and on a machine where
+nobody else works (``CI`` or ``RAYSANDBOX_TEST_ALONE`` is set) no mount, cgroup
+or network namespace either.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.require import require
+
+# Directory: its mark, and seconds for one test.
+_KINDS: dict[str, tuple[str, int]] = {
+    "unit": ("", 120),
+    "attacks": ("", 300),
+    "image": ("image", 600),
+    "ray": ("ray", 300),
+    "cluster": ("cluster", 300),
+    "qemu": ("qemu", 1200),
+}
+_LAST = list(_KINDS)
+
+# In the environment of every process that the tests start, directly or not.
+_TOKEN = f"RSX_TEST_SESSION={os.getpid()}-{time.monotonic_ns()}"
+# What is ours by its name, whatever its environment.
+_OURS = re.compile(
+    r"raysandbox|(^|/)(raylet|gcs_server|envoy|tcpdump|dockerd|containerd)( |$)|"
+    r"^ray::|default_worker\.py|qemu-system"
+)
+_MOUNT = re.compile(r"raysandbox|/rsx-|/rsb-|/netns/")
+
+
+def _kind(item: pytest.Item) -> str:
+    parts = item.nodeid.split("/")
+    return parts[1] if len(parts) > 2 and parts[1] in _KINDS else "unit"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark by directory, and sort by what a test costs."""
+    for item in items:
+        mark, limit_s = _KINDS[_kind(item)]
+        if mark:
+            item.add_marker(mark)
+        if item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(limit_s))
+    # Stable: the order within a directory stays.
+    items.sort(key=lambda item: _LAST.index(_kind(item)))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what is marked ``root`` where we are not."""
+    if item.get_closest_marker("root") is not None:
+        require("root")
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_bytes().decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def _processes() -> dict[tuple[int, str], str]:
+    """Map (pid, start time) to a description, for all that may be ours."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        after_name = _read(entry / "stat").rpartition(")")[2].split()
+        if not after_name or after_name[0] in "ZX":
+            continue
+        command = _read(entry / "cmdline").replace("\0", " ").strip()
+        marked = _TOKEN in _read(entry / "environ").split("\0")
+        if marked or (_alone() and _OURS.search(command)):
+            found[int(entry.name), after_name[19]] = command or "?"
+    return found
+
+
+def _alone() -> bool:
+    return bool(os.environ.get("CI") or os.environ.get("RAYSANDBOX_TEST_ALONE"))
+
+
+def _things() -> set[str]:
+    """Name the mounts, cgroups and network namespaces that may be ours."""
+    found = set()
+    for line in _read(Path("/proc/self/mountinfo")).splitlines():
+        if _MOUNT.search(line.split()[4]):
+            found.add(f"mount {line.split()[4]}")
+    with contextlib.suppress(OSError):
+        found |= {f"network namespace {name}" for name in os.listdir("/run/netns")}
+    for directory, names, _ in os.walk("/sys/fs/cgroup"):
+        found |= {f"cgroup {directory}/{n}" for n in names if _ours_by_name(n)}
+    return found
+
+
+def _ours_by_name(name: str) -> bool:
+    return name.startswith(("raysandbox", "rsx-", "rsb-"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_stays_behind() -> Iterator[None]:
+    """The session leaves the machine as it was.
+
+    Guards against jails, launchers and groups that outlive their task in a way
+    that no single test looks at.
+    """
+    name, _, value = _TOKEN.partition("=")
+    os.environ[name] = value
+    before, things_before = _processes(), _things() if _alone() else set()
+    yield
+    # What was told to end is given a moment to have ended.
+    until = time.monotonic() + 10
+    while True:
+        left = [
+            f"process {pid}: {command[:200]}"
+            for (pid, start), command in _processes().items()
+            if (pid, start) not in before
+        ]
+        if _alone():
+            left += sorted(_things() - things_before)
+        if not left or time.monotonic() > until:
+            break
+        time.sleep(0.1)
+    assert not left, "left behind by the tests:\n" + "\n".join(left)
