@@ -1,0 +1,750 @@
+"""What an identity may do to what: decisions on the content of GCS calls.
+
+The guard has already checked who speaks, from where, and whether the method is
+one of its role's. Here the request is parsed, and decided by what it names:
+
+* A job belongs to whom the GCS gave its number (`learn_job`). A worker belongs
+  to the first job whose function table it touches, for life: Ray never gives a
+  worker to a second job, and a worker fetches its first function before it runs
+  a line of it, so the binding is made before user code can choose.
+* Keys of the function table belong to the job in their name. Packages are
+  named by their content: the first bytes under a name stay. Any other key
+  belongs to the job or identity that wrote it first.
+* Actors and placement groups carry their job in their id. A named actor may be
+  found and killed from its Ray namespace too; a namespace belongs to the
+  driver identity that used it first, and to those that access.toml names.
+* A node speaks for its own node ids, workers and drivers alone.
+* What a call costs is charged before it is made: bytes sent, bytes that the
+  key is known to hold, one place in flight, bytes that stay stored. So a call
+  that is abandoned at its deadline has cost its caller what it cost the GCS.
+
+Pure but for the clock: `Access` holds what is known and does no I/O.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
+from typing import Any
+
+from google.protobuf.message import DecodeError
+from ray.core.generated import gcs_service_pb2 as _pb
+
+from raysandbox.cluster.methods import STREAM
+from raysandbox.cluster.settings import (
+    Access as Grants,
+)
+from raysandbox.cluster.settings import (
+    Inventory,
+    RoleLimit,
+    Settings,
+)
+
+__all__ = ["Access", "Decision", "grpc_message"]
+
+# The generated module makes its classes when it is imported.
+pb: Any = _pb
+
+FUN, PACKAGE, JOB = b"fun", b"gcs://", b"job"
+# Written by Ray's own head and read by everybody who starts.
+SHARED = {b"", b"session", b"cluster", b"tracing", b"dashboard", b"healthcheck"}
+# A call that its end was never heard of is given up after this long.
+IN_FLIGHT_S = 120.0
+JOB_BYTES = 4
+SYSTEM = "head/"
+
+
+class Decision:
+    """Allowed or not, and what the call was about.
+
+    Attributes:
+        why: Empty when allowed; else the rule, in words.
+        object: What the call names, for the audit log.
+        retry: Refused for now: the client should come back.
+        alert: Worth waking somebody: a node that must not be here.
+    """
+
+    __slots__ = ("alert", "object", "retry", "why")
+
+    def __init__(
+        self, why: str = "", *, object: str = "", retry: bool = False,
+        alert: bool = False,
+    ) -> None:  # fmt: skip
+        self.why, self.object, self.retry, self.alert = why, object, retry, alert
+
+    @property
+    def allowed(self) -> bool:
+        """Whether the call may go on to the GCS."""
+        return not self.why
+
+
+class _Refused(Exception):
+    def __init__(self, why: str, *, retry: bool = False, alert: bool = False) -> None:
+        super().__init__(why)
+        self.why, self.retry, self.alert = why, retry, alert
+
+
+class _Bucket:
+    """Tokens that refill; `take` may be asked for more than is left."""
+
+    __slots__ = ("burst", "left", "per_s", "seen")
+
+    def __init__(self, per_s: float, burst: float, now: float) -> None:
+        self.per_s, self.burst, self.left, self.seen = per_s, burst, burst, now
+
+    def take(self, amount: float, now: float) -> bool:
+        self.left = min(self.burst, self.left + (now - self.seen) * self.per_s)
+        self.seen = now
+        if amount > self.left:
+            return False
+        self.left -= amount
+        return True
+
+
+class _Caller:
+    """One identity's use of the GCS."""
+
+    __slots__ = ("flight", "reads", "stored", "writes")
+
+    def __init__(self, limit: RoleLimit, now: float) -> None:
+        self.reads = _Bucket(limit.read_bytes_per_s, limit.read_burst_bytes, now)
+        self.writes = _Bucket(limit.write_bytes_per_s, limit.write_burst_bytes, now)
+        self.flight: dict[str, float] = {}
+        self.stored = 0
+
+
+def grpc_message(body: bytes) -> bytes:
+    """Return the one message of a unary gRPC request.
+
+    Raises:
+        ValueError: It is not exactly one uncompressed message.
+    """
+    if len(body) < 5:
+        raise ValueError("the body is shorter than a gRPC frame")
+    if body[0] != 0:
+        raise ValueError("a compressed message can't be checked")
+    if int.from_bytes(body[1:5], "big") != len(body) - 5:
+        raise ValueError("the frame's length is not the body's")
+    return body[5:]
+
+
+def _text(raw: bytes, limit: int = 96) -> str:
+    return raw[:limit].decode("utf-8", "backslashreplace")
+
+
+class Access:
+    """Everything known about jobs, nodes, keys and actors, and the decisions.
+
+    Args:
+        journal: Called with a plain record for every fact that must survive a
+            restart; `replay` takes them back.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        inventory: Inventory,
+        grants: Grants,
+        journal: Callable[[list[Any]], None] = lambda fact: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.settings, self.inventory, self.grants = settings, inventory, grants
+        self._journal, self._clock = journal, clock
+        self.jobs: dict[str, str] = {}
+        self.bound: dict[str, str] = {}
+        self.namespaces: dict[str, str] = {}
+        self.job_namespace: dict[str, str] = {}
+        self.job_node: dict[str, str] = {}
+        self.nodes: dict[str, str] = {}
+        self.actors: dict[str, str] = {}
+        self.keys: dict[tuple[bytes, bytes], tuple[str, int, bytes]] = {}
+        self.submissions: dict[str, str] = {}
+        self._callers: dict[str, _Caller] = {}
+        self._rules: dict[str, Callable[[_Call], None]] = _rules(self)
+
+    # -- what becomes known ---------------------------------------------------
+
+    def learn_job(self, uri: str, number: int) -> None:
+        """A job's number was given to an identity."""
+        job = number.to_bytes(JOB_BYTES, "little").hex()
+        self._fact("jobs", job, uri if "/worker/" in uri else _who(uri))
+
+    def replay(self, facts: Iterable[list[Any]]) -> None:
+        """Take back what a former process wrote to the journal."""
+        for table, *rest in facts:
+            if table == "keys":
+                namespace, key, owner, size, digest = rest
+                self._set_key(
+                    bytes.fromhex(namespace), bytes.fromhex(key), owner, size,
+                    bytes.fromhex(digest),
+                )  # fmt: skip
+            elif table == "gone":
+                self._drop_key(bytes.fromhex(rest[0]), bytes.fromhex(rest[1]))
+            else:
+                getattr(self, table)[rest[0]] = rest[1]
+
+    def ended(self, request_id: str, who: str) -> None:
+        """A call has ended, in whatever way: its place in flight is free."""
+        caller = self._callers.get(who)
+        if caller is not None:
+            caller.flight.pop(request_id, None)
+
+    def _fact(self, table: str, key: str, value: str) -> None:
+        known: dict[str, str] = getattr(self, table)
+        if known.get(key) != value:
+            known[key] = value
+            self._journal([table, key, value])
+
+    def _set_key(
+        self, namespace: bytes, key: bytes, owner: str, size: int, digest: bytes
+    ) -> None:
+        self._drop_key(namespace, key)
+        self.keys[namespace, key] = (owner, size, digest)
+        if caller := self._callers.get(self._payer(owner)):
+            caller.stored += size
+
+    def _drop_key(self, namespace: bytes, key: bytes) -> None:
+        known = self.keys.pop((namespace, key), None)
+        if known and (caller := self._callers.get(self._payer(known[0]))):
+            caller.stored -= known[1]
+
+    def _payer(self, owner: str) -> str:
+        """Return the identity that pays for what a job or identity stores."""
+        owner = self.jobs.get(owner, owner)
+        return _who(owner) if owner.startswith("spiffe://") else owner
+
+    # -- decisions ------------------------------------------------------------
+
+    def decide(
+        self,
+        *,
+        uri: str,
+        method: str,
+        body: bytes,
+        request_id: str = "",
+        node_id: str = "",
+        source: str = "",
+    ) -> Decision:
+        """Decide one call; never raises for anything that a caller can send."""
+        call = _Call(uri, method, body, request_id, node_id, source)
+        about = ""
+        try:
+            rule = self._rules.get(method)
+            if rule is None:
+                raise _Refused(f"{method} is not one that the guard knows")
+            if method != STREAM:
+                kind = _KINDS[method]
+                try:
+                    call.ask = kind.FromString(grpc_message(body))
+                except (ValueError, DecodeError) as error:
+                    raise _Refused(f"malformed request: {error}") from None
+            about = call.about()
+            rule(call)
+            if call.charge:
+                self._charge(call)
+        except _Refused as refused:
+            return Decision(
+                refused.why, object=about, retry=refused.retry, alert=refused.alert
+            )
+        return Decision(object=about)
+
+    def caller(self, who: str, role: str) -> _Caller:
+        """Return an identity's counters."""
+        found = self._callers.get(who)
+        if found is None:
+            limit = self.settings.limits.roles[role]  # type: ignore[index]
+            found = self._callers[who] = _Caller(limit, self._clock())
+            found.stored = sum(
+                size for owner, size, _ in self.keys.values()
+                if self._payer(owner) == who
+            )  # fmt: skip
+        return found
+
+    def _charge(self, call: _Call) -> None:
+        now = self._clock()
+        limit = self.settings.limits.roles[call.role]  # type: ignore[index]
+        caller = self.caller(call.who, call.role)
+        if len(caller.flight) >= limit.in_flight:
+            for request, since in list(caller.flight.items()):
+                if now - since > IN_FLIGHT_S:
+                    del caller.flight[request]
+            if len(caller.flight) >= limit.in_flight:
+                raise _Refused(
+                    f"{limit.in_flight} calls of this identity are in flight",
+                    retry=True,
+                )
+        if call.writes > limit.write_burst_bytes:
+            raise _Refused(
+                f"a request of {call.writes} bytes is over this role's limit of "
+                f"{limit.write_burst_bytes} (limits.roles.{call.role}"
+                ".write_burst_bytes)"
+            )
+        if call.reads > limit.read_burst_bytes:
+            raise _Refused(f"a read of {call.reads} bytes is over this role's limit")
+        if not caller.writes.take(call.writes, now):
+            raise _Refused("this identity's bytes per second (write)", retry=True)
+        if not caller.reads.take(call.reads, now):
+            raise _Refused("this identity's bytes per second (read)", retry=True)
+        if call.request_id:
+            caller.flight[call.request_id] = now
+
+    # -- rules ----------------------------------------------------------------
+
+    def _owner(self, call: _Call) -> str:
+        """Return whom the caller acts for: a driver, or its job's owner."""
+        if call.role != "worker":
+            return call.who
+        job = self.bound.get(call.uri)
+        return self.jobs.get(job, "") if job else ""
+
+    def _bind(self, call: _Call, job: str) -> None:
+        """Refuse a job that is not the caller's; bind a worker that has none."""
+        if call.role == "head":
+            return
+        owner = self.jobs.get(job)
+        if call.role == "worker":
+            if owner == call.uri:
+                return
+            bound = self.bound.get(call.uri)
+            if bound is None and owner is not None:
+                self._fact("bound", call.uri, job)
+                return
+            if bound == job:
+                return
+            raise _Refused(f"job {job} is not this worker's job {bound or '(none)'}")
+        if owner != call.who:
+            raise _Refused(f"job {job} is not a job of {call.who}")
+
+    def _same_owner(self, call: _Call, job: str) -> bool:
+        if call.role == "head":
+            return True
+        owner = self.jobs.get(job)
+        if owner is None:
+            return False
+        return owner in (self._owner(call), call.uri)
+
+    def _may_use(self, call: _Call, namespace: str) -> bool:
+        if call.role in ("head", "operator"):
+            return True
+        owner = self._owner(call)
+        holder = self.namespaces.get(namespace)
+        if holder is not None and holder in (owner, call.uri):
+            return True
+        name = owner.rpartition("/")[2]
+        grant = self.grants.drivers.get(name) if owner.startswith("driver/") else None
+        if grant and any(fnmatchcase(namespace, glob) for glob in grant.namespaces):
+            return True
+        if holder is None and owner:
+            self._fact("namespaces", namespace, owner)
+            return True
+        return False
+
+    def _own_node(self, call: _Call, node_id: str) -> None:
+        if self.nodes.get(node_id) != call.who:
+            raise _Refused(f"node {node_id[:16]} is not {call.who}", alert=True)
+
+    def kv(self, call: _Call) -> None:
+        """Keys: reads, lists, writes and deletions."""
+        ask: Any = call.ask
+        namespace = bytes(ask.namespace)
+        write = call.method.endswith(("Put", "Del"))
+        if call.method.endswith("Keys"):
+            self._list_keys(call, namespace, bytes(ask.prefix))
+            return
+        many = call.method.endswith("MultiGet")
+        for key in ask.keys if many else [ask.key]:
+            if namespace == FUN:
+                self._bind(call, _job_of_key(key))
+            elif write:
+                self._write_key(call, namespace, key)
+            else:
+                self._read_key(call, namespace, key)
+            if not write and not call.method.endswith("Exists"):
+                call.reads += self.keys.get((namespace, key), ("", 0, b""))[1]
+        if write:
+            self._keep(call, namespace, ask)
+
+    def _list_keys(self, call: _Call, namespace: bytes, prefix: bytes) -> None:
+        if call.role in ("head", "operator") or namespace in SHARED - {b""}:
+            return
+        if namespace == FUN:
+            self._bind(call, _job_of_key(prefix))
+            return
+        for (space, key), (owner, _, _) in self.keys.items():
+            if space != namespace or not key.startswith(prefix):
+                continue
+            if not self._owns(call, owner):
+                raise _Refused(f"keys of another owner under {_text(prefix)!r}")
+
+    def _owns(self, call: _Call, owner: str) -> bool:
+        if owner in (call.who, call.uri, self.bound.get(call.uri)):
+            return True
+        return owner in self.jobs and self._same_owner(call, owner)
+
+    def _read_key(self, call: _Call, namespace: bytes, key: bytes) -> None:
+        if call.role in ("head", "node", "operator") or namespace in SHARED:
+            return
+        if call.role == "observer":
+            raise _Refused(f"namespace {_text(namespace)!r} is not for observers")
+        known = self.keys.get((namespace, key))
+        if known and not self._owns(call, known[0]):
+            raise _Refused(f"the key belongs to {known[0]}")
+
+    def _write_key(self, call: _Call, namespace: bytes, key: bytes) -> None:
+        if call.role == "head":
+            return
+        known = self.keys.get((namespace, key))
+        if namespace == b"" and key.startswith(PACKAGE):
+            value = getattr(call.ask, "value", None)
+            if value is None:
+                raise _Refused("packages are deleted by the head alone")
+            if known and known[2] != hashlib.sha256(value).digest():
+                raise _Refused("a package of that name has another content")
+            return
+        if call.role == "node":
+            if namespace == b"dashboard" or key.startswith(b"DASHBOARD_AGENT"):
+                if known and known[0] != call.who:
+                    raise _Refused(f"the key belongs to {known[0]}")
+                return
+            if namespace == b"usage_stats" or key.startswith(b"extra_usage_tag"):
+                return
+            raise _Refused("a node writes its agent's address alone", alert=True)
+        if namespace == JOB:
+            self._write_submission(call, key)
+            return
+        if namespace in SHARED and (known is None or known[0].startswith(SYSTEM)):
+            if namespace != b"" or known is not None or _reserved(key):
+                raise _Refused("the key is Ray's own")
+            return
+        if known and not self._owns(call, known[0]):
+            raise _Refused(f"the key belongs to {known[0]}")
+
+    def _write_submission(self, call: _Call, key: bytes) -> None:
+        """A submitted job's state: written by the one worker that supervises it."""
+        job = self.bound.get(call.uri)
+        name = key.hex()
+        if job is None or not self.jobs.get(job, "").startswith(SYSTEM):
+            raise _Refused("a submitted job's state is Ray's own")
+        holder = self.submissions.get(name)
+        mine = [key for key, uri in self.submissions.items() if uri == call.uri]
+        if holder not in (None, call.uri) or mine not in ([], [name]):
+            raise _Refused("another worker supervises that job")
+        self._fact("submissions", name, call.uri)
+
+    def _keep(self, call: _Call, namespace: bytes, ask: Any) -> None:
+        """Remember who wrote what, and charge for it."""
+        key = bytes(ask.key)
+        if call.method.endswith("Del"):
+            names = [(namespace, key)]
+            if ask.del_by_prefix:
+                names = [
+                    n for n in self.keys if n[0] == namespace and n[1].startswith(key)
+                ]
+                for name in names:
+                    if call.role != "head" and not self._owns(call, self.keys[name][0]):
+                        raise _Refused(f"keys of another owner under {_text(key)!r}")
+            for name in names:
+                if name in self.keys:
+                    self._drop_key(*name)
+                    self._journal(["gone", name[0].hex(), name[1].hex()])
+            return
+        size = len(ask.key) + len(ask.value)
+        call.writes += size
+        known = self.keys.get((namespace, key))
+        if known and not ask.overwrite:
+            return
+        limit = self.settings.limits.roles[call.role]  # type: ignore[index]
+        grows = size - (known[1] if known else 0)
+        if self.caller(call.who, call.role).stored + grows > limit.stored_bytes:
+            raise _Refused(
+                f"keys of {call.who} would hold more than {limit.stored_bytes} bytes "
+                f"(limits.roles.{call.role}.stored_bytes)"
+            )
+        self._charge(call)
+        call.charge = False
+        owner = known[0] if known else self._new_owner(call, namespace, key)
+        digest = hashlib.sha256(ask.value).digest() if key.startswith(PACKAGE) else b""
+        self._set_key(namespace, key, owner, size, digest)
+        self._journal(["keys", namespace.hex(), key.hex(), owner, size, digest.hex()])
+
+    def _new_owner(self, call: _Call, namespace: bytes, key: bytes) -> str:
+        if namespace == FUN:
+            return _job_of_key(key)
+        if call.role == "worker":
+            return self.bound.get(call.uri, call.uri)
+        return call.who
+
+    def named_actor(self, call: _Call) -> None:
+        """Named actors are found in the caller's own namespaces."""
+        ask: Any = call.ask
+        if getattr(ask, "all_namespaces", False):
+            if call.role not in ("head", "operator"):
+                raise _Refused("named actors of all namespaces are for operators")
+            return
+        if not self._may_use(call, ask.ray_namespace):
+            raise _Refused(f"namespace {ask.ray_namespace!r} is another driver's")
+
+    def actor_by_id(self, call: _Call) -> None:
+        """Kill, restart, end of scope: by the actor's job, or its namespace."""
+        actor = call.ask.actor_id.hex()
+        job = actor[-2 * JOB_BYTES :]
+        if self._same_owner(call, job):
+            return
+        namespace = self.actors.get(actor)
+        if (
+            call.method.endswith("KillActorViaGcs")
+            and namespace is not None
+            and self._may_use(call, namespace)
+        ):
+            return
+        raise _Refused(f"actor {actor[:16]} belongs to job {job}")
+
+    def new_actor(self, call: _Call) -> None:
+        """An actor is made for the caller's own job, in its own namespace."""
+        spec = call.ask.task_spec
+        job = spec.job_id.hex()
+        if call.role == "worker":
+            self._bind(call, job)
+        elif not self._same_owner(call, job):
+            raise _Refused(f"job {job} is not a job of {call.who}")
+        made = spec.actor_creation_task_spec
+        if made.actor_id.hex()[-2 * JOB_BYTES :] != job:
+            raise _Refused("the actor's id names another job")
+        if made.name:
+            if not self._may_use(call, made.ray_namespace):
+                raise _Refused(f"namespace {made.ray_namespace!r} is another driver's")
+            self._fact("actors", made.actor_id.hex(), made.ray_namespace)
+
+    def placement_group(self, call: _Call) -> None:
+        """Placement groups are made and removed by their job's owner."""
+        ask: Any = call.ask
+        if call.method.endswith("GetNamedPlacementGroup"):
+            if not self._may_use(call, ask.ray_namespace):
+                raise _Refused(f"namespace {ask.ray_namespace!r} is another driver's")
+            return
+        if call.method.endswith("CreatePlacementGroup"):
+            spec = ask.placement_group_spec
+            if spec.creator_job_id != spec.placement_group_id[-JOB_BYTES:]:
+                raise _Refused("the placement group's id names another job")
+            job = spec.creator_job_id.hex()
+        else:
+            job = ask.placement_group_id[-JOB_BYTES:].hex()
+        if not self._same_owner(call, job):
+            raise _Refused(f"the placement group belongs to job {job}")
+
+    def next_job(self, call: _Call) -> None:
+        """Anybody whose role has the method may begin a job."""
+
+    def add_job(self, call: _Call) -> None:
+        """A node registers the jobs of the drivers that run on it."""
+        data = call.ask.data
+        job = data.job_id.hex()
+        owner = self.jobs.get(job)
+        if owner is None:
+            raise _Refused(f"job {job} was not given to anybody", alert=True)
+        self._own_node(call, data.driver_address.node_id.hex())
+        if self.job_node.get(job, call.who) != call.who:
+            raise _Refused(f"job {job} was added by {self.job_node[job]}")
+        namespace = data.config.ray_namespace
+        self._fact("job_node", job, call.who)
+        self._fact("job_namespace", job, namespace)
+        if namespace and namespace not in self.namespaces:
+            self._fact("namespaces", namespace, owner)
+
+    def finish_job(self, call: _Call) -> None:
+        """A node ends the jobs that it added."""
+        job = call.ask.job_id.hex()
+        if self.job_node.get(job) != call.who:
+            raise _Refused(f"job {job} was not added by {call.who}")
+
+    def worker_info(self, call: _Call) -> None:
+        """Workers report themselves, nodes their own workers' ends."""
+        ask: Any = call.ask
+        if call.role == "driver":
+            return
+        data = ask.worker_data if call.role == "worker" else None
+        if call.method.endswith("ReportWorkerFailure"):
+            data = ask.worker_failure
+        if data is None:
+            return
+        node = self.nodes.get(data.worker_address.node_id.hex(), "")
+        if node.partition("/")[2] != call.who.partition("/")[2]:
+            raise _Refused("the worker is not of this node")
+
+    def register_node(self, call: _Call) -> None:
+        """A node joins as its inventory entry says, or not at all."""
+        info = call.ask.node_info
+        node_id = info.node_id.hex()
+        problem = self._unfit(call, info)
+        if problem and self.settings.admission == "enforce":
+            raise _Refused(problem, alert=True)
+        if self.nodes.get(node_id, call.who) != call.who:
+            raise _Refused("the node id is another node's", alert=True)
+        self._fact("nodes", node_id, call.who)
+
+    def _unfit(self, call: _Call, info: Any) -> str:
+        name = call.who.partition("/")[2]
+        entry = self.inventory.nodes.get(name)
+        if entry is None:
+            return f"node {name!r} is not in the inventory"
+        if entry.quarantined:
+            return f"node {name!r} is quarantined"
+        if info.node_manager_address not in entry.addresses:
+            return (
+                f"node {name!r} claims address {info.node_manager_address}, the "
+                f"inventory says {', '.join(entry.addresses)}"
+            )
+        if info.is_head_node and not (entry.head and call.role == "head"):
+            return f"node {name!r} claims to be the head"
+        rest = entry.resources.get("*", 0.0)
+        for resource, amount in info.resources_total.items():
+            # A node's own id is a resource of 1 of each node.
+            if resource.startswith("node:"):
+                continue
+            ceiling = entry.resources.get(resource, rest)
+            if math.isnan(amount) or amount > ceiling:
+                return (
+                    f"node {name!r} claims {amount:g} of {resource}, the inventory "
+                    f"allows {ceiling:g}"
+                )
+        for label, value in info.labels.items():
+            if not label.startswith("ray.io/") and entry.labels.get(label) != value:
+                return f"node {name!r} claims label {label}={value}"
+        return ""
+
+    def unregister_node(self, call: _Call) -> None:
+        """A node leaves for itself."""
+        self._own_node(call, call.ask.node_id.hex())
+
+    def sync(self, call: _Call) -> None:
+        """The sync stream of a node that registered."""
+        call.charge = False
+        self._own_node(call, call.node_id)
+
+
+class _Call:
+    """One call, and what it will cost."""
+
+    __slots__ = (
+        "ask", "body_bytes", "charge", "method", "node_id", "reads", "request_id",
+        "role", "source", "uri", "who", "writes",
+    )  # fmt: skip
+
+    def __init__(
+        self, uri: str, method: str, body: bytes, request_id: str, node_id: str,
+        source: str,
+    ) -> None:  # fmt: skip
+        self.uri, self.method, self.request_id = uri, method, request_id
+        self.node_id, self.source, self.body_bytes = node_id, source, len(body)
+        self.who = _who(uri)
+        self.role = self.who.partition("/")[0]
+        self.ask: Any = None
+        self.reads = self.writes = 0
+        self.charge = True
+
+    def about(self) -> str:
+        """Name the object for the audit log."""
+        ask: Any = self.ask
+        if ask is None:
+            return self.node_id
+        name = self.method.rpartition("/")[2]
+        if name.startswith("InternalKV"):
+            space = _text(bytes(ask.namespace), 32)
+            if name == "InternalKVKeys":
+                return f"{space}:{_text(bytes(ask.prefix))}*"
+            if name == "InternalKVMultiGet":
+                return f"{space}:{len(ask.keys)} keys"
+            return f"{space}:{_text(bytes(ask.key))}"
+        if hasattr(ask, "actor_id"):
+            return f"actor {ask.actor_id.hex()}"
+        if hasattr(ask, "ray_namespace"):
+            return f"{ask.ray_namespace}/{getattr(ask, 'name', '*')}"
+        if hasattr(ask, "task_spec"):
+            made = ask.task_spec.actor_creation_task_spec
+            return f"actor {made.actor_id.hex()} {made.name}".rstrip()
+        if hasattr(ask, "node_info"):
+            info = ask.node_info
+            return f"node {info.node_id.hex()} {info.node_manager_address}"
+        if hasattr(ask, "data"):
+            return f"job {ask.data.job_id.hex()}"
+        if hasattr(ask, "job_id"):
+            return f"job {ask.job_id.hex()}"
+        return ""
+
+
+def _who(uri: str) -> str:
+    """Return role/name of an identity's URI."""
+    parts = uri.removeprefix("spiffe://").split("/")
+    return "/".join(parts[1:3])
+
+
+def _job_of_key(key: bytes) -> str:
+    parts = bytes(key).split(b":", 2)
+    if len(parts) < 3 or len(parts[1]) != 2 * JOB_BYTES:
+        raise _Refused(f"{_text(key)!r} is no key of one job's function table")
+    return parts[1].decode("ascii", "replace")
+
+
+def _reserved(key: bytes) -> bool:
+    return key.startswith(
+        (b"__", b"webui", b"DASHBOARD", b"Autoscaler", b"Dashboard", b"CLUSTER")
+    )
+
+
+_KV = "/ray.rpc.InternalKVGcsService/InternalKV"
+_ACTOR = "/ray.rpc.ActorInfoGcsService/"
+_GROUP = "/ray.rpc.PlacementGroupInfoGcsService/"
+_KINDS: dict[str, Any] = {
+    **{
+        _KV + name: getattr(pb, f"InternalKV{name}Request")
+        for name in ("Get", "MultiGet", "Put", "Del", "Exists", "Keys")
+    },
+    _ACTOR + "CreateActor": pb.CreateActorRequest,
+    _ACTOR + "RegisterActor": pb.RegisterActorRequest,
+    _ACTOR + "GetNamedActorInfo": pb.GetNamedActorInfoRequest,
+    _ACTOR + "ListNamedActors": pb.ListNamedActorsRequest,
+    _ACTOR + "KillActorViaGcs": pb.KillActorViaGcsRequest,
+    _ACTOR + "ReportActorOutOfScope": pb.ReportActorOutOfScopeRequest,
+    _ACTOR + "RestartActorForLineageReconstruction": (
+        pb.RestartActorForLineageReconstructionRequest
+    ),
+    _GROUP + "CreatePlacementGroup": pb.CreatePlacementGroupRequest,
+    _GROUP + "GetNamedPlacementGroup": pb.GetNamedPlacementGroupRequest,
+    _GROUP + "RemovePlacementGroup": pb.RemovePlacementGroupRequest,
+    "/ray.rpc.JobInfoGcsService/AddJob": pb.AddJobRequest,
+    "/ray.rpc.JobInfoGcsService/GetNextJobID": pb.GetNextJobIDRequest,
+    "/ray.rpc.JobInfoGcsService/MarkJobFinished": pb.MarkJobFinishedRequest,
+    "/ray.rpc.NodeInfoGcsService/RegisterNode": pb.RegisterNodeRequest,
+    "/ray.rpc.NodeInfoGcsService/UnregisterNode": pb.UnregisterNodeRequest,
+    "/ray.rpc.WorkerInfoGcsService/AddWorkerInfo": pb.AddWorkerInfoRequest,
+    "/ray.rpc.WorkerInfoGcsService/ReportWorkerFailure": (
+        pb.ReportWorkerFailureRequest
+    ),
+}
+
+
+def _rules(access: Access) -> dict[str, Callable[[_Call], None]]:
+    return {
+        **{m: access.kv for m in _KINDS if m.startswith(_KV)},
+        _ACTOR + "CreateActor": access.new_actor,
+        _ACTOR + "RegisterActor": access.new_actor,
+        _ACTOR + "GetNamedActorInfo": access.named_actor,
+        _ACTOR + "ListNamedActors": access.named_actor,
+        _ACTOR + "KillActorViaGcs": access.actor_by_id,
+        _ACTOR + "ReportActorOutOfScope": access.actor_by_id,
+        _ACTOR + "RestartActorForLineageReconstruction": access.actor_by_id,
+        _GROUP + "CreatePlacementGroup": access.placement_group,
+        _GROUP + "GetNamedPlacementGroup": access.placement_group,
+        _GROUP + "RemovePlacementGroup": access.placement_group,
+        "/ray.rpc.JobInfoGcsService/AddJob": access.add_job,
+        "/ray.rpc.JobInfoGcsService/GetNextJobID": access.next_job,
+        "/ray.rpc.JobInfoGcsService/MarkJobFinished": access.finish_job,
+        "/ray.rpc.NodeInfoGcsService/RegisterNode": access.register_node,
+        "/ray.rpc.NodeInfoGcsService/UnregisterNode": access.unregister_node,
+        "/ray.rpc.WorkerInfoGcsService/AddWorkerInfo": access.worker_info,
+        "/ray.rpc.WorkerInfoGcsService/ReportWorkerFailure": access.worker_info,
+        STREAM: access.sync,
+    }

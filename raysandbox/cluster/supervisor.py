@@ -1,0 +1,669 @@
+"""Keeps a member's helpers running: guard, access service, audit, certificates.
+
+``python -m raysandbox.cluster.supervisor DIR`` — one small parent that starts
+the worker below again when it dies, and one worker with an event loop:
+
+* on a head: Envoy (restarted when it dies), the access service that Envoy asks
+  about the content of calls, the audit log fed by Envoy's access log, the
+  watcher, metrics and alerts;
+* on every head and node: a stock of certificates for the next worker processes.
+
+Everything fails closed: without the parent the worker dies, without the worker
+Envoy dies, and an Envoy whose access service is silent answers UNAVAILABLE.
+SIGHUP reloads inventory, access.toml and revocations.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import fcntl
+import http.client
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import urllib.request
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from raysandbox.cluster import guard, pki
+from raysandbox.cluster.access import Access, grpc_message
+from raysandbox.cluster.audit import AuditLog
+from raysandbox.cluster.errors import ClusterError
+from raysandbox.cluster.settings import ClusterDir, write_file
+
+__all__ = ["main"]
+
+PR_SET_PDEATHSIG = 1
+F_SETPIPE_SZ = 1031
+PIPE_BYTES = 1 << 20
+# Certificates that wait for workers: enough for a node's burst of starts.
+STOCK = 16
+QUEUE_LINES = 100_000
+FLUSH_S = 0.1
+# A flood of equal refusals is one line a second with a count, or the log would
+# be the next thing to fill up.
+FOLD_S = 1.0
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+class AccessServer(asyncio.Protocol):
+    """HTTP/1.1 as Envoy's authorization filter speaks it, on a unix socket."""
+
+    def __init__(self, worker: HeadWorker) -> None:
+        self._worker = worker
+        self._buffer = bytearray()
+        self._head: tuple[str, dict[str, str], int] | None = None
+        self._transport: asyncio.Transport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Keep the transport for the answers."""
+        self._transport = transport  # type: ignore[assignment]
+
+    def data_received(self, data: bytes) -> None:
+        """Collect whole requests and answer each."""
+        self._buffer += data
+        while True:
+            if self._head is None:
+                end = self._buffer.find(b"\r\n\r\n")
+                if end < 0:
+                    return
+                lines = self._buffer[:end].decode("latin-1").split("\r\n")
+                del self._buffer[: end + 4]
+                headers = {}
+                for line in lines[1:]:
+                    name, _, value = line.partition(":")
+                    headers[name.lower()] = value.strip()
+                length = int(headers.get("content-length", "0"))
+                self._head = (lines[0].split(" ")[1], headers, length)
+            path, headers, length = self._head
+            if len(self._buffer) < length:
+                return
+            body = bytes(self._buffer[:length])
+            del self._buffer[:length]
+            self._head = None
+            status, extra = self._worker.answer(path, headers, body)
+            reason = "OK" if status == 200 else "No"
+            if self._transport is not None:
+                self._transport.write(
+                    f"HTTP/1.1 {status} {reason}\r\n{extra}"
+                    "content-length: 0\r\n\r\n".encode("latin-1", "replace")
+                )
+
+
+class Stock:
+    """Certificates ready for the next worker processes of this node."""
+
+    def __init__(self, cluster: ClusterDir) -> None:
+        self.settings, self.member = cluster.settings(), cluster.member()
+        self.issuer = pki.Issuer.load(
+            cluster.workers / "issuer.pem", cluster.workers / "issuer.key"
+        )
+        self.ready = cluster.run / "workers"
+        self.used = cluster.run / "workers-used"
+        for path in (self.ready, self.used):
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def fill(self) -> None:
+        """Make certificates up to the stock, and remove those of dead workers."""
+        have = [f for f in self.ready.iterdir() if f.suffix == ".pem"]
+        for _ in range(STOCK - len(have)):
+            pem, uri = pki.mint_worker(
+                self.issuer, self.settings.name, self.member.name, self.member.addresses
+            )
+            write_file(self.ready / f"{uri.rpartition('/')[2]}.pem", pem)
+        for file in self.used.iterdir():
+            if file.stem.isdigit() and not Path(f"/proc/{file.stem}").exists():
+                file.unlink(missing_ok=True)
+
+
+class NodeWorker:
+    """What a node without a guard needs."""
+
+    def __init__(self, cluster: ClusterDir) -> None:
+        self.dir = cluster
+        self.stock = Stock(cluster)
+
+    async def run(self) -> None:
+        """Run until told to end."""
+        loop = asyncio.get_running_loop()
+        ended = asyncio.Event()
+        loop.add_signal_handler(signal.SIGTERM, ended.set)
+        loop.add_signal_handler(signal.SIGHUP, self.reload)
+        tasks = [asyncio.create_task(self._fill()), *await self.start()]
+        write_file(self.dir.run / "ready", str(os.getpid()))
+        waiting = asyncio.create_task(ended.wait())
+        done, _ = await asyncio.wait(
+            [waiting, *tasks], return_when=asyncio.FIRST_COMPLETED
+        )
+        await self.stop()
+        for task in done - {waiting}:
+            task.result()
+
+    async def start(self) -> list[asyncio.Task[None]]:
+        """Start what runs beside the stock."""
+        return []
+
+    async def stop(self) -> None:
+        """End it."""
+
+    def reload(self) -> None:
+        """Read again what may have changed."""
+        self.stock = Stock(self.dir)
+
+    async def _fill(self) -> None:
+        while True:
+            self.stock.fill()
+            await asyncio.sleep(0.5)
+
+
+class HeadWorker(NodeWorker):
+    """The guard's surroundings."""
+
+    def __init__(self, cluster: ClusterDir) -> None:
+        super().__init__(cluster)
+        self.settings = cluster.settings()
+        run = cluster.run
+        self.state = cluster.path / "state"
+        self.state.mkdir(mode=0o700, exist_ok=True)
+        self.access = Access(
+            self.settings, cluster.inventory(), cluster.access(), self._journal
+        )
+        journal = self.state / "facts.jsonl"
+        if journal.exists():
+            with journal.open() as lines:
+                self.access.replay(_facts(lines))
+        self._facts = journal.open("a", buffering=1)
+        os.chmod(journal, 0o600)
+        self.audit = AuditLog(
+            cluster.audit, self.settings.audit.rotate_bytes,
+            self.settings.audit.keep_files,
+        )  # fmt: skip
+        self.counts: Counter[tuple[str, ...]] = Counter()
+        self._verdicts: dict[str, tuple[str, str]] = {}
+        self._queue: list[dict[str, Any]] = []
+        self._folded: dict[tuple[str, ...], dict[str, Any]] = {}
+        self._lost = 0
+        self._closed_since = 0.0
+        self._pipe = _make_pipe(run / "calls.pipe")
+        self._partial = b""
+        self._envoy: asyncio.subprocess.Process | None = None
+        self._guard_wanted = True
+
+    # -- asked by Envoy ---------------------------------------------------------
+
+    def answer(
+        self, path: str, headers: dict[str, str], body: bytes
+    ) -> tuple[int, str]:
+        """Answer one question; any surprise is a refusal."""
+        try:
+            uri = headers.get("x-rsb-uri", "")
+            if path == "/job" and headers.get("host") == "access":
+                from ray.core.generated import gcs_service_pb2 as pb
+
+                reply = pb.GetNextJobIDReply.FromString(grpc_message(body))
+                self.access.learn_job(uri, reply.job_id)
+                return 200, ""
+            request_id = headers.get("x-request-id", "")
+            if headers.get("grpc-encoding", "identity") != "identity":
+                return 403, "x-rsb-why: compressed requests can't be checked\r\n"
+            decision = self.access.decide(
+                uri=uri, method=path, body=body, request_id=request_id,
+                node_id=headers.get("node_id", ""),
+            )  # fmt: skip
+        except Exception as error:  # noqa: BLE001 - our bug must refuse, not pass
+            self.event("access_error", why=f"{type(error).__name__}: {error}")
+            return 403, "x-rsb-why: internal error of the guard\r\n"
+        self._verdicts[request_id] = (decision.object, decision.why)
+        if decision.alert:
+            self.alert(
+                "unexpected_node" if "RegisterNode" in path else "odd_call",
+                who=uri, method=path, object=decision.object, why=decision.why,
+            )  # fmt: skip
+        if decision.allowed:
+            return 200, ""
+        why = decision.why.replace("\r", " ").replace("\n", " ")[:300]
+        return (503 if decision.retry else 403), f"x-rsb-why: {why}\r\n"
+
+    # -- events -------------------------------------------------------------------
+
+    def event(self, name: str, **fields: Any) -> None:
+        """Record something that is not a call."""
+        self.counts["rsb_events_total", "event", name] += 1
+        self._push({"t": round(time.time(), 6), "event": name, **fields})
+
+    def alert(self, name: str, **fields: Any) -> None:
+        """An event that somebody should see now: log, metric, webhook."""
+        self.counts["rsb_alerts_total", "alert", name] += 1
+        self.event(name, alert=True, ok=False, **fields)
+        text = json.dumps({"alert": name, "cluster": self.settings.name, **fields})
+        print(f"raysandbox alert: {text}", file=sys.stderr, flush=True)
+        if self.settings.audit.webhook:
+            asyncio.get_running_loop().run_in_executor(None, self._post, text)
+
+    def _post(self, text: str) -> None:
+        url = self.settings.audit.webhook
+        if not url or not url.startswith(("http://", "https://")):
+            return
+        request = urllib.request.Request(  # noqa: S310 - scheme checked above
+            url, text.encode(), {"content-type": "application/json"}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=5):  # noqa: S310
+                pass
+        except OSError as error:
+            self.counts["rsb_events_total", "event", "webhook_failed"] += 1
+            print(f"raysandbox: webhook: {error}", file=sys.stderr, flush=True)
+
+    def _push(self, record: dict[str, Any]) -> None:
+        if len(self._queue) >= QUEUE_LINES:
+            self._lost += 1
+            return
+        self._queue.append(record)
+
+    def _journal(self, fact: list[Any]) -> None:
+        self._facts.write(json.dumps(fact) + "\n")
+
+    # -- Envoy's access log -------------------------------------------------------
+
+    def _read_pipe(self) -> None:
+        try:
+            data = os.read(self._pipe, PIPE_BYTES)
+        except BlockingIOError:
+            return
+        *lines, self._partial = (self._partial + data).split(b"\n")
+        for line in lines:
+            try:
+                self._logged(json.loads(line))
+            except (ValueError, KeyError, TypeError) as error:
+                self.event("odd_log_line", why=str(error))
+
+    def _logged(self, entry: dict[str, Any]) -> None:
+        uri = str(entry.get("uri", ""))
+        who = "/".join(uri.removeprefix("spiffe://").split("/")[1:])
+        method = entry.get("method")
+        if method is None:
+            self._handshake(entry, who)
+            return
+        request_id = str(entry.get("id", ""))
+        about, why = self._verdicts.pop(request_id, ("", ""))
+        name = "/".join(who.split("/")[:2])
+        self.access.ended(request_id, name)
+        details = str(entry.get("details", ""))
+        why = str(entry.get("why", "")) or why or _why(details)
+        role = name.partition("/")[0]
+        ok = not why
+        self.counts["rsb_calls_total", "role", role, "ok", str(ok).lower()] += 1
+        self.counts["rsb_bytes_total", "role", role] += int(entry.get("in", 0)) + int(
+            entry.get("out", 0)
+        )
+        record: dict[str, Any] = {
+            "t": float(entry["t"]), "who": who, "role": role,
+            "source": entry.get("source", ""), "method": method, "object": about,
+            "ok": ok, "in": int(entry.get("in", 0)), "out": int(entry.get("out", 0)),
+            "ms": int(entry.get("ms", 0)), "grpc": entry.get("grpc", ""),
+        }  # fmt: skip
+        if why:
+            record["why"] = why
+        flags = str(entry.get("flags", "-"))
+        if flags not in ("-", ""):
+            record["flags"] = flags
+        if ok:
+            self._push(record)
+        else:
+            self._fold(record)
+
+    def _handshake(self, entry: dict[str, Any], who: str) -> None:
+        self.counts["rsb_handshakes_refused_total",] += 1
+        self._fold(
+            {
+                "t": float(entry["t"]), "event": "handshake_refused", "who": who,
+                "source": str(entry.get("source", "")), "ok": False,
+                "why": str(entry.get("tls", "") or entry.get("details", "")),
+            }
+        )  # fmt: skip
+
+    def _fold(self, record: dict[str, Any]) -> None:
+        """Count equal refusals instead of writing each."""
+        source = str(record["source"]).rpartition(":")[0]
+        key = (
+            record["who"], source, str(record.get("method")), str(record["why"]),
+            str(record.get("object", "")) if len(self._folded) < 1000 else "",
+        )  # fmt: skip
+        known = self._folded.get(key)
+        if known is None:
+            self._folded[key] = record
+        else:
+            known["count"] = known.get("count", 1) + 1
+            known["in"] = known.get("in", 0) + record.get("in", 0)
+
+    async def _write(self) -> None:
+        loop = asyncio.get_running_loop()
+        folded_at = synced_at = loop.time()
+        while True:
+            await asyncio.sleep(FLUSH_S)
+            now = loop.time()
+            if now - folded_at >= FOLD_S:
+                folded, self._folded, folded_at = self._folded, {}, now
+                for record in folded.values():
+                    self._push(record)
+            if len(self._verdicts) > QUEUE_LINES:
+                self._verdicts.clear()
+            if not self._queue:
+                continue
+            batch, self._queue = self._queue, []
+            try:
+                self.audit.append(batch)
+                if now - synced_at >= 1:
+                    self.audit.sync()
+                    synced_at = now
+            except OSError as error:
+                self._queue = batch + self._queue
+                await self._disk_failed(error)
+                await asyncio.sleep(0.5)
+            else:
+                if self._closed_since:
+                    await self._disk_back()
+
+    async def _disk_failed(self, error: OSError) -> None:
+        policy = self.settings.audit.when_disk_is_full
+        if not self._closed_since:
+            self._closed_since = time.time()
+            self.counts["rsb_alerts_total", "alert", "audit_not_writable"] += 1
+            what = (
+                "every call is refused until it can be written"
+                if policy == "closed"
+                else "calls go on UNRECORDED"
+            )
+            print(
+                f"raysandbox alert: the audit log in {self.dir.audit} can't be "
+                f"written ({error.strerror}): {what} (audit.when_disk_is_full = "
+                f"{policy!r})",
+                file=sys.stderr,
+                flush=True,
+            )
+            if self.settings.audit.webhook:
+                text = json.dumps({"alert": "audit_not_writable", "policy": policy})
+                asyncio.get_running_loop().run_in_executor(None, self._post, text)
+        if policy == "closed":
+            self._admin("/runtime_modify?fault.http.abort.abort_percent=100")
+
+    async def _disk_back(self) -> None:
+        since, self._closed_since = self._closed_since, 0.0
+        self._admin("/runtime_modify?fault.http.abort.abort_percent=0")
+        self.event(
+            "audit_writable_again", ok=False, lost=self._lost,
+            why=f"not writable for {time.time() - since:.1f} s",
+        )  # fmt: skip
+        self._lost = 0
+
+    def _admin(self, path: str) -> bool:
+        """POST to Envoy's administration socket, which only we can reach."""
+        connection = http.client.HTTPConnection("localhost", timeout=2)
+        try:
+            with socket.socket(socket.AF_UNIX) as sock:
+                sock.settimeout(2)
+                sock.connect(str(self.dir.admin_socket))
+                connection.sock = sock
+                connection.request("POST", path)
+                return connection.getresponse().status == 200
+        except OSError:
+            return False
+
+    # -- Envoy ----------------------------------------------------------------------
+
+    def write_guard(self) -> None:
+        """Write the guard's files from the cluster directory."""
+        ca = pki.load_chain(self.dir.ca_cert)[0]
+        crls = b"".join(f.read_bytes() for f in sorted(self.dir.trust.glob("*.crl")))
+        guard.write(self.dir, crls, ca.subject.rfc4514_string())
+
+    def reload(self) -> None:
+        """Take up inventory, grants and revocations; bad files change nothing."""
+        try:
+            super().reload()
+            inventory, grants = self.dir.inventory(), self.dir.access()
+            self.write_guard()
+        except (ClusterError, OSError) as error:
+            self.alert("reload_failed", why=str(error))
+            return
+        self.access.inventory, self.access.grants = inventory, grants
+        self.event("reloaded")
+
+    async def start(self) -> list[asyncio.Task[None]]:
+        """Start the access service, then the guard."""
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self._pipe, self._read_pipe)
+        path = self.dir.access_socket
+        path.unlink(missing_ok=True)
+        old = os.umask(0o177)
+        try:
+            await loop.create_unix_server(lambda: AccessServer(self), str(path))
+        finally:
+            os.umask(old)
+        self.write_guard()
+        self.event("supervisor_started", pid=os.getpid())
+        await self._spawn()
+        await self._until_listening()
+        tasks = [self._watch_envoy(), self._write(), self._watch_gcs()]
+        if self.settings.audit.metrics_port:
+            await asyncio.start_server(
+                self._metrics, "127.0.0.1", self.settings.audit.metrics_port
+            )
+        return [asyncio.create_task(task) for task in tasks]
+
+    async def _spawn(self) -> None:
+        self.dir.admin_socket.unlink(missing_ok=True)
+        log = self.dir.run / "envoy.log"
+        self._envoy = await asyncio.create_subprocess_exec(
+            str(guard.executable()),
+            "-c", str(self.dir.run / "envoy.json"),
+            "--concurrency", "1", "--disable-hot-restart",
+            "--file-flush-interval-msec", "50",
+            "--drain-time-s", "2", "--drain-strategy", "immediate",
+            "--log-level", "warning", "--log-path", str(log),
+            stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.DEVNULL, preexec_fn=_die_with_parent,
+        )  # fmt: skip
+        write_file(self.dir.run / "envoy.pid", str(self._envoy.pid))
+
+    async def _until_listening(self) -> None:
+        for _ in range(200):
+            if self._envoy is None or self._envoy.returncode is not None:
+                break
+            try:
+                _, writer = await asyncio.open_connection(
+                    "127.0.0.1", self.settings.port
+                )
+                writer.close()
+                return
+            except OSError:
+                await asyncio.sleep(0.05)
+        log = self.dir.run / "envoy.log"
+        tail = log.read_text()[-1500:] if log.exists() else ""
+        raise ClusterError(
+            where=f"port {self.settings.port}", what=f"the guard did not start: {tail}"
+        )
+
+    async def _watch_envoy(self) -> None:
+        while True:
+            envoy = self._envoy
+            if envoy is None:
+                return
+            code = await envoy.wait()
+            self.alert("guard_died", why=f"exit status {code}; started again")
+            await asyncio.sleep(0.1)
+            await self._spawn()
+
+    async def stop(self) -> None:
+        """End Envoy and flush the log."""
+        envoy, self._envoy = self._envoy, None
+        if envoy is not None and envoy.returncode is None:
+            envoy.terminate()
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(envoy.wait(), 5)
+        self.event("supervisor_stopped")
+        with contextlib.suppress(OSError):
+            self.audit.append(self._queue)
+            self.audit.close()
+
+    # -- nodes that did not pass the guard --------------------------------------------
+
+    async def _watch_gcs(self) -> None:
+        from raysandbox.cluster.watch import Watcher
+
+        watcher = Watcher(self.dir)
+        told: set[str] = set()
+        while True:
+            await asyncio.sleep(5)
+            try:
+                alive = await watcher.alive()
+            except Exception as error:  # noqa: BLE001 - the GCS may be away
+                self.counts["rsb_events_total", "event", "watch_failed"] += 1
+                del error
+                continue
+            for node_id, address in alive.items():
+                who = self.access.nodes.get(node_id)
+                name = (who or "").partition("/")[2]
+                entry = self.access.inventory.nodes.get(name)
+                if who is not None and not (entry and entry.quarantined):
+                    continue
+                if node_id not in told:
+                    told.add(node_id)
+                    self.alert(
+                        "node_without_admission" if who is None else "quarantined",
+                        object=f"node {node_id} {address}", who=who or "",
+                        why="in the GCS, and did not pass the guard"
+                        if who is None else "drained",
+                    )  # fmt: skip
+                with contextlib.suppress(Exception):
+                    await watcher.remove(node_id)
+
+    async def _metrics(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        with contextlib.suppress(Exception):
+            await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
+            lines = []
+            for key, value in sorted(self.counts.items()):
+                name, *labels = key
+                pairs = zip(labels[::2], labels[1::2], strict=True)
+                inner = ",".join(f'{k}="{v}"' for k, v in pairs)
+                lines.append(f"{name}{{{inner}}} {value}\n")
+            body = "".join(lines).encode()
+            writer.write(
+                b"HTTP/1.0 200 OK\r\ncontent-type: text/plain; version=0.0.4\r\n\r\n"
+                + body
+            )
+            await writer.drain()
+        writer.close()
+
+
+_REASONS = {
+    "local_rate_limited": "calls per second of this identity",
+    "ext_authz_error": "the access service did not answer",
+    "request_payload_too_large": "the request is larger than limits.request_bytes",
+    "fault_filter_abort": "the audit log can't be written",
+    "overflow": "too many calls in flight",
+    "route_not_found": "no method of the GCS",
+}
+
+
+def _why(details: str) -> str:
+    """Say why the guard itself refused a call, or "" when it did not."""
+    if details.startswith("rbac_access_denied"):
+        return "not a method of this role, or not from this node's address"
+    for mark, words in _REASONS.items():
+        if mark in details:
+            return words
+    # A caller that gives its own call up is no offence: http2.remote_reset.
+    if details.startswith("http2.") and "remote_reset" not in details:
+        return f"malformed: {details}"
+    return ""
+
+
+def _facts(lines: Any) -> Any:
+    for line in lines:
+        try:
+            yield json.loads(line)
+        except ValueError:
+            # The last line of a process that was killed while it wrote.
+            continue
+
+
+def _make_pipe(path: Path) -> int:
+    """Make the pipe of Envoy's access log; open for both, so it never ends."""
+    path.unlink(missing_ok=True)
+    os.mkfifo(path, 0o600)
+    fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+    fcntl.fcntl(fd, F_SETPIPE_SZ, PIPE_BYTES)
+    return fd
+
+
+def _work(path: str) -> int:
+    cluster = ClusterDir(path)
+    head = cluster.member().role == "head"
+    worker = HeadWorker(cluster) if head else NodeWorker(cluster)
+    try:
+        asyncio.run(worker.run())
+    except ClusterError as error:
+        write_file(cluster.run / "failed", str(error))
+        print(f"raysandbox: {error}", file=sys.stderr, flush=True)
+        return 3
+    return 0
+
+
+def main(path: str) -> int:
+    """Keep a worker process running until SIGTERM; return the exit status."""
+    run = ClusterDir(path).run
+    child = 0
+
+    def ended(number: int, frame: object) -> None:
+        del frame
+        if child:
+            os.kill(child, number)
+        if number != signal.SIGHUP:
+            stopping.append(number)
+
+    stopping: list[int] = []
+    write_file(run / "supervisor.pid", str(os.getpid()))
+    pause = 0.2
+    while True:
+        started = time.monotonic()
+        child = os.fork()
+        if child == 0:
+            _die_with_parent()
+            os._exit(_guarded(path))
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, ended)
+        _, status = os.waitpid(child, 0)
+        code = os.waitstatus_to_exitcode(status)
+        child = 0
+        if stopping or code in (0, 3):
+            (run / "supervisor.pid").unlink(missing_ok=True)
+            return 0 if stopping else code
+        pause = 0.2 if time.monotonic() - started > 30 else min(pause * 2, 5)
+        print(f"raysandbox: supervisor died ({code}), restarting", file=sys.stderr)
+        time.sleep(pause)
+
+
+def _guarded(path: str) -> int:
+    try:
+        return _work(path)
+    except BaseException:  # noqa: BLE001 - printed, and the parent restarts us
+        import traceback
+
+        traceback.print_exc()
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

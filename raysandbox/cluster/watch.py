@@ -1,0 +1,56 @@
+"""Looks into the real GCS, as the guard: which nodes it holds to be alive."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+from ray.core.generated import gcs_pb2, gcs_service_pb2, gcs_service_pb2_grpc
+
+from raysandbox.cluster.settings import ClusterDir, read_secret
+
+__all__ = ["Watcher"]
+
+TIMEOUT_S = 5
+
+
+class Watcher:
+    """A client of the real GCS with the guard's own certificate."""
+
+    def __init__(self, cluster: ClusterDir) -> None:
+        credentials = grpc.ssl_channel_credentials(
+            cluster.ca_cert.read_bytes(),
+            read_secret(cluster.key("guard-inner")),
+            cluster.cert("guard-inner").read_bytes(),
+        )
+        port = cluster.settings().gcs_port
+        self._channel = grpc.aio.secure_channel(f"127.0.0.1:{port}", credentials)
+        stub: Any = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(self._channel)
+        self._stub = stub
+        token = read_secret(cluster.token).decode().strip()
+        self._metadata = (("authorization", f"Bearer {token}"),)
+
+    async def alive(self) -> dict[str, str]:
+        """Return node id → address of every node that the GCS holds alive."""
+        request: Any = gcs_service_pb2.GetAllNodeInfoRequest  # type: ignore[attr-defined]
+        reply = await self._stub.GetAllNodeInfo(
+            request(), metadata=self._metadata, timeout=TIMEOUT_S
+        )
+        up = gcs_pb2.GcsNodeInfo.ALIVE  # type: ignore[attr-defined]
+        return {
+            info.node_id.hex(): info.node_manager_address
+            for info in reply.node_info_list
+            if info.state == up
+        }
+
+    async def remove(self, node_id: str) -> None:
+        """Have the GCS count a node as dead; its tasks go elsewhere."""
+        request: Any = gcs_service_pb2.UnregisterNodeRequest  # type: ignore[attr-defined]
+        asked = request(node_id=bytes.fromhex(node_id))
+        asked.node_death_info.reason = (
+            gcs_pb2.NodeDeathInfo.EXPECTED_TERMINATION  # type: ignore[attr-defined]
+        )
+        asked.node_death_info.reason_message = "refused by raysandbox admission"
+        await self._stub.UnregisterNode(
+            asked, metadata=self._metadata, timeout=TIMEOUT_S
+        )

@@ -1,0 +1,190 @@
+"""The places in Ray's start-up that raysandbox changes, all of them, here.
+
+Ray starts each of its processes through one function,
+``ray._private.services.start_ray_process(command, process_type, …)``, and gives
+raylet the commands of what raylet starts itself (workers, agents) as arguments.
+`install` puts a chain of rewriters in front of that function; each sees every
+process's type, command and environment before it starts, and may change them.
+Workers, and so the launcher, hang on `RayletCommand.wrap_workers`.
+
+Seams are checked before anything starts: a Ray whose internals have moved is
+refused with its version and the seam's name, never run half changed.
+"""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+from collections.abc import Callable
+from typing import Any
+
+from raysandbox.errors import UnsupportedError
+
+__all__ = ["SUPPORTED", "Process", "RayletCommand", "check", "install", "started"]
+
+# Minor versions whose seams were looked at; others must pass `check` all the same.
+SUPPORTED = tuple(f"2.{minor}" for minor in range(50, 61))
+
+_WORKER_COMMANDS = (
+    "--python_worker_command",
+    "--java_worker_command",
+    "--cpp_worker_command",
+)
+_RAYLET_ARGUMENTS = (
+    *_WORKER_COMMANDS,
+    "--dashboard_agent_command",
+    "--runtime_env_agent_command",
+    "--node_ip_address",
+)
+_GCS_ARGUMENTS = ("--gcs_server_port", "--node-ip-address", "--session-dir")
+
+
+class Process:
+    """A process that Ray is about to start.
+
+    Attributes:
+        kind: Ray's name for it: gcs_server, raylet, dashboard, monitor,
+            log_monitor, reaper, ray_client_server.
+        command: Its argument vector.
+        env: What is set on top of the starter's environment.
+    """
+
+    def __init__(self, kind: str, command: list[str], env: dict[str, str]) -> None:
+        self.kind, self.command, self.env = kind, command, env
+
+    def argument(self, name: str) -> str:
+        """Return the value of ``name=value``; UnsupportedError if there is none."""
+        for item in self.command:
+            if item.startswith(name + "="):
+                return item[len(name) + 1 :]
+        raise _moved(f"{self.kind}'s argument {name}")
+
+    def set_argument(self, name: str, value: str) -> None:
+        """Replace the value of ``name=value``; it must be there."""
+        self.argument(name)
+        self.command = [
+            f"{name}={value}" if item.startswith(name + "=") else item
+            for item in self.command
+        ]
+
+
+class RayletCommand:
+    """Raylet's command line, and the commands of what it starts."""
+
+    def __init__(self, process: Process) -> None:
+        self.process = process
+        for name in _RAYLET_ARGUMENTS:
+            process.argument(name)
+
+    def wrap_workers(self, program: str, python: str) -> None:
+        """Start every worker through `program`, in place of the interpreter.
+
+        The rest of the command stays as raylet expects it: raylet looks for
+        ``setup_worker.py`` second, and drops it when a worker needs no
+        runtime_env. `program` must end in an exec, so that the worker has the
+        pid that raylet started.
+        """
+        for name in _WORKER_COMMANDS:
+            value = self.process.argument(name)
+            if not value:
+                continue
+            first = subprocess.list2cmdline([python])
+            if not value.startswith(first + " "):
+                raise _moved(f"the interpreter at the start of {name}")
+            self.process.set_argument(name, program + value[len(first) :])
+
+    def wrap_agent(self, name: str, python: str, module: str) -> None:
+        """Start an agent through ``python -m module SCRIPT …``."""
+        value = self.process.argument(name)
+        first = subprocess.list2cmdline([python])
+        if not value.startswith(first + " "):
+            raise _moved(f"the interpreter at the start of {name}")
+        rest = value[len(first) :].replace(" -u ", " ", 1)
+        self.process.set_argument(name, f"{first} -u -m {module}{rest}")
+
+
+Rewriter = Callable[[Process], None]
+_rewriters: list[Rewriter] = []
+_started: list[tuple[str, Any]] = []
+
+
+def _moved(seam: str) -> UnsupportedError:
+    import ray
+
+    return UnsupportedError(
+        feature=f"Ray's internals: {seam}",
+        need=f"one of Ray {SUPPORTED[0]} to {SUPPORTED[-1]}",
+        have=f"Ray {ray.__version__}, where it is not as expected",
+        remedy="install a supported Ray, or a raysandbox that knows this one",
+    )
+
+
+def check() -> None:
+    """Check every seam of the installed Ray.
+
+    Raises:
+        UnsupportedError: Names the version and the first seam that is missing.
+    """
+    import ray
+    from ray._private import ray_constants, services
+
+    if ".".join(ray.__version__.split(".")[:2]) not in SUPPORTED:
+        raise _moved("its version")
+    start = getattr(services, "start_ray_process", None)
+    if start is None:
+        raise _moved("services.start_ray_process")
+    original = getattr(start, "__wrapped__", start)
+    parameters = inspect.signature(original).parameters
+    for name in ("command", "process_type", "env_updates"):
+        if name not in parameters:
+            raise _moved(f"services.start_ray_process({name})")
+    for name in ("GCS_SERVER", "RAYLET", "DASHBOARD", "MONITOR", "LOG_MONITOR"):
+        if not hasattr(ray_constants, f"PROCESS_TYPE_{name}"):
+            raise _moved(f"ray_constants.PROCESS_TYPE_{name}")
+    for function, names in (
+        ("start_gcs_server", _GCS_ARGUMENTS),
+        ("start_raylet", _RAYLET_ARGUMENTS),
+    ):
+        source = inspect.getsource(getattr(services, function))
+        for name in names:
+            if name not in source:
+                raise _moved(f"services.{function}: {name}")
+
+
+def install(rewriter: Rewriter) -> None:
+    """Add a rewriter of everything that Ray starts from this process.
+
+    Raises:
+        UnsupportedError: See `check`; nothing was changed.
+    """
+    check()
+    from ray._private import services
+
+    _rewriters.append(rewriter)
+    if hasattr(services.start_ray_process, "__wrapped__"):
+        return
+    original = services.start_ray_process
+
+    def start_ray_process(
+        command: list[str],
+        process_type: str,
+        *args: Any,
+        env_updates: dict[str, str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        process = Process(process_type, list(command), dict(env_updates or {}))
+        for rewrite in _rewriters:
+            rewrite(process)
+        info = original(
+            process.command, process_type, *args, env_updates=process.env, **kwargs
+        )
+        _started.append((process_type, info.process))
+        return info
+
+    start_ray_process.__wrapped__ = original  # type: ignore[attr-defined]
+    services.start_ray_process = start_ray_process
+
+
+def started() -> list[tuple[str, Any]]:
+    """Return (kind, Popen) of what was started through the seam, oldest first."""
+    return list(_started)
