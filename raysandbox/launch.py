@@ -73,7 +73,7 @@ def _configured_range() -> tuple[int, int]:
     if first.isdigit() and count.isdigit():
         numbers = int(first), int(count)
         # Never ids of people or of the system, whatever was configured.
-        if 65536 <= numbers[0] and 0 < numbers[1] <= 0xFFFFFFFE - numbers[0]:
+        if numbers[0] >= 65536 and 0 < numbers[1] <= 0xFFFFFFFE - numbers[0]:
             return numbers
     raise ProfileError(
         source="RAYSANDBOX_UID_RANGE",

@@ -106,7 +106,6 @@ class ForkServer:
         os.waitpid(pid, 0)
         raise _setup_error(report)
 
-
     def _fork(self, cgroup_dir_fd: int) -> int:
         """os.fork, but with the namespace and the group of the jail."""
         api = ctypes.pythonapi
@@ -130,7 +129,5 @@ def _setup_error(report: bytes) -> SetupError:
     """Turn the launcher's status line into an error (see ``native/step.h``)."""
     words = report.decode("utf-8", "replace").strip().split(" ", 3)
     if len(words) >= 3 and words[0] == "error" and words[2].isdigit():
-        return SetupError(
-            step=words[1], errno=int(words[2]), detail="".join(words[3:])
-        )
+        return SetupError(step=words[1], errno=int(words[2]), detail="".join(words[3:]))
     return SetupError(step="fork", detail="the jail died before it reported a step")

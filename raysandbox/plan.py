@@ -169,9 +169,7 @@ class Plan:
             struct.pack("<HHI", kind, 0, len(payload)) + payload
             for kind, payload in self.records
         )
-        return (
-            _MAGIC + struct.pack("<II", 16 + len(body), len(self.records)) + body
-        )
+        return _MAGIC + struct.pack("<II", 16 + len(body), len(self.records)) + body
 
 
 def _text(*values: str) -> bytes:
@@ -333,9 +331,7 @@ class _Builder:
         self.protect("root file system", State.ENFORCED)
         self.protect("scratch quota", State.ENFORCED)
 
-    def _bind_all(
-        self, where: str, entries: Iterable[str], *, read_only: bool
-    ) -> None:
+    def _bind_all(self, where: str, entries: Iterable[str], *, read_only: bool) -> None:
         paths: list[str] = []
         symlinks: list[tuple[str, str]] = []
         for entry in entries:
@@ -444,9 +440,7 @@ class _Builder:
             # A backstop for each process; the cgroup counts them together.
             # Pid 1 ignores SIGXCPU, so the hard limit is what kills it.
             seconds = max(1, int(limits.cpu_time_s + 0.999))
-            self.add(
-                _RLIMIT, _u32(resource.RLIMIT_CPU) + _u64(seconds, seconds + 1)
-            )
+            self.add(_RLIMIT, _u32(resource.RLIMIT_CPU) + _u64(seconds, seconds + 1))
         self.protect("resource limits", State.ENFORCED)
         if self.context.wall_time and limits.wall_time_s is not None:
             self.add(_WALL_TIME, _u64(max(1, int(limits.wall_time_s * 1000))))
@@ -482,9 +476,7 @@ class _Builder:
         for name in self.profile.devices:
             rules[f"/dev/{name}"] = landlock.READ_FILE | landlock.WRITE_FILE
         for path, access in rules.items():
-            self.add(
-                _LANDLOCK_PATH, _u64(access & governed.fs) + _text(path)
-            )
+            self.add(_LANDLOCK_PATH, _u64(access & governed.fs) + _text(path))
         missing = [
             what
             for what, have in (

@@ -127,8 +127,8 @@ def _namespaces() -> tuple[str, str]:
     (code,) = struct.unpack("<i", answer[:4])
     if code == 0:
         return "", ""
-    step = answer[4:].decode()
-    return f"{step}: {os.strerror(code)}", _remedy(step, code)
+    failed = answer[4:].decode()
+    return f"{failed}: {os.strerror(code)}", _remedy(failed, code)
 
 
 def _remedy(step: str, code: int) -> str:

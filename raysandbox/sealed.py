@@ -21,21 +21,33 @@ class SealedError(Exception):
         message: What ``str()`` gave there.
         formatted: The traceback as formatted in the jail.
         blob: The pickled exception, or ``b""``: rebuild it from the name.
+        hint: Which rule of the profile stood in the way, or ``""``.
     """
 
     def __init__(
-        self, type_name: str, message: str, formatted: str, blob: bytes = b""
+        self,
+        type_name: str,
+        message: str,
+        formatted: str,
+        blob: bytes = b"",
+        hint: str = "",
     ) -> None:
         super().__init__(f"{type_name}: {message}")
         self.type_name, self.message = type_name, message
-        self.formatted, self.blob = formatted, blob
+        self.formatted, self.blob, self.hint = formatted, blob, hint
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return open_cause, (self.type_name, self.message, self.formatted, self.blob)
+        return open_cause, (
+            self.type_name,
+            self.message,
+            self.formatted,
+            self.blob,
+            self.hint,
+        )
 
 
 def open_cause(
-    type_name: str, message: str, formatted: str, blob: bytes
+    type_name: str, message: str, formatted: str, blob: bytes, hint: str = ""
 ) -> BaseException:
     """Return the exception, as the driver sees it.
 
@@ -49,10 +61,19 @@ def open_cause(
             message = f"{message} (its pickle can't be opened here: {error!r})"
         else:
             if isinstance(opened, BaseException):
+                if hint:
+                    _add_note(opened, hint)
                 return opened
     return rebuild_builtin(type_name, message) or SealedError(
-        type_name, message, formatted
+        type_name, message, formatted, hint=hint
     )
+
+
+def _add_note(error: BaseException, note: str) -> None:
+    """Attach a line to an exception; before Python 3.11 there is no place for it."""
+    add = getattr(error, "add_note", None)
+    if add is not None:
+        add(note)
 
 
 def rebuild_builtin(type_name: str, message: str) -> Exception | None:

@@ -215,5 +215,5 @@ def install(directory: str) -> None:
     module.__package__ = "ray"
     sys.modules["ray"] = module
     _close()
-    sys.meta_path.insert(0, _Finder())  # type: ignore[arg-type]
+    sys.meta_path.insert(0, _Finder())
     importlib.import_module("ray.cloudpickle")

@@ -22,8 +22,6 @@ import struct
 from collections.abc import Iterator
 from typing import Any
 
-import msgpack
-
 __all__ = ["ObjectError", "loads"]
 
 _MSGPACK_OFFSET = 9
@@ -61,7 +59,11 @@ def loads(metadata: bytes, data: memoryview) -> Any:
 
 
 def _python(data: memoryview, has_pickle: bool) -> Any:
-    length = msgpack.unpackb(data[:_MSGPACK_OFFSET])
+    import msgpack  # Ray's own dependency: on the path once Ray's is
+
+    header = msgpack.Unpacker()
+    header.feed(data[:_MSGPACK_OFFSET])
+    length = header.unpack()
     end = _MSGPACK_OFFSET + int(length)
     if end > data.nbytes:
         raise ObjectError("an object that is cut short")

@@ -44,6 +44,9 @@ __all__ = [
 MODE_PICKLE, MODE_DATA, MODE_RAW = 1, 2, 3
 ERROR_USER, ERROR_UNSUPPORTED, ERROR_RESULT, ERROR_QUOTA = 1, 2, 3, 4
 ENTRY = struct.Struct("<BBHI")
+ERROR_HEAD = struct.Struct("<Bi")
+#: Metadata of an argument that is text and nothing else.
+PLAIN_TEXT = b"RAYSANDBOX_TEXT"
 
 _MAX_CALL_BYTES = 1 << 48
 _MAX_CALL_PARTS = 1 << 20
@@ -103,6 +106,8 @@ def _serve(sock: socket.socket, frame: wire.Frame, state: _State) -> None:
             _reply(sock, frame.call, [(MODE_RAW, [_is_retryable(frame, state)])])
             return
         if op == "split":
+            if state.result is None:
+                raise TypeError("the task returned one value where several belong")
             values = [_encode(item, meta) for item in state.result]
             state.result = None
             _reply(sock, frame.call, values)
@@ -190,7 +195,10 @@ def _arguments(
     kwargs: dict[str, Any] = {}
     for index, name in enumerate(layout):
         metadata, data = bytes(parts[2 * index]), parts[2 * index + 1]
-        value = ray_objects.loads(metadata, data)
+        if metadata == PLAIN_TEXT:
+            value: Any = str(data, "utf-8", "surrogatepass")
+        else:
+            value = ray_objects.loads(metadata, data)
         if name is None:
             args.append(value)
         else:
@@ -235,9 +243,7 @@ def _flush() -> None:
             continue  # closed by the task, or nobody reads it any more
 
 
-def _reply(
-    sock: socket.socket, call: int, values: list[tuple[int, list[Any]]]
-) -> None:
+def _reply(sock: socket.socket, call: int, values: list[tuple[int, list[Any]]]) -> None:
     table = b"".join(ENTRY.pack(mode, 0, 0, len(parts)) for mode, parts in values)
     wire.send(
         sock, wire.RESULT, call, [table, *(part for _, ps in values for part in ps)]
@@ -280,7 +286,7 @@ def _fail(
     number = error.errno if isinstance(error, OSError) else None
     name = type(error)
     parts = [
-        struct.pack("<Bi", kind, number or 0),
+        ERROR_HEAD.pack(kind, number or 0),
         _text(f"{name.__module__}.{name.__qualname__}"),
         _text(_string(error)),
         _text(text),

@@ -28,6 +28,7 @@ import select
 import signal
 import socket
 import sys
+from typing import Any
 
 from raysandbox.errors import SetupError
 from raysandbox.jail import ray_facade, runner
@@ -52,7 +53,7 @@ def send_message(
 
 def receive_message(
     sock: socket.socket, flags: int = 0
-) -> tuple[dict[str, object] | None, list[int]]:
+) -> tuple[dict[str, Any] | None, list[int]]:
     """Receive one control message; (None, []) when the other side is gone."""
     ints = array.array("i")
     packet, ancillary, _, _ = sock.recvmsg(
@@ -95,9 +96,9 @@ class _Zygote:
                 elif message["op"] == "kill":
                     self.kill(message["id"])
 
-    def spawn(self, message: dict[str, object], fds: list[int]) -> None:
+    def spawn(self, message: dict[str, Any], fds: list[int]) -> None:
         """Fork a jail; in the jail, never come back."""
-        jail_id, slot = int(str(message["id"])), int(str(message["slot"]))
+        jail_id, slot = int(message["id"]), int(message["slot"])
         call, stdout, stderr, *groups = fds
         directory = groups.pop(0) if message["dir"] else -1
         try:
@@ -158,10 +159,10 @@ def main(control_fd: int) -> None:
     size = os.fstat(fds[0]).st_size
     plan = os.pread(fds[0], size, 0)
     os.close(fds[0])
-    sys.path[:] = message["path"]  # type: ignore[assignment]
+    sys.path[:] = message["path"]
     sys.dont_write_bytecode = True
     ray_facade.install(str(message["ray"]))
-    for name in message["preload"]:  # type: ignore[attr-defined]
+    for name in message["preload"]:
         # A module that is not there is the task's business, if it wants it.
         try:
             __import__(name)
@@ -170,5 +171,8 @@ def main(control_fd: int) -> None:
     server = ForkServer(plan)
     gc.collect()
     gc.freeze()
-    send_message(control, {"op": "hello"})
-    _Zygote(control, server).serve()
+    try:
+        send_message(control, {"op": "hello"})
+        _Zygote(control, server).serve()
+    except (ConnectionError, BrokenPipeError):
+        return  # the worker is gone

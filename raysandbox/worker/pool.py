@@ -8,6 +8,8 @@ ended becomes one of the errors of :mod:`raysandbox.errors`.
 from __future__ import annotations
 
 import errno
+import functools
+import itertools
 import os
 import select
 import signal
@@ -21,6 +23,7 @@ from typing import Any
 
 from raysandbox import launch, plan, wire
 from raysandbox.errors import (
+    InternalError,
     JailProtocolError,
     SetupError,
     TaskDenied,
@@ -41,6 +44,14 @@ _START_S = 60.0
 _READY_S = 30.0
 _SLICE_S = 0.1
 _CPU_CHECK_S = 0.25
+# What every call needs; msgpack comes with Ray.
+_ALWAYS_PRELOADED = ("msgpack", "raysandbox.datacodec")
+# As a file's name it would come with that file's directory on the path.
+_ZYGOTE = (
+    "import sys; sys.path[:0] = sys.argv[2:]; "
+    "from raysandbox.jail.zygote import main; main(int(sys.argv[1]))"
+)
+_POOLS = itertools.count(1)
 _MAX_REPLY_PARTS = 1 << 16
 # Structure, texts and the like beside the result itself.
 _REPLY_OVERHEAD_BYTES = 2 << 20
@@ -83,6 +94,8 @@ class Jail:
     calls: int = 0
     timed_out: str = ""
     over_output: bool = False
+    tasks: list[str] = field(default_factory=list)
+    outcome: str = ""
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -99,17 +112,19 @@ class Pool:
         profile: Profile,
         environment: Environment,
         pump: Pump,
-        on_end: Callable[[Jail, str, cgroup.Usage], None],
+        on_end: Callable[[Jail, Pool, cgroup.Usage], None],
     ) -> None:
         self.profile, self.environment = profile, environment
         self.protections: tuple[plan.Protection, ...] = ()
         self._pump, self._on_end = pump, on_end
         self._launched: launch.Launched | None = None
-        self._control: socket.socket | None = None
+        self._socket: socket.socket | None = None
         self._groups: cgroup.Cgroups | None = None
         self._jails: dict[int, Jail] = {}
         self._spare: Jail | None = None
         self._free_slots: list[int] = []
+        # Groups of several pools of this process, told apart by their names.
+        self._tag = f"p{next(_POOLS)}-"
         self._next_id = 0
         self._mapped = 1
 
@@ -134,6 +149,7 @@ class Pool:
                     python=python,
                     environment=self.environment.variables,
                     extra_environment=self.environment.extra_variables,
+                    cgroup_clean=self._owned(),
                 ),
             )
             self.protections = compiled.protections
@@ -146,9 +162,7 @@ class Pool:
                         "-I",
                         "-S",
                         "-c",
-                        "import sys;sys.path[:0]=sys.argv[2:];"
-                        "from raysandbox.jail.zygote import main;"
-                        "main(int(sys.argv[1]))",
+                        _ZYGOTE,
                         str(theirs.fileno()),
                         _package_parent(),
                     ],
@@ -159,21 +173,17 @@ class Pool:
                 )
         finally:
             lease.close()
-        self._control = ours
+        self._socket = ours
         self._free_slots = [1, 2, 3] if self._mapped > 1 else [0, 0, 0]
         self._configure(compiled.encode())
 
-    def _discover_groups(self) -> cgroup.Cgroups | None:
-        limits = self.profile.limits
-        try:
-            return cgroup.discover()
-        except Exception:
-            if limits.required:
-                raise
-            return None
+    def _discover_groups(self) -> cgroup.Cgroups:
+        groups, limits = _groups(), self._limits()
+        if self.profile.limits.required:
+            groups.require(limits, profile=self.profile.name)
+        return groups
 
     def _configure(self, encoded: bytes) -> None:
-        assert self._control is not None
         plan_fd = os.memfd_create("plan", os.MFD_CLOEXEC)
         try:
             os.write(plan_fd, encoded)
@@ -182,7 +192,7 @@ class Pool:
                 {
                     "op": "config",
                     "path": [_package_parent(), *self.environment.python_path],
-                    "preload": ["msgpack", *self._preload()],
+                    "preload": [*_ALWAYS_PRELOADED, *self._preload()],
                     "ray": self.environment.ray_directory,
                 },
                 [plan_fd],
@@ -197,23 +207,24 @@ class Pool:
         return self.profile.preload if self.environment.preload else ()
 
     def _receive(self, timeout_s: float) -> tuple[dict[str, Any], list[int]]:
-        assert self._control is not None
         if not select.select([self._control], [], [], timeout_s)[0]:
             self.stop()
             raise SetupError(step="zygote", errno=errno.ETIMEDOUT)
-        message, fds = receive_message(self._control)
+        try:
+            message, fds = receive_message(self._control)
+        except ConnectionResetError:
+            message, fds = None, []
         if message is None:
-            self._lost()
-        assert message is not None
+            raise self._lost()
         return message, fds
 
-    def _lost(self) -> None:
-        """The zygote is gone: find out why, and be ready to start again."""
+    def _lost(self) -> SetupError:
+        """Say why the zygote is gone, and be ready to start another."""
         launched, self._launched = self._launched, None
         detail = "the zygote died"
-        if self._control is not None:
-            self._control.close()
-            self._control = None
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
         self._spare = None
         for jail in list(self._jails.values()):
             jail.status = signal.SIGKILL
@@ -222,19 +233,25 @@ class Pool:
             launched.kill()
             outcome = launched.wait(_READY_S)
             detail = f"the zygote ended with status {outcome.exit_code}"
-        raise SetupError(step="zygote", detail=detail)
+        return SetupError(step="zygote", detail=detail)
 
     def stop(self) -> None:
         """End the zygote and every jail of it."""
-        if self._control is not None:
-            self._control.close()
-            self._control = None
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
         if self._launched is not None:
             self._launched.kill()
             try:
                 self._launched.wait(_READY_S)
             finally:
                 self._launched = None
+
+    @property
+    def _control(self) -> socket.socket:
+        if self._socket is None:
+            raise InternalError(what="a jail is asked for before its zygote")
+        return self._socket
 
     # -- jails --------------------------------------------------------------
 
@@ -249,18 +266,15 @@ class Pool:
         Raises:
             SetupError: It could not be made; nothing was run.
         """
-        if self._control is None:
+        if self._socket is None:
             self.start()
-        self.prepare()
-        jail, self._spare = self._spare, None
-        assert jail is not None
+        jail, self._spare = self._spare or self._spawn(), None
         deadline = time.monotonic() + _READY_S
         while not jail.ready:
             self._handle(*self._receive(max(0.0, deadline - time.monotonic())))
         return jail
 
     def _spawn(self) -> Jail:
-        assert self._control is not None
         while not self._free_slots:
             self._handle(*self._receive(_READY_S))
         slot = self._free_slots.pop(0)
@@ -289,19 +303,25 @@ class Pool:
     def _make_group(self) -> cgroup.Cgroup | None:
         if self._groups is None:
             return None
+        return self._groups.create(f"{self._tag}{self._next_id}", self._limits())
+
+    def _limits(self) -> cgroup.CgroupLimits:
         limits = self.profile.limits
-        return self._groups.create(
-            f"jail{self._next_id}",
-            cgroup.CgroupLimits(
-                memory_bytes=limits.memory_bytes,
-                swap_bytes=limits.swap_bytes,
-                cpu_cores=limits.cpu_cores,
-                cpu_weight=limits.cpu_weight,
-                pids=limits.pids,
-                io_read_bytes_per_s=limits.io_read_bytes_per_s,
-                io_write_bytes_per_s=limits.io_write_bytes_per_s,
-            ),
+        return cgroup.CgroupLimits(
+            memory_bytes=limits.memory_bytes,
+            swap_bytes=limits.swap_bytes,
+            cpu_cores=limits.cpu_cores,
+            cpu_weight=limits.cpu_weight,
+            pids=limits.pids,
+            io_read_bytes_per_s=limits.io_read_bytes_per_s,
+            io_write_bytes_per_s=limits.io_write_bytes_per_s,
         )
+
+    def _owned(self) -> list[tuple[str, str]]:
+        """Groups of this pool, for the monitor to remove when we can't."""
+        if self._groups is None:
+            return []
+        return [(path, prefix + self._tag) for path, prefix in self._groups.owned]
 
     def _handle(self, message: dict[str, Any], fds: list[int]) -> None:
         """Take in one message of the zygote."""
@@ -349,23 +369,36 @@ class Pool:
             jail.group.kill()
             jail.group.remove()
         if jail.calls:
-            self._on_end(jail, outcome, usage)
+            jail.outcome = jail.outcome or outcome or "ended"
+            self._on_end(jail, self, usage)
 
     def kill(self, jail: Jail) -> None:
         """Ask the zygote to end a jail; ``end`` waits for it."""
-        if self._control is not None and jail.status is None:
+        if self._socket is not None and jail.status is None:
             send_message(self._control, {"op": "kill", "id": jail.jail_id})
 
     def end(self, jail: Jail, *, wait: bool = False) -> None:
         """End a jail; its outcome is handled when the zygote says it is gone."""
         self.kill(jail)
-        while wait and jail.status is None and self._control is not None:
+        while wait and jail.status is None and self._socket is not None:
             self._handle(*self._receive(_READY_S))
 
     # -- calls --------------------------------------------------------------
 
-    def call(self, jail: Jail, task: str, parts: Sequence[Any]) -> wire.Frame:
+    def call(
+        self,
+        jail: Jail,
+        task: str,
+        parts: Sequence[Any],
+        then: Callable[[], None] | None = None,
+    ) -> wire.Frame:
         """Send a call and wait for its one reply.
+
+        Args:
+            jail: Where to.
+            task: Its name, for errors.
+            parts: Of the frame.
+            then: Called once it is on its way: what can be done meanwhile.
 
         Raises:
             TaskError: What became of it, if there is no reply.
@@ -376,6 +409,8 @@ class Pool:
             wire.send(jail.call, wire.CALL, number, list(parts))
         except OSError as error:
             raise self._post_mortem(jail, task, f"before the call: {error}") from None
+        if then is not None:
+            then()
         return self.wait(jail, task, number)
 
     def wait(self, jail: Jail, task: str, number: int) -> wire.Frame:
@@ -386,7 +421,6 @@ class Pool:
         next_cpu_check = now + _CPU_CHECK_S
         poll = select.poll()
         poll.register(jail.call, select.POLLIN)
-        assert self._control is not None
         poll.register(self._control, select.POLLIN)
         while True:
             events = poll.poll(_SLICE_S * 1000)
@@ -492,9 +526,7 @@ class Pool:
             and usage.cpu_time_s is not None
             and usage.cpu_time_s >= cpu
         ):
-            return TaskTimedOut(
-                limit="limits.cpu_time", allowed=f"{cpu:g} s", **common
-            )
+            return TaskTimedOut(limit="limits.cpu_time", allowed=f"{cpu:g} s", **common)
         how = (
             f"signal {killer} ({signal.Signals(killer).name})"
             if killer
@@ -516,6 +548,12 @@ class Pool:
         if jail.group is None:
             return 0
         return jail.group.usage().oom_kills or 0
+
+
+@functools.cache
+def _groups() -> cgroup.Cgroups:
+    """Look for the groups of this process once."""
+    return cgroup.discover()
 
 
 def _mebibytes(size: int | None) -> str:

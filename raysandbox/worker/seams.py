@@ -31,11 +31,16 @@ from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 import ray
-from ray import _raylet
+from google.protobuf.message import DecodeError
+from ray import exceptions
 from ray._private import function_manager, ray_constants, serialization
+from ray._private import worker as ray_worker
+from ray.core.generated import common_pb2
 from ray.exceptions import RayTaskError
 
 from raysandbox.errors import UnsupportedError
+
+_raylet: Any = ray._raylet
 
 __all__ = ["Executor", "SealedArgument", "SealedResult", "TrustedPath", "install"]
 
@@ -146,6 +151,24 @@ class TrustedPath(list):  # type: ignore[type-arg]
         super().__init__(entries)
         self.refused: list[str] = []
 
+    @classmethod
+    def of_worker(cls, entries: Iterable[str]) -> TrustedPath:
+        """Take over a worker's path without what its runtime_env put there.
+
+        Ray's agent passes those directories by ``PYTHONPATH``; all of them lie
+        below the session's ``runtime_resources``.
+        """
+        root = os.path.realpath(runtime_resources()) + "/"
+        variables = os.environ.get("PYTHONPATH", "").split(":")
+        user = [
+            entry
+            for entry in dict.fromkeys(entries)
+            if entry in variables and os.path.realpath(entry).startswith(root)
+        ]
+        made = cls(entry for entry in entries if entry and entry not in user)
+        made.refused = user
+        return made
+
     def insert(self, index: Any, entry: str) -> None:
         """Keep a new entry for the jail; one that is here already is nothing."""
         if entry not in self and entry not in self.refused:
@@ -182,6 +205,12 @@ def install(executor: Executor) -> None:
         (_raylet, "Pickle5SerializedObject"),
         (_raylet, "MessagePackSerializedObject"),
         (_raylet, "RawSerializedObject"),
+        (_raylet, "split_buffer"),
+        (serialization, "pickle"),
+        (function_manager, "pickle"),
+        (exceptions, "pickle"),
+        (ray_worker, "pickle"),
+        (ray_worker.Worker, "job_logging_config"),
     )
     for owner, name in needed:
         if getattr(owner, name, _ABSENT) is _ABSENT:
@@ -268,7 +297,7 @@ def _seal_functions(executor: Executor) -> None:
 
 def _actor_class(info: FunctionBytes, executor: Executor) -> type:
     """Make a class whose methods go to the actor's jail."""
-    asynchronous = ray._private.worker.global_worker.core_worker
+    asynchronous = ray_worker.global_worker.core_worker
 
     def method(name: str) -> Callable[..., Any]:
         def call(_self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -329,32 +358,46 @@ def _short_text(data: Any) -> str | None:
     """Return a keyword's name: a small object that is a msgpack string alone."""
     if data is None or data.size > 256:
         return None
-    import msgpack
-
-    view = memoryview(data).cast("B")
     try:
-        size = msgpack.unpackb(view[:9])
-        value = msgpack.unpackb(view[9 : 9 + size], raw=False)
-    except Exception:
+        msgpack_data, _ = _raylet.split_buffer(data)
+        # Extensions would be Python objects: there are none in such an object.
+        value = _raylet.MessagePackSerializer.loads(msgpack_data)
+    except (ValueError, TypeError, serialization.DeserializationError):
         return None
     return value if type(value) is str else None
+
+
+class SealedCauseError(Exception):
+    """The cause of a failed dependency, as the bytes that it came in."""
+
+    def __init__(self, blob: bytes) -> None:
+        super().__init__("a dependency of this task failed")
+        self.blob = blob
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _open_cause_of, (self.blob,)
+
+
+def _open_cause_of(blob: bytes) -> Any:
+    from ray.exceptions import RayError
+
+    error = RayError.from_bytes(blob)
+    return getattr(error, "cause", None) or error
 
 
 class SealedDependencyError(RayTaskError):
     """A failed dependency, passed on as the bytes that it came in."""
 
-    def __init__(self, blob: bytes) -> None:
-        Exception.__init__(self, "a dependency of this task failed")
+    def __init__(self, blob: bytes, formatted: str = "") -> None:
+        self.shown = formatted or "a dependency of this task failed"
+        super().__init__("?", self.shown, SealedCauseError(blob))
         self.blob = blob
-        self.function_name = self.traceback_str = self.proctitle = ""
-        self.pid, self.ip, self.cause = 0, "", None
-        self._actor_repr = self._actor_id = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _open_dependency, (self.blob,)
 
     def __str__(self) -> str:
-        return "a dependency of this task failed"
+        return self.shown
 
 
 def _open_dependency(blob: bytes) -> Any:
@@ -364,12 +407,14 @@ def _open_dependency(blob: bytes) -> Any:
 
 
 def _failed_dependency(data: Any) -> Exception:
-    import msgpack
-
-    view = memoryview(data).cast("B") if data is not None else memoryview(b"")
-    size = msgpack.unpackb(view[:9])
-    blob = msgpack.unpackb(view[9 : 9 + size])
-    return SealedDependencyError(bytes(blob))
+    msgpack_data, _ = _raylet.split_buffer(data)
+    blob = bytes(_raylet.MessagePackSerializer.loads(msgpack_data))
+    message = common_pb2.RayException()
+    try:
+        message.ParseFromString(blob)
+    except DecodeError:
+        return SealedDependencyError(blob)
+    return SealedDependencyError(blob, message.formatted_exception_string)
 
 
 def _seal_results(executor: Executor) -> None:
@@ -396,8 +441,8 @@ def serialize_python(inband: bytes, buffers: Iterable[memoryview]) -> Any:
     for view in buffers:
         writer.buffer_callback(pickle.PickleBuffer(view))
     kind = ray_constants.OBJECT_METADATA_TYPE_PYTHON
-    inner = _raylet.Pickle5SerializedObject(kind, inband, writer, set())
-    return _raylet.MessagePackSerializedObject(kind, _FIRST_OBJECT, set(), inner)
+    inner = _raylet.Pickle5SerializedObject(kind, inband, writer, [])
+    return _raylet.MessagePackSerializedObject(kind, _FIRST_OBJECT, [], inner)
 
 
 def serialize_raw(data: bytes) -> Any:
@@ -435,14 +480,26 @@ def _seal_pickle(executor: Executor) -> None:
 
     _raylet.ray_pickle = shim(_raylet.ray_pickle, loads)
     _raylet.pickle = shim(_raylet.pickle, refuse)
+    for module in (serialization, function_manager, ray_worker, exceptions):
+        module.pickle = shim(module.pickle, refuse)
+    # The driver's logging configuration is a pickle as well.
+    ray_worker.Worker.job_logging_config = property(lambda _self: None)
 
     def format_exc(*args: Any, **options: Any) -> str:
         shown = executor.formatted(sys.exc_info()[1])
         return traceback.format_exc(*args, **options) if shown is None else shown
 
+    def format_exception(error: Any, *args: Any, **options: Any) -> list[str]:
+        value = args[0] if args else error
+        shown = executor.formatted(value)
+        if shown is None:
+            return traceback.format_exception(error, *args, **options)
+        return [shown]
+
     formatter = types.ModuleType("traceback")
     formatter.__dict__.update(traceback.__dict__)
     formatter.format_exc = format_exc  # type: ignore[attr-defined]
+    formatter.format_exception = format_exception  # type: ignore[attr-defined]
     _raylet.traceback = formatter
 
 
@@ -456,7 +513,17 @@ def signature_of(target: Any) -> str:
     return str(inspect.signature(target))
 
 
+def runtime_resources() -> str:
+    """Return where Ray unpacks what runtime environments bring."""
+    return str(ray_worker.global_worker.node.get_runtime_env_dir_path())
+
+
 def session_log_dir() -> str:
     """Return Ray's log directory of this session."""
-    node = ray._private.worker.global_worker.node
+    node = ray_worker.global_worker.node
     return str(os.path.join(node.get_session_dir_path(), "logs"))
+
+
+def global_worker() -> Any:
+    """Return Ray's object for this process."""
+    return ray_worker.global_worker

@@ -1,0 +1,603 @@
+"""Runs Ray's tasks and actors in jails: from a tag to a profile, from call to result.
+
+One executor serves one Ray worker process, on its main thread. It holds a pool
+of jails for each profile that was asked for, decides which of them a call goes
+to, and turns what comes back into what Ray stores.
+"""
+
+from __future__ import annotations
+
+import errno
+import fnmatch
+import json
+import os
+import re
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
+
+import ray
+
+from raysandbox import datacodec, wire
+from raysandbox import profile as profiles
+from raysandbox.errors import (
+    JailProtocolError,
+    ProfileError,
+    RaysandboxError,
+    TaskKilled,
+    TaskQuotaExceeded,
+    TaskUnsupported,
+)
+from raysandbox.jail import runner
+from raysandbox.kernel import cgroup
+from raysandbox.sealed import SealedError
+from raysandbox.worker import seams
+from raysandbox.worker.events import EventLog
+from raysandbox.worker.output import Pump
+from raysandbox.worker.pool import Environment, Jail, Pool
+
+__all__ = ["TAG_PREFIX", "JailExecutor", "profile_of"]
+
+#: A resource of this prefix names the profile.
+TAG_PREFIX = "sandbox:"
+
+# Ray's names for resources that a placement group reserved.
+_IN_GROUP = re.compile(r"(.+?)_group_(?:\d+_)?[0-9a-f]{16,}")
+# A zygote costs memory: those of the profiles used last stay.
+_MOST_POOLS = 2
+# Environment variables that are Ray's or ours, never a task's.
+_RESERVED_VARIABLES = ("RAY_*", "RAYSANDBOX_*", "__RAY_*")
+_ERROR_PARTS = 6
+
+
+def profile_of(resources: Mapping[str, Any]) -> profiles.Profile:
+    """Return the profile that a task's resources name; untagged: the strictest.
+
+    Raises:
+        ProfileError: Two tags, or a tag that names no usable profile.
+    """
+    names = set()
+    for resource in resources:
+        match = _IN_GROUP.fullmatch(resource)
+        plain = match[1] if match else resource
+        if plain.startswith(TAG_PREFIX):
+            names.add(plain.removeprefix(TAG_PREFIX))
+    if not names:
+        return profiles.strictest()
+    if len(names) > 1:
+        raise ProfileError(
+            source="<tags>",
+            value=", ".join(sorted(names)),
+            reason="a task takes one sandbox tag",
+        )
+    return profiles.load(names.pop())
+
+
+class JailExecutor(seams.Executor):
+    """See the module.
+
+    Attributes:
+        environment: What jails see of the worker; made when the first call
+            comes, since a prestarted worker does not know its job before.
+    """
+
+    def __init__(self, trusted: seams.TrustedPath, pump: Pump) -> None:
+        self._trusted, self._pump = trusted, pump
+        self._worker: Any = seams.global_worker()
+        self._pools: dict[str, Pool] = {}
+        self._profiles: dict[frozenset[str], profiles.Profile] = {}
+        self._events: EventLog | None = None
+        # The jail whose answer Ray has not taken in yet, and its pool.
+        self._pending: tuple[Pool, Jail, bool] | None = None
+        self._job_jail: tuple[str, Pool, Jail] | None = None
+        self._actor: tuple[Pool, Jail] | None = None
+        self._actor_end = ""
+        self._lock = threading.RLock()
+
+    # -- what the seams call --------------------------------------------------
+
+    def task(
+        self,
+        info: seams.FunctionBytes,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Run a function in a jail of its profile; see :class:`seams.Executor`."""
+        with self._lock:
+            self._settle()
+            profile = self._profile()
+            if profile.boundary == "worker":
+                raise self._unsupported(profile, info.name, 'boundary = "worker"')
+            layout, parts = self._arguments(profile, info.name, args, kwargs)
+            pool = self._pool(profile)
+            jail, keep = self._jail_for(pool)
+            meta = self._meta(profile, info, "task", layout)
+            self._pending = (pool, jail, keep)
+            return self._call(pool, jail, info.name, meta, [info.code, *parts])
+
+    def actor(
+        self,
+        info: seams.FunctionBytes,
+        method: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Run a constructor or a method; an actor has one jail for life."""
+        with self._lock:
+            self._settle()
+            name = f"{info.name}.{method}"
+            if method == "__init__":
+                return self._new_actor(info, name, args, kwargs)
+            if self._actor is None or self._actor[1].status is not None:
+                raise TaskKilled(
+                    task=name,
+                    profile=self._profile().name,
+                    seen=f"the actor's jail has ended: {self._actor_end or 'unknown'}",
+                    remedy="make the actor again",
+                )
+            pool, jail = self._actor
+            layout, parts = self._arguments(pool.profile, name, args, kwargs)
+            meta = self._meta(pool.profile, info, "method", layout)
+            meta["method"] = method
+            self._pending = (pool, jail, True)
+            return self._call(pool, jail, name, meta, parts)
+
+    def _new_actor(
+        self,
+        info: seams.FunctionBytes,
+        name: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        profile = self._profile()
+        core = self._worker.core_worker
+        if profile.boundary == "worker":
+            raise self._unsupported(profile, name, 'boundary = "worker"')
+        if core.current_actor_is_asyncio():
+            raise self._unsupported(profile, name, "an actor with async methods")
+        if core.current_actor_max_concurrency() > 1:
+            raise self._unsupported(profile, name, "an actor with max_concurrency > 1")
+        layout, parts = self._arguments(profile, name, args, kwargs)
+        pool = self._pool(profile)
+        jail = pool.take()
+        self._actor = (pool, jail)
+        meta = self._meta(profile, info, "new", layout)
+        self._pending = (pool, jail, True)
+        self._call(pool, jail, name, meta, [info.code, *parts])
+        self._pending = None
+
+    def is_retryable(self, error: BaseException, allowed: bytes) -> bool:
+        """Ask the jail, which alone can open the list of types and the error."""
+        with self._lock:
+            if not isinstance(error, SealedError) or self._pending is None:
+                return False
+            pool, jail, _ = self._pending
+            meta = {"op": "retry"}
+            try:
+                frame = pool.call(jail, "retry_exceptions", [_json(meta), allowed])
+            except RaysandboxError:
+                return False
+            return frame.kind == wire.RESULT and bytes(frame.parts[-1]) == b"1"
+
+    def formatted(self, error: BaseException | None) -> str | None:
+        """Return the jail's traceback; nothing of the worker's own."""
+        with self._lock:
+            self._settle()
+        if isinstance(error, SealedError):
+            return _as_worker_traceback(error.formatted)
+        if isinstance(error, RaysandboxError):
+            name = f"{type(error).__module__}.{type(error).__qualname__}"
+            return _as_worker_traceback(f"{name}: {error}\n")
+        return None
+
+    def serialized(self) -> None:
+        """Ray has the answer: a jail for one task ends here."""
+        with self._lock:
+            self._settle()
+
+    # -- profiles, pools and jails ----------------------------------------------
+
+    def _profile(self) -> profiles.Profile:
+        resources = self._worker.core_worker.resource_ids()
+        key = frozenset(resources)
+        found = self._profiles.get(key)
+        if found is None:
+            found = self._profiles[key] = profile_of(resources)
+        return found
+
+    def _pool(self, profile: profiles.Profile) -> Pool:
+        pool = self._pools.pop(profile.name, None)
+        if pool is None:
+            while len(self._pools) >= _MOST_POOLS:
+                self._retire(next(iter(self._pools)))
+            pool = Pool(profile, self._environment(), self._pump, self._record)
+        self._pools[profile.name] = pool  # the one used last comes last
+        return pool
+
+    def _retire(self, name: str) -> None:
+        pool = self._pools.pop(name)
+        if self._job_jail is not None and self._job_jail[1] is pool:
+            self._job_jail = None
+        pool.stop()
+
+    def _environment(self) -> Environment:
+        directory = os.path.dirname(os.path.abspath(ray.__file__))
+        return Environment(
+            python_path=[path for path in self._trusted if path],
+            ray_directory=directory,
+            working_dirs=self._user_directories(),
+            variables=dict(os.environ),
+        )
+
+    def _user_directories(self) -> list[str]:
+        """Directories of the runtime environment: Ray made them for this job.
+
+        Not the driver's own directory, which Ray puts on the path of workers
+        too: it may be anybody's home.
+        """
+        root = os.path.realpath(seams.runtime_resources()) + "/"
+        found = [*self._trusted.refused, os.getcwd()]
+        return [
+            path
+            for path in dict.fromkeys(found)
+            if os.path.realpath(path).startswith(root) and os.path.exists(path)
+        ]
+
+    def _jail_for(self, pool: Pool) -> tuple[Jail, bool]:
+        """Return a jail, and whether it outlives the call."""
+        if pool.profile.boundary != "job":
+            return pool.take(), False
+        job = self._worker.current_job_id.hex()
+        if self._job_jail is not None:
+            known_job, known_pool, jail = self._job_jail
+            if known_job == job and known_pool is pool and jail.status is None:
+                return jail, True
+            self._job_jail = None
+            known_pool.end(jail, wait=True)
+        jail = pool.take()
+        self._job_jail = (job, pool, jail)
+        return jail, True
+
+    def _settle(self) -> None:
+        """Let go of the jail of the last call."""
+        pending, self._pending = self._pending, None
+        if pending is not None and not pending[2]:
+            pending[0].end(pending[1])
+
+    def _record(self, jail: Jail, pool: Pool, usage: cgroup.Usage) -> None:
+        """Write the event of a jail's end."""
+        if self._events is None:
+            self._events = EventLog(seams.session_log_dir())
+        self._events.write(
+            "jail_ended",
+            profile=pool.profile.name,
+            node=self._worker.node.unique_id,
+            worker=self._worker.worker_id.hex(),
+            job=self._worker.current_job_id.hex(),
+            tasks=jail.tasks,
+            outcome=jail.outcome,
+            memory_peak_bytes=usage.memory_peak_bytes,
+            cpu_time_s=usage.cpu_time_s,
+            oom_kills=usage.oom_kills,
+            forks_refused=usage.pids_denied,
+            output_bytes=jail.output.seen_bytes,
+            denied=jail.denials,
+            denied_count=jail.notify.count if jail.notify is not None else 0,
+            protections={
+                wall.name: wall.state.value
+                if not wall.reason
+                else f"{wall.state.value}: {wall.reason}"
+                for wall in pool.protections
+            },
+        )
+
+    # -- one call ----------------------------------------------------------------
+
+    def _arguments(
+        self,
+        profile: profiles.Profile,
+        task: str,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+    ) -> tuple[list[str | None], list[Any]]:
+        layout = [*(None for _ in args), *kwargs]
+        parts: list[Any] = []
+        limit = profile.object_store.max_argument_bytes
+        for index, value in enumerate((*args, *kwargs.values())):
+            metadata, data = _sealed_parts(value)
+            size = memoryview(data).nbytes
+            if size > limit:
+                shown = layout[index] or f"number {index + 1}"
+                raise TaskQuotaExceeded(
+                    task=task,
+                    profile=profile.name,
+                    limit="object_store.max_argument",
+                    allowed=f"{limit} bytes",
+                    seen=f"argument {shown} of {size} bytes",
+                    remedy="pass less, or ask for a profile with a larger limit",
+                )
+            parts += [metadata, data]
+        return layout, parts
+
+    def _meta(
+        self,
+        profile: profiles.Profile,
+        info: seams.FunctionBytes,
+        operation: str,
+        layout: list[str | None],
+    ) -> dict[str, Any]:
+        worker = self._worker
+        core = worker.core_worker
+        actor_id = worker.actor_id
+        user = [p for p in self._trusted.refused if p in self._visible()]
+        return {
+            "op": operation,
+            "layout": layout,
+            "module": info.module,
+            "results": profile.results.mode,
+            "max_result_bytes": profile.object_store.max_result_bytes,
+            "first_path": user,
+            "hidden_path": [p for p in self._trusted.refused if p not in user],
+            "env": self._variables(),
+            "cwd": self._working_directory(),
+            "context": {
+                "profile": profile.name,
+                "boundary": profile.boundary,
+                "job_id": worker.current_job_id.hex(),
+                "task_id": worker.current_task_id.hex(),
+                "task_name": worker.current_task_name,
+                "function_name": worker.current_task_function_name,
+                "actor_id": None if actor_id.is_nil() else actor_id.hex(),
+                "actor_name": None if actor_id.is_nil() else worker.actor_name or None,
+                "node_id": worker.current_node_id.hex(),
+                "worker_id": worker.worker_id.hex(),
+                "namespace": worker.namespace,
+                "attempt": core.get_current_task_attempt_number(),
+                "resources": {
+                    name: sum(amount for _, amount in mapping)
+                    for name, mapping in core.resource_ids().items()
+                },
+            },
+        }
+
+    def _visible(self) -> list[str]:
+        return self._user_directories() if self._trusted.refused else []
+
+    def _variables(self) -> dict[str, str]:
+        """The runtime environment's own variables: a task's, so they pass."""
+        text = self._worker.runtime_env
+        if not text or text == "{}":
+            return {}
+        try:
+            variables = json.loads(text).get("env_vars") or {}
+        except ValueError:
+            return {}
+        return {
+            str(name): str(value)
+            for name, value in variables.items()
+            if not any(fnmatch.fnmatchcase(name, p) for p in _RESERVED_VARIABLES)
+        }
+
+    def _working_directory(self) -> str | None:
+        directory = os.getcwd()
+        root = os.path.realpath(seams.runtime_resources()) + "/"
+        return directory if os.path.realpath(directory).startswith(root) else None
+
+    def _call(
+        self,
+        pool: Pool,
+        jail: Jail,
+        task: str,
+        meta: dict[str, Any],
+        parts: list[Any],
+    ) -> seams.SealedResult:
+        jail.tasks.append(task)
+        try:
+            frame = pool.call(jail, task, [_json(meta), *parts], then=pool.prepare)
+        except BaseException as error:
+            # Cancelled, or the jail is gone: in both cases nobody answers.
+            self._abandon(pool, jail, error)
+            raise
+        if frame.kind == wire.ERROR:
+            self._raise(pool, jail, task, frame)
+        return self._result(pool, jail, task, meta, frame)
+
+    def _abandon(self, pool: Pool, jail: Jail, error: BaseException) -> None:
+        self._pending = None
+        if not jail.outcome:
+            jail.outcome = type(error).__name__
+        if self._actor is not None and self._actor[1] is jail:
+            self._actor_end = f"{type(error).__name__}: {error}"
+        if self._job_jail is not None and self._job_jail[2] is jail:
+            self._job_jail = None
+        pool.end(jail)
+
+    def _result(
+        self, pool: Pool, jail: Jail, task: str, meta: dict[str, Any], frame: wire.Frame
+    ) -> seams.SealedResult:
+        value = self._open(pool, jail, task, frame, most=1)[0]
+        jail.outcome = jail.outcome or "ok"
+
+        def split() -> list[Any]:
+            again = {**meta, "op": "split"}
+            answer = pool.call(jail, task, [_json(again)])
+            if answer.kind == wire.ERROR:
+                self._raise(pool, jail, task, answer)
+            values = self._open(pool, jail, task, answer, most=1 << 16)
+            return [seams.SealedResult(each, _no_split) for each in values]
+
+        return seams.SealedResult(value, split)
+
+    def _open(
+        self, pool: Pool, jail: Jail, task: str, frame: wire.Frame, *, most: int
+    ) -> list[Any]:
+        """Turn a RESULT frame into what Ray serializes, by the profile's mode."""
+        profile = pool.profile
+        try:
+            return _values(frame, profile, most)
+        except (wire.WireError, datacodec.DataDecodeError) as error:
+            broken = JailProtocolError(
+                task=task,
+                profile=profile.name,
+                seen=str(error),
+                remedy="the task's code wrote to the jail's own socket; it was ended",
+            )
+            self._abandon(pool, jail, broken)
+            raise broken from None
+
+    def _raise(self, pool: Pool, jail: Jail, task: str, frame: wire.Frame) -> NoReturn:
+        """Raise what an ERROR frame says."""
+        profile, parts = pool.profile, [bytes(part) for part in frame.parts]
+        if len(parts) != _ERROR_PARTS or len(parts[0]) != runner.ERROR_HEAD.size:
+            broken = JailProtocolError(
+                task=task, profile=profile.name, seen="an error of an unknown form"
+            )
+            self._abandon(pool, jail, broken)
+            raise broken
+        kind, number = runner.ERROR_HEAD.unpack(parts[0])
+        name, message, trace, blob, path = (
+            parts[1].decode("utf-8", "replace"),
+            parts[2].decode("utf-8", "replace"),
+            parts[3].decode("utf-8", "replace"),
+            parts[4],
+            parts[5].decode("utf-8", "replace"),
+        )
+        jail.outcome = f"exception: {name}"
+        if kind == runner.ERROR_QUOTA:
+            raise TaskQuotaExceeded(
+                task=task,
+                profile=profile.name,
+                limit="object_store.max_result",
+                allowed=f"{profile.object_store.max_result_bytes} bytes",
+                seen=f"a result of {message} bytes",
+                remedy="return less, or ask for a profile with a larger limit",
+            )
+        if kind == runner.ERROR_UNSUPPORTED:
+            raise self._unsupported(profile, task, message)
+        if kind == runner.ERROR_RESULT:
+            raise TaskUnsupported(
+                task=task,
+                profile=profile.name,
+                limit='results.mode = "data"',
+                seen=message,
+                remedy="return plain data (numbers, text, containers, numpy, Arrow, "
+                'pandas), or ask for a profile with results.mode = "pickle"',
+            )
+        hint = _hint(pool, jail, name, number, message, path)
+        if hint:
+            trace = f"{trace.rstrip()}\n{hint}\n"
+            message = f"{message}\n{hint}"
+        raise SealedError(
+            name,
+            message,
+            trace,
+            blob if profile.results.mode == "pickle" else b"",
+            hint,
+        )
+
+    def _unsupported(
+        self, profile: profiles.Profile, task: str, what: str
+    ) -> TaskUnsupported:
+        return TaskUnsupported(
+            task=task,
+            profile=profile.name,
+            limit=f'boundary = "{profile.boundary}"',
+            seen=what,
+            remedy="use an ordinary function or an actor with ordinary methods",
+        )
+
+
+def _no_split() -> NoReturn:
+    raise TypeError("one of several results is not taken apart again")
+
+
+def _json(meta: Mapping[str, Any]) -> bytes:
+    return json.dumps(meta, separators=(",", ":")).encode()
+
+
+def _sealed_parts(value: Any) -> tuple[bytes, Any]:
+    """Return metadata and data of an argument as it came."""
+    if isinstance(value, seams.SealedArgument):
+        return value.metadata, value.data if value.data is not None else b""
+    if type(value) is bytes:
+        return b"RAW", value
+    if type(value) is str:
+        return runner.PLAIN_TEXT, value.encode("utf-8", "surrogatepass")
+    raise TaskUnsupported(
+        task="?", profile="?", seen=f"an argument of type {type(value).__name__}"
+    )
+
+
+def _values(
+    frame: wire.Frame, profile: profiles.Profile, most: int
+) -> list[Callable[[Any, Callable[..., Any]], Any]]:
+    """Check a RESULT frame and return, for each value, what serializes it."""
+    if not frame.parts or len(frame.parts[0]) % runner.ENTRY.size:
+        raise wire.WireError("a result without its table")
+    entries = list(runner.ENTRY.iter_unpack(frame.parts[0]))
+    if not entries or len(entries) > most:
+        raise wire.WireError(f"{len(entries)} values where 1 to {most} belong")
+    if sum(entry[3] for entry in entries) != len(frame.parts) - 1:
+        raise wire.WireError("a table that does not fit its parts")
+    made, position, total = [], 1, 0
+    for mode, zero, zeros, count in entries:
+        parts = frame.parts[position : position + count]
+        position += count
+        total += sum(part.nbytes for part in parts)
+        if zero or zeros or not parts:
+            raise wire.WireError("a table of an unknown form")
+        if total > profile.object_store.max_put_bytes:
+            raise wire.WireError(
+                f"results of {total} bytes where object_store.max_put allows "
+                f"{profile.object_store.max_put_bytes}"
+            )
+        made.append(_value(mode, parts, profile))
+    return made
+
+
+def _value(
+    mode: int, parts: list[memoryview], profile: profiles.Profile
+) -> Callable[[Any, Callable[..., Any]], Any]:
+    if profile.results.mode == "data":
+        if mode != runner.MODE_DATA:
+            raise wire.WireError("a result that is not plain data")
+        limits = datacodec.DecodeLimits.for_result(
+            profile.object_store.max_result_bytes
+        )
+        value = datacodec.decode(parts, limits)
+        return lambda context, serialize: serialize(context, value)
+    if mode == runner.MODE_RAW and len(parts) == 1:
+        return lambda _context, _serialize: seams.serialize_raw(bytes(parts[0]))
+    if mode == runner.MODE_PICKLE:
+        inband, *buffers = parts
+        return lambda _context, _serialize: seams.serialize_python(
+            bytes(inband), buffers
+        )
+    raise wire.WireError(f"a result of unknown mode {mode}")
+
+
+def _hint(
+    pool: Pool, jail: Jail, name: str, number: int, message: str, path: str
+) -> str:
+    """Say which rule of the profile stood in the way, if one did."""
+    from raysandbox.worker import hints
+
+    denied = number in (errno.EPERM, errno.EACCES) or name == "builtins.PermissionError"
+    return hints.explain(
+        pool.profile,
+        name=name,
+        number=number,
+        message=message,
+        path=path,
+        denials=jail.denials if denied or "not permitted" in message else [],
+        usage=jail.group.usage() if jail.group is not None else None,
+    )
+
+
+def _as_worker_traceback(text: str) -> str:
+    """Prepare a text for Ray, which drops lines 2 and 3 of a task's traceback.
+
+    Those are the frame of Ray's own loop in a stock worker.
+    """
+    first, _, rest = text.partition("\n")
+    return f"{first}\n\n\n{rest}"
