@@ -51,6 +51,7 @@ PLAIN_TEXT = b"RAYSANDBOX_TEXT"
 _MAX_CALL_BYTES = 1 << 48
 _MAX_CALL_PARTS = 1 << 20
 _TEXT_BYTES = 256 << 10
+_INTERNAL = ("raysandbox/jail/runner.py", "ray/util/tracing/tracing_helper.py")
 
 
 class _UnsupportedError(Exception):
@@ -264,9 +265,9 @@ def _fail(
     state: _State,
 ) -> None:
     state.error = error
-    # Our own frames tell the user nothing.
+    # Our own frames, and Ray's around a method, tell the user nothing.
     trace = error.__traceback__
-    while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
+    while trace is not None and trace.tb_frame.f_code.co_filename.endswith(_INTERNAL):
         trace = trace.tb_next
     try:
         text = "".join(traceback.format_exception(type(error), error, trace))

@@ -7,7 +7,6 @@ to, and turns what comes back into what Ray stores.
 
 from __future__ import annotations
 
-import errno
 import fnmatch
 import json
 import os
@@ -31,7 +30,7 @@ from raysandbox.errors import (
 from raysandbox.jail import runner
 from raysandbox.kernel import cgroup
 from raysandbox.sealed import SealedError
-from raysandbox.worker import seams
+from raysandbox.worker import hints, seams
 from raysandbox.worker.events import EventLog
 from raysandbox.worker.output import Pump
 from raysandbox.worker.pool import Environment, Jail, Pool
@@ -104,16 +103,16 @@ class JailExecutor(seams.Executor):
     ) -> Any:
         """Run a function in a jail of its profile; see :class:`seams.Executor`."""
         with self._lock:
-            self._settle()
-            profile = self._profile()
+            self._wake()
+            profile, name = self._profile(), str(self._worker.current_task_name)
             if profile.boundary == "worker":
-                raise self._unsupported(profile, info.name, 'boundary = "worker"')
-            layout, parts = self._arguments(profile, info.name, args, kwargs)
+                raise self._unsupported(profile, name, 'boundary = "worker"')
+            layout, parts = self._arguments(profile, name, args, kwargs)
             pool = self._pool(profile)
             jail, keep = self._jail_for(pool)
             meta = self._meta(profile, info, "task", layout)
             self._pending = (pool, jail, keep)
-            return self._call(pool, jail, info.name, meta, [info.code, *parts])
+            return self._call(pool, jail, name, meta, [info.code, *parts])
 
     def actor(
         self,
@@ -124,7 +123,7 @@ class JailExecutor(seams.Executor):
     ) -> Any:
         """Run a constructor or a method; an actor has one jail for life."""
         with self._lock:
-            self._settle()
+            self._wake()
             name = f"{info.name}.{method}"
             if method == "__init__":
                 return self._new_actor(info, name, args, kwargs)
@@ -164,7 +163,6 @@ class JailExecutor(seams.Executor):
         meta = self._meta(profile, info, "new", layout)
         self._pending = (pool, jail, True)
         self._call(pool, jail, name, meta, [info.code, *parts])
-        self._pending = None
 
     def is_retryable(self, error: BaseException, allowed: bytes) -> bool:
         """Ask the jail, which alone can open the list of types and the error."""
@@ -263,6 +261,14 @@ class JailExecutor(seams.Executor):
         pending, self._pending = self._pending, None
         if pending is not None and not pending[2]:
             pending[0].end(pending[1])
+        for pool in self._pools.values():
+            pool.rest(self._lock)
+
+    def _wake(self) -> None:
+        """Begin a call: what is left of the last one ends."""
+        self._settle()
+        for pool in self._pools.values():
+            pool.wake()
 
     def _record(self, jail: Jail, pool: Pool, usage: cgroup.Usage) -> None:
         """Write the event of a jail's end."""
@@ -271,7 +277,7 @@ class JailExecutor(seams.Executor):
         self._events.write(
             "jail_ended",
             profile=pool.profile.name,
-            node=self._worker.node.unique_id,
+            node=self._worker.current_node_id.hex(),
             worker=self._worker.worker_id.hex(),
             job=self._worker.current_job_id.hex(),
             tasks=jail.tasks,
@@ -337,7 +343,6 @@ class JailExecutor(seams.Executor):
             "results": profile.results.mode,
             "max_result_bytes": profile.object_store.max_result_bytes,
             "first_path": user,
-            "hidden_path": [p for p in self._trusted.refused if p not in user],
             "env": self._variables(),
             "cwd": self._working_directory(),
             "context": {
@@ -393,7 +398,9 @@ class JailExecutor(seams.Executor):
     ) -> seams.SealedResult:
         jail.tasks.append(task)
         try:
-            frame = pool.call(jail, task, [_json(meta), *parts], then=pool.prepare)
+            # The next jail is forked while this one works.
+            ahead = None if self._keeps(jail) else pool.prepare
+            frame = pool.call(jail, task, [_json(meta), *parts], then=ahead)
         except BaseException as error:
             # Cancelled, or the jail is gone: in both cases nobody answers.
             self._abandon(pool, jail, error)
@@ -401,6 +408,14 @@ class JailExecutor(seams.Executor):
         if frame.kind == wire.ERROR:
             self._raise(pool, jail, task, frame)
         return self._result(pool, jail, task, meta, frame)
+
+    def _keeps(self, jail: Jail) -> bool:
+        """Whether this jail outlives its call."""
+        return (
+            self._pending is not None
+            and self._pending[1] is jail
+            and (self._pending[2])
+        )
 
     def _abandon(self, pool: Pool, jail: Jail, error: BaseException) -> None:
         self._pending = None
@@ -483,7 +498,14 @@ class JailExecutor(seams.Executor):
                 remedy="return plain data (numbers, text, containers, numpy, Arrow, "
                 'pandas), or ask for a profile with results.mode = "pickle"',
             )
-        hint = _hint(pool, jail, name, number, message, path)
+        if name == "builtins.SystemExit":
+            raise TaskKilled(
+                task=task,
+                profile=profile.name,
+                seen=f"sys.exit({message})",
+                remedy="return instead: a task that exits has no result",
+            )
+        hint = self._hint(pool, jail, name, number, message, path)
         if hint:
             trace = f"{trace.rstrip()}\n{hint}\n"
             message = f"{message}\n{hint}"
@@ -493,6 +515,21 @@ class JailExecutor(seams.Executor):
             trace,
             blob if profile.results.mode == "pickle" else b"",
             hint,
+        )
+
+    def _hint(
+        self, pool: Pool, jail: Jail, name: str, number: int, message: str, path: str
+    ) -> str:
+        """Say which rule of the profile stood in the way, if one did."""
+        return hints.explain(
+            pool.profile,
+            name=name,
+            number=number,
+            message=message,
+            path=path,
+            denials=jail.denials,
+            usage=jail.group.usage() if jail.group is not None else None,
+            hidden=[p for p in self._trusted.refused if p not in self._visible()],
         )
 
     def _unsupported(
@@ -574,24 +611,6 @@ def _value(
             bytes(inband), buffers
         )
     raise wire.WireError(f"a result of unknown mode {mode}")
-
-
-def _hint(
-    pool: Pool, jail: Jail, name: str, number: int, message: str, path: str
-) -> str:
-    """Say which rule of the profile stood in the way, if one did."""
-    from raysandbox.worker import hints
-
-    denied = number in (errno.EPERM, errno.EACCES) or name == "builtins.PermissionError"
-    return hints.explain(
-        pool.profile,
-        name=name,
-        number=number,
-        message=message,
-        path=path,
-        denials=jail.denials if denied or "not permitted" in message else [],
-        usage=jail.group.usage() if jail.group is not None else None,
-    )
 
 
 def _as_worker_traceback(text: str) -> str:

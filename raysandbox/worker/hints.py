@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import stat
 from collections.abc import Sequence
 
 from raysandbox.kernel import cgroup
@@ -58,6 +59,11 @@ def _by_errno(
     limits, files = profile.limits, profile.filesystem
     if number == errno.ENOENT and path.startswith("/") and os.path.lexists(path):
         return f"{path} is not in the jail: no entry of filesystem.read covers it"
+    if number == errno.EACCES and path and (mode := _private_mode(path)):
+        return (
+            f"{path} has mode {mode:04o}: a jail runs as a user of its own, so what "
+            "it is to read must be readable by others (chmod o+rX)"
+        )
     if number in (errno.EROFS, errno.EACCES) and path:
         return (
             f"{path} is not writable or not readable in the jail: filesystem.write "
@@ -77,6 +83,15 @@ def _by_errno(
     if number in (errno.ENETUNREACH, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
         return f'network.mode = "{profile.network.mode}"'
     return ""
+
+
+def _private_mode(path: str) -> int:
+    """Return a file's mode if others may not read it, else 0."""
+    try:
+        mode = stat.S_IMODE(os.stat(path).st_mode)
+    except OSError:
+        return 0
+    return 0 if mode & stat.S_IROTH else mode
 
 
 def _module(message: str, hidden: Sequence[str]) -> str:

@@ -113,7 +113,10 @@ class Pump:
 
     def add(self, fd: int, handler: Callable[[], bool]) -> None:
         """Call ``handler`` when ``fd`` is readable, until it returns False."""
+        known = fd in self._handlers
         self._handlers[fd] = handler
+        if known:
+            return
         self._epoll.register(fd, select.EPOLLIN)
         if self._thread is None:
             self._thread = threading.Thread(

@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -43,7 +44,7 @@ __all__ = ["Environment", "Jail", "Pool"]
 _START_S = 60.0
 _READY_S = 30.0
 _SLICE_S = 0.1
-_CPU_CHECK_S = 0.25
+_CHECK_S = 0.25
 # What every call needs; msgpack comes with Ray.
 _ALWAYS_PRELOADED = ("msgpack", "raysandbox.datacodec")
 # As a file's name it would come with that file's directory on the path.
@@ -96,6 +97,9 @@ class Jail:
     over_output: bool = False
     tasks: list[str] = field(default_factory=list)
     outcome: str = ""
+    # Its end is being looked into: the event waits for the finding.
+    inquest: bool = False
+    usage: cgroup.Usage = field(default_factory=cgroup.Usage)
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -223,6 +227,7 @@ class Pool:
         launched, self._launched = self._launched, None
         detail = "the zygote died"
         if self._socket is not None:
+            self.wake()
             self._socket.close()
             self._socket = None
         self._spare = None
@@ -238,6 +243,7 @@ class Pool:
     def stop(self) -> None:
         """End the zygote and every jail of it."""
         if self._socket is not None:
+            self.wake()
             self._socket.close()
             self._socket = None
         if self._launched is not None:
@@ -252,6 +258,37 @@ class Pool:
         if self._socket is None:
             raise InternalError(what="a jail is asked for before its zygote")
         return self._socket
+
+    # -- between calls --------------------------------------------------------
+
+    def rest(self, lock: threading.RLock) -> None:
+        """Let the pump's thread see the ends of jails until :meth:`wake`.
+
+        Args:
+            lock: Held by whoever else uses this pool.
+        """
+        if self._socket is None:
+            return
+
+        def handle() -> bool:
+            # Its owner is in a call, and about to take the socket away from us.
+            if not lock.acquire(blocking=False):
+                return True
+            try:
+                if self._socket is not None and _is_readable(self._socket):
+                    self._handle(*self._receive(0))
+            except SetupError:
+                return self._socket is not None  # the next take() says why
+            finally:
+                lock.release()
+            return True
+
+        self._pump.add(self._socket.fileno(), handle)
+
+    def wake(self) -> None:
+        """Take the control socket back from the pump's thread."""
+        if self._socket is not None:
+            self._pump.remove(self._socket.fileno())
 
     # -- jails --------------------------------------------------------------
 
@@ -368,7 +405,8 @@ class Pool:
             usage = jail.group.usage()
             jail.group.kill()
             jail.group.remove()
-        if jail.calls:
+        jail.usage = usage
+        if jail.calls and not jail.inquest:
             jail.outcome = jail.outcome or outcome or "ended"
             self._on_end(jail, self, usage)
 
@@ -418,7 +456,7 @@ class Pool:
         limits, store = self.profile.limits, self.profile.object_store
         now = time.monotonic()
         deadline = None if limits.wall_time_s is None else now + limits.wall_time_s
-        next_cpu_check = now + _CPU_CHECK_S
+        next_check = now + _CHECK_S
         poll = select.poll()
         poll.register(jail.call, select.POLLIN)
         poll.register(self._control, select.POLLIN)
@@ -438,9 +476,9 @@ class Pool:
             if jail.output.over_limit:
                 jail.over_output = True
                 raise self._post_mortem(jail, task, "")
-            if now >= next_cpu_check:
-                next_cpu_check = now + _CPU_CHECK_S
-                self._check_cpu(jail, task)
+            if now >= next_check:
+                next_check = now + _CHECK_S
+                self._check_usage(jail, task)
         try:
             frame = wire.receive(
                 jail.call,
@@ -459,16 +497,20 @@ class Pool:
             raise self._post_mortem(jail, task, "")
         return frame
 
-    def _check_cpu(self, jail: Jail, task: str) -> None:
-        limit = self.profile.limits.cpu_time_s
-        if limit is None or jail.group is None:
+    def _check_usage(self, jail: Jail, task: str) -> None:
+        """End a jail that is over what only its whole group shows."""
+        if jail.group is None:
             return
-        used = jail.group.usage().cpu_time_s
-        if used is not None and used > limit:
+        limit, usage = self.profile.limits.cpu_time_s, jail.group.usage()
+        if limit is not None and (usage.cpu_time_s or 0) > limit:
             jail.timed_out = "limits.cpu_time"
+            raise self._post_mortem(jail, task, "")
+        # Version 1 kills one process; the task is what ran out of memory.
+        if usage.oom_kills:
             raise self._post_mortem(jail, task, "")
 
     def _protocol_error(self, jail: Jail, task: str, what: str) -> JailProtocolError:
+        jail.outcome = "JailProtocolError"
         self.end(jail, wait=True)
         return JailProtocolError(
             task=task,
@@ -479,6 +521,13 @@ class Pool:
 
     def _post_mortem(self, jail: Jail, task: str, when: str) -> Exception:
         """End a jail that owes an answer, and say what became of it."""
+        jail.inquest = True
+        error = self._inquest(jail, task, when)
+        jail.outcome = type(error).__name__
+        self._on_end(jail, self, jail.usage)
+        return error
+
+    def _inquest(self, jail: Jail, task: str, when: str) -> Exception:
         group, limits = jail.group, self.profile.limits
         # Before it goes: a jail that we kill now was not killed by this.
         usage = group.usage() if group is not None else cgroup.Usage()
@@ -554,6 +603,10 @@ class Pool:
 def _groups() -> cgroup.Cgroups:
     """Look for the groups of this process once."""
     return cgroup.discover()
+
+
+def _is_readable(sock: socket.socket) -> bool:
+    return bool(select.select([sock], [], [], 0)[0])
 
 
 def _mebibytes(size: int | None) -> str:

@@ -1,0 +1,90 @@
+"""One sandboxed Ray for the tests of this directory, and profiles of their own."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+import ray.cloudpickle
+
+import raysandbox
+
+PROFILES = {
+    "quick": """
+        extends = "standard"
+        [limits]
+        wall_time = "3s"
+        """,
+    "thrifty": """
+        extends = "standard"
+        [limits]
+        memory = "128MiB"
+        pids = 16
+        cpu_time = "2s"
+        open_files = 64
+        output = "64KiB"
+        file_size = "4MiB"
+        [filesystem]
+        scratch = "16MiB"
+        scratch_inodes = 256
+        [object_store]
+        max_argument = "1MiB"
+        max_result = "1MiB"
+        max_put = "1536KiB"
+        """,
+    "lethal": """
+        extends = "standard"
+        [syscalls]
+        action = "kill"
+        """,
+    "broken": """
+        extends = "standard"
+        [limits]
+        memory = "5 apples"
+        """,
+}
+
+
+@pytest.fixture(scope="session")
+def profile_dir() -> Iterator[Path]:
+    """A directory of the site's own profiles that only its owner can write."""
+    # Not in /tmp: who may write there could replace the directory.
+    directory = Path(tempfile.mkdtemp(prefix="rsx-profiles-", dir=Path.home()))
+    for name, text in PROFILES.items():
+        lines = [line.strip() for line in text.strip().splitlines()]
+        lines = [f"{line}\n" for line in lines]
+        (directory / f"{name}.toml").write_text("".join(lines))
+    yield directory
+    shutil.rmtree(directory)
+
+
+@pytest.fixture(scope="session")
+def cluster(profile_dir: Path) -> Iterator[None]:
+    """A local Ray whose workers are in the sandbox."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("RAYSANDBOX_PROFILE_PATH", str(profile_dir))
+    patch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    temporary = tempfile.mkdtemp(prefix="rsx-ray-", dir="/tmp")
+    raysandbox.init(
+        num_cpus=2,
+        include_dashboard=False,
+        _temp_dir=temporary,
+        log_to_driver=True,
+        logging_level="ERROR",
+    )
+    yield
+    ray.shutdown()
+    patch.undo()
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def by_value(request: pytest.FixtureRequest, cluster: None) -> None:
+    """Functions of the test modules travel by value: jails don't see our files."""
+    module = sys.modules[request.module.__name__]
+    ray.cloudpickle.register_pickle_by_value(module)
