@@ -80,8 +80,8 @@ class JailExecutor(seams.Executor):
             comes, since a prestarted worker does not know its job before.
     """
 
-    def __init__(self, trusted: seams.TrustedPath, pump: Pump) -> None:
-        self._trusted, self._pump = trusted, pump
+    def __init__(self, trusted: seams.TrustedPath) -> None:
+        self._trusted, self._pump = trusted, Pump(self._look)
         self._worker: Any = seams.global_worker()
         self._pools: dict[str, Pool] = {}
         self._profiles: dict[frozenset[str], profiles.Profile] = {}
@@ -103,7 +103,7 @@ class JailExecutor(seams.Executor):
     ) -> Any:
         """Run a function in a jail of its profile; see :class:`seams.Executor`."""
         with self._lock:
-            self._wake()
+            self._settle()
             profile, name = self._profile(), str(self._worker.current_task_name)
             if profile.boundary == "worker":
                 raise self._unsupported(profile, name, 'boundary = "worker"')
@@ -123,7 +123,7 @@ class JailExecutor(seams.Executor):
     ) -> Any:
         """Run a constructor or a method; an actor has one jail for life."""
         with self._lock:
-            self._wake()
+            self._settle()
             name = f"{info.name}.{method}"
             if method == "__init__":
                 return self._new_actor(info, name, args, kwargs)
@@ -261,14 +261,15 @@ class JailExecutor(seams.Executor):
         pending, self._pending = self._pending, None
         if pending is not None and not pending[2]:
             pending[0].end(pending[1])
-        for pool in self._pools.values():
-            pool.rest(self._lock)
 
-    def _wake(self) -> None:
-        """Begin a call: what is left of the last one ends."""
-        self._settle()
-        for pool in self._pools.values():
-            pool.wake()
+    def _look(self) -> None:
+        """Between calls: take in the ends of jails. Runs in the pump's thread."""
+        if self._lock.acquire(blocking=False):
+            try:
+                for pool in self._pools.values():
+                    pool.look()
+            finally:
+                self._lock.release()
 
     def _record(self, jail: Jail, pool: Pool, usage: cgroup.Usage) -> None:
         """Write the event of a jail's end."""

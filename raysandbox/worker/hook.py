@@ -39,10 +39,9 @@ def worker_hook() -> None:
 def _install() -> None:
     from raysandbox.worker import seams
     from raysandbox.worker.executor import JailExecutor
-    from raysandbox.worker.output import Pump
 
     trusted = seams.TrustedPath.of_worker(sys.path)
-    seams.install(JailExecutor(trusted, Pump()))
+    seams.install(JailExecutor(trusted))
     sys.path = trusted
 
 

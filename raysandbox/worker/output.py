@@ -10,12 +10,14 @@ from __future__ import annotations
 import os
 import select
 import threading
+import time
 from collections.abc import Callable
 from typing import IO
 
 __all__ = ["Output", "Pump"]
 
 _CHUNK = 64 << 10
+_TICK_S = 0.2
 _MAGIC = (b":job_id:", b":task_name:", b":actor_name:")
 
 
@@ -104,9 +106,14 @@ class Output:
 
 
 class Pump:
-    """One thread that waits for all descriptors that jails write to."""
+    """One thread that waits for all descriptors that jails write to.
 
-    def __init__(self) -> None:
+    Args:
+        on_tick: Called a few times a second, whatever else goes on.
+    """
+
+    def __init__(self, on_tick: Callable[[], None]) -> None:
+        self._on_tick = on_tick
         self._epoll = select.epoll()
         self._handlers: dict[int, Callable[[], bool]] = {}
         self._thread: threading.Thread | None = None
@@ -133,8 +140,13 @@ class Pump:
                 return
 
     def _run(self) -> None:
+        next_tick = time.monotonic() + _TICK_S
         while True:
-            for fd, _ in self._epoll.poll():
+            for fd, events in self._epoll.poll(_TICK_S):
                 handler = self._handlers.get(fd)
-                if handler is not None and not handler():
+                # Hung up alone: nothing to read, now or later.
+                if not events & select.EPOLLIN or (handler and not handler()):
                     self.remove(fd)
+            if time.monotonic() >= next_tick:
+                self._on_tick()
+                next_tick = time.monotonic() + _TICK_S

@@ -227,7 +227,6 @@ class Pool:
         launched, self._launched = self._launched, None
         detail = "the zygote died"
         if self._socket is not None:
-            self.wake()
             self._socket.close()
             self._socket = None
         self._spare = None
@@ -243,7 +242,6 @@ class Pool:
     def stop(self) -> None:
         """End the zygote and every jail of it."""
         if self._socket is not None:
-            self.wake()
             self._socket.close()
             self._socket = None
         if self._launched is not None:
@@ -259,36 +257,13 @@ class Pool:
             raise InternalError(what="a jail is asked for before its zygote")
         return self._socket
 
-    # -- between calls --------------------------------------------------------
-
-    def rest(self, lock: threading.RLock) -> None:
-        """Let the pump's thread see the ends of jails until :meth:`wake`.
-
-        Args:
-            lock: Held by whoever else uses this pool.
-        """
-        if self._socket is None:
-            return
-
-        def handle() -> bool:
-            # Its owner is in a call, and about to take the socket away from us.
-            if not lock.acquire(blocking=False):
-                return True
-            try:
-                if self._socket is not None and _is_readable(self._socket):
-                    self._handle(*self._receive(0))
-            except SetupError:
-                return self._socket is not None  # the next take() says why
-            finally:
-                lock.release()
-            return True
-
-        self._pump.add(self._socket.fileno(), handle)
-
-    def wake(self) -> None:
-        """Take the control socket back from the pump's thread."""
-        if self._socket is not None:
-            self._pump.remove(self._socket.fileno())
+    def look(self) -> None:
+        """Take in what the zygote has said meanwhile; between calls only."""
+        try:
+            while self._socket is not None and _is_readable(self._socket):
+                self._handle(*self._receive(0))
+        except SetupError:
+            return  # the next take() says why
 
     # -- jails --------------------------------------------------------------
 
