@@ -9,8 +9,10 @@ Control messages are JSON, one packet each::
 
     worker → zygote   {"op": "config", "path": [...], "preload": [...],
                        "ray": DIR}                             + plan (memfd)
-                      {"op": "spawn", "id": N, "slot": S, "dir": BOOL}
-                           + call socket, stdout, stderr[, cgroup dir], tasks...
+                      {"op": "slot", "slot": S, "dir": BOOL}
+                           + stdout, stderr[, cgroup directory], tasks files...
+                      {"op": "spawn", "id": N, "slot": S, "user": U}
+                           + call socket
                       {"op": "kill", "id": N}
     zygote → worker   {"op": "hello"}
                       {"op": "ready", "id": N, "pid": P}      [+ notify fd]
@@ -67,12 +69,26 @@ def receive_message(
     return (json.loads(packet) if packet else None), list(ints)
 
 
+class _Slot:
+    """What jails that run one after the other share: pipes and a group."""
+
+    def __init__(self, fds: list[int], directory: bool) -> None:
+        self.fds = fds
+        self.stdout, self.stderr, *self.groups = fds
+        self.directory = self.groups.pop(0) if directory else -1
+
+    def close(self) -> None:
+        for fd in self.fds:
+            os.close(fd)
+
+
 class _Zygote:
     """One worker's, one profile's: the jails that it has forked, by pid."""
 
     def __init__(self, control: socket.socket, server: ForkServer) -> None:
         self.control, self.server = control, server
         self.jails: dict[int, int] = {}
+        self.slots: dict[int, _Slot] = {}
 
     def serve(self) -> None:
         """Answer requests until the worker closes the control socket."""
@@ -92,23 +108,26 @@ class _Zygote:
                 if message is None:
                     return
                 if message["op"] == "spawn":
-                    self.spawn(message, fds)
+                    self.spawn(message, fds[0])
+                elif message["op"] == "slot":
+                    known = self.slots.pop(message["slot"], None)
+                    if known is not None:
+                        known.close()
+                    self.slots[message["slot"]] = _Slot(fds, message["dir"])
                 elif message["op"] == "kill":
                     self.kill(message["id"])
 
-    def spawn(self, message: dict[str, Any], fds: list[int]) -> None:
+    def spawn(self, message: dict[str, Any], call: int) -> None:
         """Fork a jail; in the jail, never come back."""
-        jail_id, slot = int(message["id"]), int(message["slot"])
-        call, stdout, stderr, *groups = fds
-        directory = groups.pop(0) if message["dir"] else -1
+        jail_id, slot = int(message["id"]), self.slots[message["slot"]]
         try:
             pid, notify = self.server.fork(
-                slot,
-                groups,
+                int(message["user"]),
+                slot.groups,
                 [call],
-                stdout_fd=stdout,
-                stderr_fd=stderr,
-                cgroup_dir_fd=directory,
+                stdout_fd=slot.stdout,
+                stderr_fd=slot.stderr,
+                cgroup_dir_fd=slot.directory,
             )
         except SetupError as error:
             answer = {"step": error.step, "errno": error.errno}
@@ -126,8 +145,7 @@ class _Zygote:
             send_message(self.control, ready, [notify] if notify >= 0 else None)
             if notify >= 0:
                 os.close(notify)
-        for fd in fds:
-            os.close(fd)
+        os.close(call)
 
     def kill(self, jail_id: object) -> None:
         """End a jail; its pid namespace goes with it."""

@@ -47,7 +47,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from raysandbox.errors import SetupError, UnsupportedError
 from raysandbox.kernel.cgroup_find import (
@@ -646,6 +646,7 @@ class Cgroup:
     dirs: list[tuple[Base, str]]
     report: dict[str, Status]
     _nodes: dict[str, Any] = field(default_factory=dict)
+    _before: Usage = field(default_factory=Usage)
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -732,8 +733,23 @@ class Cgroup:
             self._nodes[controller] = kind(Node(path))
         return self._nodes[controller]
 
+    def reset(self) -> bool:
+        """Start counting anew, for another task; False if the host can't.
+
+        The group must be empty. Only version 1 can do it: what can't be set to
+        zero there only grows, and is taken off by `usage`.
+        """
+        if any(base.version != 1 for base, _ in self.dirs):
+            return False
+        version, path = self._path("memory")
+        if version and not _try_write(f"{path}/memory.max_usage_in_bytes", b"0"):
+            return False
+        self._before = Usage()
+        self._before = self.usage()
+        return not self._before.pids
+
     def usage(self) -> Usage:
-        """Read what the group has used so far."""
+        """Read what the group has used so far, or since `reset`."""
         peak = now = kills = denied = pids = None
         cpu_time_s = None
         version, path = self._path("memory")
@@ -761,12 +777,13 @@ class Cgroup:
                     # cpu.stat is there in every group, cpu controller or not.
                     usage_us = _flat_or_none(f"{at}/cpu.stat", "usage_usec")
                     cpu_time_s = None if usage_us is None else usage_us / 1e6
+        before = self._before
         return Usage(
             memory_peak_bytes=peak,
             memory_bytes=now,
-            cpu_time_s=cpu_time_s,
-            oom_kills=kills,
-            pids_denied=denied,
+            cpu_time_s=_less(cpu_time_s, before.cpu_time_s),
+            oom_kills=_less(kills, before.oom_kills),
+            pids_denied=_less(denied, before.pids_denied),
             pids=pids,
         )
 
@@ -870,6 +887,13 @@ class Cgroup:
                     _rmdir(at)
             time.sleep(min(pause_s, remaining_s))
             pause_s = min(pause_s * 2, 0.02)
+
+
+_Number = TypeVar("_Number", int, float)
+
+
+def _less(now: _Number | None, before: _Number | None) -> _Number | None:
+    return now if now is None or before is None else now - before
 
 
 def _value(read: Callable[[], Any]) -> int | None:

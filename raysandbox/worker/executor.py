@@ -83,7 +83,10 @@ class JailExecutor(seams.Executor):
     def __init__(self, trusted: seams.TrustedPath) -> None:
         self._trusted, self._pump = trusted, Pump(self._look)
         self._worker: Any = seams.global_worker()
+        self._resources_root = os.path.realpath(seams.runtime_resources()) + "/"
         self._pools: dict[str, Pool] = {}
+        self._resource_paths: dict[str, bool] = {}
+        self._runtime_env: tuple[str, dict[str, str]] = ("", {})
         self._profiles: dict[frozenset[str], profiles.Profile] = {}
         self._events: EventLog | None = None
         # The jail whose answer Ray has not taken in yet, and its pool.
@@ -233,13 +236,20 @@ class JailExecutor(seams.Executor):
         Not the driver's own directory, which Ray puts on the path of workers
         too: it may be anybody's home.
         """
-        root = os.path.realpath(seams.runtime_resources()) + "/"
-        found = [*self._trusted.refused, os.getcwd()]
         return [
             path
-            for path in dict.fromkeys(found)
-            if os.path.realpath(path).startswith(root) and os.path.exists(path)
+            for path in dict.fromkeys([*self._trusted.refused, os.getcwd()])
+            if self._is_resource(path)
         ]
+
+    def _is_resource(self, path: str) -> bool:
+        """Whether Ray unpacked this for a runtime environment."""
+        known = self._resource_paths.get(path)
+        if known is None:
+            real = os.path.realpath(path)
+            known = real.startswith(self._resources_root) and os.path.exists(real)
+            self._resource_paths[path] = known
+        return known
 
     def _jail_for(self, pool: Pool) -> tuple[Jail, bool]:
         """Return a jail, and whether it outlives the call."""
@@ -287,7 +297,7 @@ class JailExecutor(seams.Executor):
             cpu_time_s=usage.cpu_time_s,
             oom_kills=usage.oom_kills,
             forks_refused=usage.pids_denied,
-            output_bytes=jail.output.seen_bytes,
+            output_bytes=jail.output_bytes,
             denied=jail.denials,
             denied_count=jail.notify.count if jail.notify is not None else 0,
             protections={
@@ -372,22 +382,19 @@ class JailExecutor(seams.Executor):
     def _variables(self) -> dict[str, str]:
         """The runtime environment's own variables: a task's, so they pass."""
         text = self._worker.runtime_env
-        if not text or text == "{}":
-            return {}
-        try:
+        if text != self._runtime_env[0]:
             variables = json.loads(text).get("env_vars") or {}
-        except ValueError:
-            return {}
-        return {
-            str(name): str(value)
-            for name, value in variables.items()
-            if not any(fnmatch.fnmatchcase(name, p) for p in _RESERVED_VARIABLES)
-        }
+            chosen = {
+                str(name): str(value)
+                for name, value in variables.items()
+                if not any(fnmatch.fnmatchcase(name, p) for p in _RESERVED_VARIABLES)
+            }
+            self._runtime_env = (text, chosen)
+        return self._runtime_env[1]
 
     def _working_directory(self) -> str | None:
         directory = os.getcwd()
-        root = os.path.realpath(seams.runtime_resources()) + "/"
-        return directory if os.path.realpath(directory).startswith(root) else None
+        return directory if self._is_resource(directory) else None
 
     def _call(
         self,
@@ -529,7 +536,7 @@ class JailExecutor(seams.Executor):
             message=message,
             path=path,
             denials=jail.denials,
-            usage=jail.group.usage() if jail.group is not None else None,
+            usage=jail.current_usage(),
             hidden=[p for p in self._trusted.refused if p not in self._visible()],
         )
 

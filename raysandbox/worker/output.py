@@ -22,11 +22,12 @@ _MAGIC = (b":job_id:", b":task_name:", b":actor_name:")
 
 
 class Output:
-    """One jail's stdout and stderr.
+    """The stdout and stderr of jails that run one after the other.
 
     Attributes:
-        seen_bytes: What it has printed so far.
+        seen_bytes: What the present one has printed so far.
         limit_bytes: More is thrown away, and :attr:`over_limit` is set.
+        write_fds: What a jail gets as descriptors 1 and 2.
     """
 
     def __init__(self, limit_bytes: int, sinks: tuple[IO[str], IO[str]]) -> None:
@@ -51,11 +52,6 @@ class Output:
     def read_fds(self) -> list[int]:
         """The ends that are still open."""
         return list(self._fds)
-
-    def close_write_ends(self) -> None:
-        """Called once the zygote has them."""
-        while self.write_fds:
-            os.close(self.write_fds.pop())
 
     def drain(self, fd: int) -> bool:
         """Forward what is there; False at the end of the stream."""
@@ -91,18 +87,28 @@ class Output:
         except (OSError, ValueError):
             return  # the worker's own log is gone; the task is not to blame
 
-    def close(self) -> None:
-        """Forward the rest and end a line that was left open."""
+    def finish(self) -> int:
+        """Forward the rest of a jail that is gone; return what it printed.
+
+        A line that it left open is ended, so that the next one starts its own.
+        """
         for fd in self.read_fds:
             self.drain(fd)
         with self._lock:
-            for fd, index in self._fds.items():
-                os.close(fd)
+            for index, sink in enumerate(self._sinks):
                 if not self._line_start[index]:
                     self._line_start[index] = True
-                    self._sinks[index].write("\n")
+                    sink.write("\n")
+            seen, self.seen_bytes = self.seen_bytes, 0
+        return seen
+
+    def close(self) -> None:
+        """Give up the descriptors."""
+        with self._lock:
+            for fd in (*self._fds, *self.write_fds):
+                os.close(fd)
             self._fds.clear()
-        self.close_write_ends()
+            self.write_fds.clear()
 
 
 class Pump:

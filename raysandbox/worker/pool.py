@@ -16,7 +16,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -45,6 +44,8 @@ _START_S = 60.0
 _READY_S = 30.0
 _SLICE_S = 0.1
 _CHECK_S = 0.25
+# One jail works, one is ready, one is on its way out.
+_SLOTS = 3
 # What every call needs; msgpack comes with Ray.
 _ALWAYS_PRELOADED = ("msgpack", "raysandbox.datacodec")
 # As a file's name it would come with that file's directory on the path.
@@ -81,26 +82,42 @@ class Environment:
 
 
 @dataclass(slots=True)
+class Slot:
+    """A place for one jail at a time: its host user, its pipes, its group."""
+
+    number: int
+    output: Output | None = None
+    group: cgroup.Cgroup | None = None
+
+
+@dataclass(slots=True)
 class Jail:
     """One jail, from the request to its last word."""
 
     jail_id: int
-    slot: int
+    slot: Slot
     call: socket.socket
-    output: Output
-    group: cgroup.Cgroup | None
     ready: bool = False
     notify: seccomp_notify.Listener | None = None
     status: int | None = None
     calls: int = 0
     timed_out: str = ""
-    over_output: bool = False
     tasks: list[str] = field(default_factory=list)
     outcome: str = ""
     # Its end is being looked into: the event waits for the finding.
     inquest: bool = False
     usage: cgroup.Usage = field(default_factory=cgroup.Usage)
+    output_bytes: int = 0
     started: float = field(default_factory=time.monotonic)
+
+    @property
+    def over_output(self) -> bool:
+        """Whether it has printed more than it may."""
+        return self.slot.output is not None and self.slot.output.over_limit
+
+    def current_usage(self) -> cgroup.Usage:
+        """Read what it has used so far."""
+        return self.slot.group.usage() if self.slot.group else cgroup.Usage()
 
     @property
     def denials(self) -> list[str]:
@@ -126,7 +143,9 @@ class Pool:
         self._groups: cgroup.Cgroups | None = None
         self._jails: dict[int, Jail] = {}
         self._spare: Jail | None = None
-        self._free_slots: list[int] = []
+        self._slots: list[Slot] = []
+        self._free_slots: list[Slot] = []
+        self._group_number = 0
         # Groups of several pools of this process, told apart by their names.
         self._tag = f"p{next(_POOLS)}-"
         self._next_id = 0
@@ -178,7 +197,8 @@ class Pool:
         finally:
             lease.close()
         self._socket = ours
-        self._free_slots = [1, 2, 3] if self._mapped > 1 else [0, 0, 0]
+        self._slots = [Slot(number) for number in range(1, 1 + _SLOTS)]
+        self._free_slots = list(self._slots)
         self._configure(compiled.encode())
 
     def _discover_groups(self) -> cgroup.Cgroups:
@@ -237,6 +257,7 @@ class Pool:
             launched.kill()
             outcome = launched.wait(_READY_S)
             detail = f"the zygote ended with status {outcome.exit_code}"
+        self._strip_all()
         return SetupError(step="zygote", detail=detail)
 
     def stop(self) -> None:
@@ -250,6 +271,16 @@ class Pool:
                 self._launched.wait(_READY_S)
             finally:
                 self._launched = None
+                self._spare = None
+                for jail in list(self._jails.values()):
+                    jail.status = signal.SIGKILL
+                    self._forget(jail, "stopped")
+                self._strip_all()
+
+    def _strip_all(self) -> None:
+        for slot in self._slots:
+            self._strip(slot)
+        self._slots, self._free_slots = [], []
 
     @property
     def _control(self) -> socket.socket:
@@ -290,32 +321,54 @@ class Pool:
         while not self._free_slots:
             self._handle(*self._receive(_READY_S))
         slot = self._free_slots.pop(0)
+        self._furnish(slot)
         self._next_id += 1
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        output = Output(self.profile.limits.output_bytes, (sys.stdout, sys.stderr))
-        group = self._make_group()
-        jail = Jail(self._next_id, slot, ours, output, group)
+        jail = Jail(self._next_id, slot, ours)
         self._jails[jail.jail_id] = jail
-        group_fds = group.procs_fds() if group is not None else []
-        try:
-            send_message(
-                self._control,
-                {"op": "spawn", "id": jail.jail_id, "slot": slot, "dir": False},
-                [theirs.fileno(), *output.write_fds, *group_fds],
-            )
-        finally:
-            theirs.close()
-            output.close_write_ends()
-            for fd in group_fds:
-                os.close(fd)
-        for fd in output.read_fds:
-            self._pump.add(fd, lambda fd=fd: output.drain(fd))  # type: ignore[misc]
+        user = slot.number if self._mapped > 1 else 0
+        request = {"op": "spawn", "id": jail.jail_id, "slot": slot.number, "user": user}
+        with theirs:
+            send_message(self._control, request, [theirs.fileno()])
         return jail
 
-    def _make_group(self) -> cgroup.Cgroup | None:
-        if self._groups is None:
-            return None
-        return self._groups.create(f"{self._tag}{self._next_id}", self._limits())
+    def _furnish(self, slot: Slot) -> None:
+        """Give a slot its pipes, once, and a group that counts from zero."""
+        if slot.output is not None and (slot.group is None or slot.group.reset()):
+            return
+        if slot.output is None:
+            limit = self.profile.limits.output_bytes
+            slot.output = output = Output(limit, (sys.stdout, sys.stderr))
+            for fd in output.read_fds:
+                self._pump.add(fd, functools.partial(output.drain, fd))
+        if slot.group is not None:
+            slot.group.remove()
+            slot.group = None
+        fds = []
+        if self._groups is not None:
+            self._group_number += 1
+            slot.group = self._groups.create(
+                f"{self._tag}{self._group_number}", self._limits()
+            )
+            fds = slot.group.procs_fds()
+        message = {"op": "slot", "slot": slot.number, "dir": False}
+        try:
+            send_message(self._control, message, [*slot.output.write_fds, *fds])
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    def _strip(self, slot: Slot) -> None:
+        """Take a slot's pipes and group away."""
+        if slot.output is not None:
+            for fd in slot.output.read_fds:
+                self._pump.remove(fd)
+            slot.output.close()
+            slot.output = None
+        if slot.group is not None:
+            slot.group.kill()
+            slot.group.remove()
+            slot.group = None
 
     def _limits(self) -> cgroup.CgroupLimits:
         limits = self.profile.limits
@@ -369,21 +422,15 @@ class Pool:
         self._jails.pop(jail.jail_id, None)
         self._free_slots.append(jail.slot)
         jail.call.close()
-        for fd in jail.output.read_fds:
-            self._pump.remove(fd)
-        jail.output.close()
         if jail.notify is not None:
             self._pump.remove(jail.notify.fd)
             jail.notify.close()
-        usage = cgroup.Usage()
-        if jail.group is not None:
-            usage = jail.group.usage()
-            jail.group.kill()
-            jail.group.remove()
-        jail.usage = usage
+        jail.usage = jail.current_usage()
+        if jail.slot.output is not None:
+            jail.output_bytes = jail.slot.output.finish()
         if jail.calls and not jail.inquest:
             jail.outcome = jail.outcome or outcome or "ended"
-            self._on_end(jail, self, usage)
+            self._on_end(jail, self, jail.usage)
 
     def kill(self, jail: Jail) -> None:
         """Ask the zygote to end a jail; ``end`` waits for it."""
@@ -448,8 +495,7 @@ class Pool:
             if deadline is not None and now >= deadline:
                 jail.timed_out = "limits.wall_time"
                 raise self._post_mortem(jail, task, "")
-            if jail.output.over_limit:
-                jail.over_output = True
+            if jail.over_output:
                 raise self._post_mortem(jail, task, "")
             if now >= next_check:
                 next_check = now + _CHECK_S
@@ -467,16 +513,13 @@ class Pool:
             raise self._post_mortem(jail, task, "")
         if frame.call != number or frame.kind == wire.CALL:
             raise self._protocol_error(jail, task, "a reply to another call")
-        if jail.output.over_limit:
-            jail.over_output = True
+        if jail.over_output:
             raise self._post_mortem(jail, task, "")
         return frame
 
     def _check_usage(self, jail: Jail, task: str) -> None:
         """End a jail that is over what only its whole group shows."""
-        if jail.group is None:
-            return
-        limit, usage = self.profile.limits.cpu_time_s, jail.group.usage()
+        limit, usage = self.profile.limits.cpu_time_s, jail.current_usage()
         if limit is not None and (usage.cpu_time_s or 0) > limit:
             jail.timed_out = "limits.cpu_time"
             raise self._post_mortem(jail, task, "")
@@ -503,9 +546,9 @@ class Pool:
         return error
 
     def _inquest(self, jail: Jail, task: str, when: str) -> Exception:
-        group, limits = jail.group, self.profile.limits
+        limits = self.profile.limits
         # Before it goes: a jail that we kill now was not killed by this.
-        usage = group.usage() if group is not None else cgroup.Usage()
+        usage, over_output = jail.current_usage(), jail.over_output
         self.end(jail, wait=True)
         common = {"task": task, "profile": self.profile.name, "hint": self.hint(jail)}
         status = jail.status if jail.status is not None else 0
@@ -518,11 +561,11 @@ class Pool:
                 remedy="make it faster, or ask for a profile with a larger limit",
                 **common,
             )
-        if jail.over_output:
+        if over_output:
             return TaskQuotaExceeded(
                 limit="limits.output",
                 allowed=f"{limits.output_bytes} bytes",
-                seen=f"{jail.output.seen_bytes} bytes",
+                seen=f"{jail.output_bytes} bytes",
                 remedy="print less, or return the text as a result",
                 **common,
             )
@@ -566,12 +609,6 @@ class Pool:
         """Return which denied calls were seen, as a sentence, or ``""``."""
         denials = jail.denials
         return f"denied on the way: {'; '.join(denials[:5])}" if denials else ""
-
-    def oom_kills(self, jail: Jail) -> int:
-        """Return how many of a jail's processes were killed for memory."""
-        if jail.group is None:
-            return 0
-        return jail.group.usage().oom_kills or 0
 
 
 @functools.cache
