@@ -45,6 +45,15 @@ _CLOSED = (
 )
 
 
+_HOMES = ("ray._private.worker", "ray._private.state", "ray.actor")
+# Through these goes every ``.remote()`` of what was defined outside.
+_SUBMIT = (
+    ("ray.remote_function", "RemoteFunction", "_remote"),
+    ("ray.actor", "ActorClass", "_remote"),
+    ("ray.actor", "ActorHandle", "_actor_method_call"),
+)
+
+
 class RayApiUnavailableError(RuntimeError):
     """A task called the Ray API from inside a jail."""
 
@@ -69,6 +78,14 @@ def _closed(name: str) -> Any:
         raise RayApiUnavailableError(f"ray.{name}()")
 
     call.__name__ = call.__qualname__ = name
+    return call
+
+
+def _closed_method(cls: str) -> Any:
+    def call(self: Any, *_args: Any, **_options: Any) -> Any:
+        name = getattr(self, "_function_name", None) or cls
+        raise RayApiUnavailableError(f"{name}.remote()")
+
     return call
 
 
@@ -155,15 +172,38 @@ class _Facade(types.ModuleType):
         return getattr(self, name)
 
 
+class _Loaded:
+    """Loader of a module that loading the real package has loaded already."""
+
+    def __init__(self, module: types.ModuleType) -> None:
+        self.module = module
+
+    def create_module(self, _spec: Any) -> types.ModuleType:
+        return self.module
+
+    def exec_module(self, _module: Any) -> None:
+        return
+
+
 class _Finder:
     """Loads the real package before any submodule that needs it."""
 
     @staticmethod
     def find_spec(
         name: str, _path: Sequence[str] | None = None, _target: Any = None
-    ) -> None:
-        if name.startswith("ray.") and not name.startswith(_LIGHT):
-            _materialise()
+    ) -> Any:
+        if not name.startswith("ray.") or name.startswith(_LIGHT):
+            return None
+        _materialise()
+        module = sys.modules.get(name)
+        if module is None:
+            return None
+        # Found anew it would run a second time, beside the one in use.
+        return importlib.machinery.ModuleSpec(
+            name,
+            _Loaded(module),  # type: ignore[arg-type]
+            is_package=hasattr(module, "__path__"),
+        )
 
 
 def _close() -> None:
@@ -174,6 +214,16 @@ def _close() -> None:
     module.remote = _remote  # type: ignore[attr-defined]
     module.is_initialized = lambda: True  # type: ignore[attr-defined]
     module.get_runtime_context = RuntimeContext  # type: ignore[attr-defined]
+    # The same functions under the names that pickles refer to them by.
+    for home in _HOMES:
+        real = sys.modules.get(home)
+        for name in _CLOSED if real is not None else ():
+            if hasattr(real, name):
+                setattr(real, name, _closed(name))
+    for home, cls, method in _SUBMIT:
+        real = sys.modules.get(home)
+        if real is not None:
+            setattr(getattr(real, cls), method, _closed_method(cls))
 
 
 def _materialise() -> None:

@@ -252,15 +252,23 @@ def test_runtime_context():
     ]
 
 
+@ray.remote
+def elsewhere():
+    return 1
+
+
 @pytest.mark.parametrize(
     "call",
     [
+        elsewhere.remote,
+        lambda: elsewhere.options(num_cpus=0).remote(),
+        ray.get,
         lambda: ray.get([]),
         lambda: ray.put(1),
         lambda: ray.wait([]),
-        lambda: ray.init(),
+        ray.init,
         lambda: ray.remote(lambda: 1).remote(),
-        lambda: ray.nodes(),
+        ray.nodes,
         lambda: ray.get_actor("x"),
     ],
 )
@@ -288,9 +296,9 @@ def test_generators_are_refused():
     def numbers():
         yield 1
 
+    refs = list(numbers.remote())
     with pytest.raises(ray.exceptions.RayTaskError, match="generator"):
-        for ref in numbers.remote():
-            ray.get(ref)
+        ray.get(refs)
 
 
 def test_unsupported_result_names_type_and_place():
