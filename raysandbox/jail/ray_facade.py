@@ -196,14 +196,12 @@ class _Finder:
             return None
         _materialise()
         module = sys.modules.get(name)
-        if module is None:
+        if module is None or module.__spec__ is None:
             return None
-        # Found anew it would run a second time, beside the one in use.
-        return importlib.machinery.ModuleSpec(
-            name,
-            _Loaded(module),  # type: ignore[arg-type]
-            is_package=hasattr(module, "__path__"),
-        )
+        # It is there now. importlib takes the spec of what is there, and would
+        # run it a second time, beside the one in use.
+        module.__spec__.loader = _Loaded(module)  # type: ignore[assignment]
+        return module.__spec__
 
 
 def _close() -> None:
@@ -239,6 +237,8 @@ def _materialise() -> None:
         if spec is None or spec.loader is None:
             raise ImportError("no real ray to load")
         spec.loader.exec_module(module)
+        for home in (*_HOMES, *(home for home, _, _ in _SUBMIT)):
+            importlib.import_module(home)
     finally:
         module._loading = False  # type: ignore[attr-defined]
     module._loaded = True  # type: ignore[attr-defined]
