@@ -505,7 +505,7 @@ class _Builder:
             )
             return
         notify = self.context.notify and self.host.seccomp_notify
-        program = seccomp.compile(self.profile.syscalls, notify=notify)
+        program = seccomp.compile_policy(self.profile.syscalls, notify=notify)
         flags = _SECCOMP_NEW_LISTENER if notify else 0
         self.add(_SECCOMP, _u32(flags) + program.bpf)
         if self.context.notify and not notify:

@@ -8,7 +8,6 @@ to win against us. See seccomp_unotify(2).
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import os
@@ -29,7 +28,6 @@ _RESPONSE = struct.Struct("<QqiI")
 # _IOWR('!', 0, struct seccomp_notif), _IOWR('!', 1, struct seccomp_notif_resp)
 _RECV = 0xC0000000 | _NOTIFICATION.size << 16 | ord("!") << 8 | 0
 _SEND = 0xC0000000 | _RESPONSE.size << 16 | ord("!") << 8 | 1
-_ARCH = {0xC000003E: "x86_64", 0xC00000B7: "aarch64"}
 
 #: After this many, a jail's denials are answered slowly: whoever floods us
 #: with them waits, and costs the worker next to nothing.
@@ -45,7 +43,8 @@ class Listener:
         fd: The notification descriptor.
         denials: The first few denied calls, described.
         count: How many there were.
-        killed: The call that the jail was killed for, or ``""``.
+        killed: The first denied call: with ``action = "kill"`` the one that
+            the jail was killed for.
     """
 
     def __init__(self, fd: int, profile: Profile, kill: Callable[[], None]) -> None:
@@ -61,8 +60,12 @@ class Listener:
         except OSError as error:
             # ENOENT: the caller was killed meanwhile; ENODEV, EBADF: all are.
             return error.errno in (errno.ENOENT, errno.EINTR)
-        cookie, _pid, _flags, number, arch, _ip, *args = _NOTIFICATION.unpack(buffer)
-        self._record(number, args, _ARCH.get(arch, hex(arch)))
+        cookie, _pid, _flags, number, _arch, _ip, *args = _NOTIFICATION.unpack(buffer)
+        self._record(number, args)
+        if self._profile.syscalls.action == "kill":
+            # Never answered: the caller waits until it is dead.
+            self._kill()
+            return True
         if self.count > FREE_DENIALS:
             time.sleep(_TARPIT_S)
         answer = bytearray(_RESPONSE.pack(cookie, 0, -errno.EPERM, 0))
@@ -72,23 +75,19 @@ class Listener:
             return error.errno == errno.ENOENT
         return True
 
-    def _record(self, number: int, args: list[int], arch: str) -> None:
+    def _record(self, number: int, args: list[int]) -> None:
         from raysandbox.kernel import seccomp
 
         self.count += 1
         if len(self.denials) < _KEPT:
-            text = seccomp.describe(number, args, arch)
+            rule = seccomp.rule_for(number, args, self._profile.syscalls)
+            text = f"{seccomp.describe(number, args)}: {rule}"
             if text not in self.denials:
                 self.denials.append(text)
-        if self._profile.syscalls.action == "kill" and not self.killed:
-            self.killed = seccomp.describe(number, args, arch)
-            self._kill()
+                self.killed = self.killed or text
 
     def close(self) -> None:
         """Close the descriptor; calls still waiting fail with ENOSYS."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
-
-
-assert ctypes.sizeof(ctypes.c_void_p) == 8, "64-bit kernels only"

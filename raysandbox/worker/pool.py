@@ -578,11 +578,12 @@ class Pool:
                 **common,
             )
         killer = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
-        if killer == signal.SIGSYS or (jail.notify and jail.notify.killed):
+        lethal = self.profile.syscalls.action == "kill"
+        if killer == signal.SIGSYS or (lethal and jail.notify and jail.notify.killed):
             return TaskDenied(
                 limit="syscalls.action",
                 allowed="no call outside syscalls.groups",
-                seen=jail.notify.killed if jail.notify else "SIGSYS",
+                seen=(jail.notify and jail.notify.killed) or "SIGSYS: a foreign ABI",
                 remedy="don't make this call, or ask for a profile that allows it",
                 **common,
             )

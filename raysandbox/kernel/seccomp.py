@@ -1,0 +1,448 @@
+"""seccomp: a profile's system-call policy as a BPF program, and as words.
+
+libseccomp (through pyseccomp) makes the decision tree; in front of it stand a
+few instructions of our own for what its rules can't say: a foreign ABI ends the
+process, and a number newer than libseccomp's table is answered ENOSYS, as by an
+older kernel, so that libc falls back. See seccomp(2); struct sock_filter and
+its codes: linux/filter.h.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import json
+import os
+import platform
+import struct
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+from raysandbox.errors import ProfileError, UnsupportedError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+if TYPE_CHECKING:
+    from raysandbox.profile import Syscalls
+
+__all__ = ["Filter", "compile_policy", "describe", "name", "problems", "rule_for"]
+
+# pyseccomp's architecture, the kernel's AUDIT_ARCH_*, and the bit that marks a
+# second ABI under the same AUDIT_ARCH (x32), 0 where there is none.
+_ARCHITECTURES = {
+    "x86_64": ("X86_64", 0xC000003E, 0x40000000),
+    "aarch64": ("AARCH64", 0xC00000B7, 0),
+}
+# The last number that libseccomp 2.5.4 names (futex_waitv's successor).
+_LAST_KNOWN = "set_mempolicy_home_node"
+
+_RET_KILL_PROCESS = 0x80000000
+_RET_ERRNO = 0x00050000
+_LD_ABS, _JEQ, _JGE, _RET = 0x20, 0x15, 0x35, 0x06
+_NR, _ARCH = 0, 4  # offsets in struct seccomp_data
+
+_INT = 0xFFFFFFFF
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """A compiled policy.
+
+    Attributes:
+        bpf: Array of ``struct sock_filter``.
+    """
+
+    bpf: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Condition:
+    """One argument that must have one of ``values`` under ``mask``."""
+
+    call: str
+    arg: int
+    mask: int
+    values: Mapping[str, int]
+
+
+# --- the table ------------------------------------------------------------------
+
+
+@functools.cache
+def _table() -> dict[str, Any]:
+    text = resources.files(__package__).joinpath("syscalls.toml").read_text()
+    return tomllib.loads(text)
+
+
+def _calls(group: str) -> list[str]:
+    return list(_table()["groups"][group].get("calls", ()))
+
+
+def _conditions(group: str) -> list[_Condition]:
+    found = []
+    for entry in _table()["groups"][group].get("when", ()):
+        if "without" in entry:
+            mask, values = entry["without"], {"none": 0}
+        else:
+            mask, values = entry.get("mask", _INT), entry["values"]
+        found.append(_Condition(entry["call"], entry["arg"], mask, values))
+    return found
+
+
+def problems(syscalls: Syscalls) -> list[tuple[str, object, str]]:
+    """Return what of a policy only this table can tell to be wrong.
+
+    Returns:
+        Key of the section, value, and rule, for each problem.
+    """
+    found: list[tuple[str, object, str]] = []
+    known = _table()["groups"]
+    for group in syscalls.groups:
+        if group not in known:
+            found.append(
+                ("groups", group, f"unknown group; there are {', '.join(known)}")
+            )
+    for key in ("allow", "deny"):
+        for call in getattr(syscalls, key):
+            if _number(call) is None and call not in _table()["denied"]:
+                found.append((key, call, "no system call of that name"))
+    for call in syscalls.allow:
+        if call in _table()["absent"]:
+            found.append(("allow", call, _table()["absent"][call]))
+    if syscalls.oci is not None:
+        try:
+            _read_oci(syscalls.oci.text)
+        except ValueError as error:
+            found.append(("oci", syscalls.oci.path, str(error)))
+    return found
+
+
+# --- numbers --------------------------------------------------------------------
+
+
+def _machine() -> tuple[str, int, int]:
+    try:
+        return _ARCHITECTURES[platform.machine()]
+    except KeyError:
+        raise UnsupportedError(
+            feature="seccomp",
+            need=f"one of {', '.join(_ARCHITECTURES)}",
+            have=platform.machine(),
+            remedy="run on a supported architecture",
+        ) from None
+
+
+@functools.cache
+def _pyseccomp() -> Any:
+    try:
+        import pyseccomp
+    except (ImportError, OSError, RuntimeError) as error:
+        raise UnsupportedError(
+            feature="seccomp",
+            need="libseccomp and pyseccomp",
+            have=str(error),
+            remedy="install the package libseccomp2",
+        ) from error
+    return pyseccomp
+
+
+@functools.cache
+def _number(call: str) -> int | None:
+    """Return a call's number here, None if this architecture has none."""
+    library = _pyseccomp()
+    arch = getattr(library.Arch, _machine()[0])
+    number = int(library.resolve_syscall(arch, call))
+    return number if number >= 0 else None
+
+
+@functools.cache
+def name(number: int) -> str:
+    """Return the name of a system call of this machine, or its number as text."""
+    library = _pyseccomp()
+    arch = getattr(library.Arch, _machine()[0])
+    try:
+        return bytes(library.resolve_syscall(arch, number)).decode()
+    except (ValueError, TypeError, OSError):
+        return f"syscall {number}"
+
+
+# --- compiling ------------------------------------------------------------------
+
+
+def compile_policy(syscalls: Syscalls, *, notify: bool) -> Filter:
+    """Compile a policy; the result is kept for the life of this process.
+
+    Args:
+        syscalls: The profile's section.
+        notify: Denied calls go to a supervisor, which answers them.
+
+    Raises:
+        UnsupportedError: No libseccomp, or an architecture without a table.
+        ProfileError: The OCI file can't be used.
+    """
+    key = (syscalls.digest, notify)
+    if key not in _compiled:
+        _compiled[key] = Filter(_preamble() + _compile(syscalls, notify))
+    return _compiled[key]
+
+
+_compiled: dict[tuple[str, bool], Filter] = {}
+
+
+def _preamble() -> bytes:
+    """Instructions before libseccomp's, for every policy."""
+    _, audit, second_abi = _machine()
+    last = _number(_LAST_KNOWN)
+    program: list[tuple[int, int, int, int]] = [
+        (_LD_ABS, 0, 0, _ARCH),
+        (_JEQ, 1, 0, audit),
+        (_RET, 0, 0, _RET_KILL_PROCESS),
+        (_LD_ABS, 0, 0, _NR),
+    ]
+    if second_abi:
+        program += [(_JGE, 0, 1, second_abi), (_RET, 0, 0, _RET_KILL_PROCESS)]
+    if last is not None:
+        program += [(_JGE, 0, 1, last + 1), (_RET, 0, 0, _RET_ERRNO | errno.ENOSYS)]
+    return b"".join(struct.pack("<HBBI", *step) for step in program)
+
+
+def _compile(syscalls: Syscalls, notify: bool) -> bytes:
+    library = _pyseccomp()
+    denied = {
+        "errno": library.ERRNO(errno.EPERM),
+        "kill": library.KILL_PROCESS,
+        "log": library.LOG,
+    }[syscalls.action]
+    if notify and syscalls.action != "log":
+        denied = library.NOTIFY
+    if syscalls.oci is not None:
+        return _compile_oci(library, syscalls.oci.path, syscalls.oci.text, denied)
+    made = _new(library, denied)
+    for call in _table()["absent"]:
+        _add(library, made, library.ERRNO(errno.ENOSYS), call)
+    left_out = {*syscalls.deny, *_table()["absent"]}
+    whole = set(syscalls.allow)
+    for group in syscalls.groups:
+        whole.update(_calls(group))
+    for call in sorted(whole - left_out):
+        _add(library, made, library.ALLOW, call)
+    for group in syscalls.groups:
+        for condition in _conditions(group):
+            if condition.call in left_out or condition.call in whole:
+                continue
+            for value in condition.values.values():
+                _add(
+                    library,
+                    made,
+                    library.ALLOW,
+                    condition.call,
+                    library.Arg(
+                        condition.arg, library.MASKED_EQ, condition.mask, value
+                    ),
+                )
+    return _export(made)
+
+
+def _new(library: Any, default: int) -> Any:
+    made = library.SyscallFilter(default)
+    # A tree instead of a list: less to do for calls at the end.
+    made.set_attr(library.Attr.CTL_OPTIMIZE, 2)
+    return made
+
+
+def _add(library: Any, made: Any, action: int, call: str, *arguments: Any) -> None:
+    number = _number(call)
+    if number is not None:
+        made.add_rule_exactly(action, number, *arguments)
+
+
+def _export(made: Any) -> bytes:
+    with tempfile.TemporaryFile() as file:
+        made.export_bpf(file)
+        file.seek(0)
+        return file.read()
+
+
+# --- OCI ------------------------------------------------------------------------
+
+_OCI_DEFAULTS = ("SCMP_ACT_ERRNO", "SCMP_ACT_KILL", "SCMP_ACT_KILL_PROCESS")
+_OCI_OPERATORS = {
+    "SCMP_CMP_NE": "NE",
+    "SCMP_CMP_LT": "LT",
+    "SCMP_CMP_LE": "LE",
+    "SCMP_CMP_EQ": "EQ",
+    "SCMP_CMP_GE": "GE",
+    "SCMP_CMP_GT": "GT",
+    "SCMP_CMP_MASKED_EQ": "MASKED_EQ",
+}
+_OCI_KEYS = {
+    "names", "name", "action", "args", "errnoRet", "comment", "includes", "excludes"
+}  # fmt: skip
+
+
+def _read_oci(text: str) -> list[dict[str, Any]]:
+    """Return the entries of an OCI policy that apply to a jail.
+
+    Raises:
+        ValueError: It says something that is not understood, or allows what it
+            does not name.
+    """
+    try:
+        policy = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"is not JSON: {error}") from error
+    if not isinstance(policy, dict):
+        raise ValueError("must be a JSON object")
+    if policy.get("defaultAction") not in _OCI_DEFAULTS:
+        raise ValueError(
+            f"defaultAction = {policy.get('defaultAction')!r}: must be one of "
+            f"{', '.join(_OCI_DEFAULTS)}: what is not named must be denied"
+        )
+    entries = policy.get("syscalls") or []
+    if not isinstance(entries, list):
+        raise ValueError("syscalls must be a list")
+    found = []
+    for index, entry in enumerate(entries):
+        place = f"syscalls[{index}]"
+        if not isinstance(entry, dict) or not set(entry) <= _OCI_KEYS:
+            raise ValueError(f"{place} has keys that are not understood")
+        names = entry.get("names") or ([entry["name"]] if "name" in entry else [])
+        if not names or not all(isinstance(each, str) for each in names):
+            raise ValueError(f"{place}.names must be names")
+        if entry.get("action") not in (*_OCI_DEFAULTS, "SCMP_ACT_ALLOW"):
+            raise ValueError(f"{place}.action = {entry.get('action')!r}: not supported")
+        for argument in entry.get("args") or []:
+            if argument.get("op") not in _OCI_OPERATORS:
+                raise ValueError(f"{place}.args: unknown op {argument.get('op')!r}")
+        if _applies(entry, place):
+            found.append({**entry, "names": names})
+    return found
+
+
+def _applies(entry: Mapping[str, Any], place: str) -> bool:
+    """Whether an entry counts for a process without capabilities here."""
+    includes, excludes = entry.get("includes") or {}, entry.get("excludes") or {}
+    for conditions in (includes, excludes):
+        unknown = set(conditions) - {"caps", "arches", "minKernel"}
+        if unknown:
+            raise ValueError(f"{place}: unknown condition {', '.join(sorted(unknown))}")
+    machine = {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), "")
+    if includes.get("caps") or machine in excludes.get("arches", ()):
+        return False
+    if includes.get("arches") and machine not in includes["arches"]:
+        return False
+    least = includes.get("minKernel")
+    return not least or _kernel() >= tuple(int(n) for n in least.split(".")[:2])
+
+
+def _kernel() -> tuple[int, ...]:
+    parts = os.uname().release.split("-")[0].split(".")[:2]
+    return tuple(int(part) for part in parts if part.isdigit())
+
+
+def _compile_oci(library: Any, path: str, text: str, denied: int) -> bytes:
+    try:
+        entries = _read_oci(text)
+        made = _new(library, denied)
+        for entry in entries:
+            action = library.ALLOW
+            if entry["action"] != "SCMP_ACT_ALLOW":
+                number = int(entry.get("errnoRet", errno.EPERM))
+                action = library.ERRNO(number)
+                if action == denied or number == errno.EPERM:
+                    continue  # as what is not named
+            for call in entry["names"]:
+                for arguments in _alternatives(library, entry.get("args") or []):
+                    _add(library, made, action, call, *arguments)
+        return _export(made)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise ProfileError(
+            source=path, where="syscalls", reason=f"can't be compiled: {error}"
+        ) from error
+
+
+def _alternatives(library: Any, args: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
+    """All conditions at once; one at a time where an argument is named twice."""
+    made = [
+        library.Arg(
+            int(a["index"]),
+            getattr(library, _OCI_OPERATORS[a["op"]]),
+            int(a["value"]),
+            int(a.get("valueTwo", 0)),
+        )
+        for a in args
+    ]
+    indexes = [a["index"] for a in args]
+    if len(set(indexes)) < len(indexes):
+        return [[each] for each in made]
+    return [made]
+
+
+# --- words ----------------------------------------------------------------------
+
+_FAMILIES = {
+    0: "AF_UNSPEC", 1: "AF_UNIX", 2: "AF_INET", 10: "AF_INET6", 16: "AF_NETLINK",
+    17: "AF_PACKET", 38: "AF_ALG", 40: "AF_VSOCK", 44: "AF_XDP",
+}  # fmt: skip
+_TYPES = {1: "SOCK_STREAM", 2: "SOCK_DGRAM", 3: "SOCK_RAW", 5: "SOCK_SEQPACKET"}
+_NEW = {
+    0x00000080: "CLONE_NEWTIME",
+    0x00020000: "CLONE_NEWNS",
+    0x02000000: "CLONE_NEWCGROUP",
+    0x04000000: "CLONE_NEWUTS",
+    0x08000000: "CLONE_NEWIPC",
+    0x10000000: "CLONE_NEWUSER",
+    0x20000000: "CLONE_NEWPID",
+    0x40000000: "CLONE_NEWNET",
+}
+_REQUESTS = {0x5412: "TIOCSTI", 0x541C: "TIOCLINUX", 0x540E: "TIOCSCTTY"}
+_NAMESPACE_CALLS = ("unshare", "setns", "clone")
+
+
+def describe(number: int, args: Sequence[int]) -> str:
+    """Return a call as words: ``socket(AF_INET, SOCK_STREAM, 0)``.
+
+    Arguments that point somewhere are left out: what they point to can change
+    under the reader's eyes.
+    """
+    call = name(number)
+    first, second, third = (args[i] & _INT for i in range(3))
+    if call in ("socket", "socketpair"):
+        family = _FAMILIES.get(first, str(first))
+        return f"{call}({family}, {_TYPES.get(second & 0xF, second & 0xF)}, {third})"
+    if call in _NAMESPACE_CALLS:
+        flags = args[1] if call == "setns" else args[0]
+        named = [word for bit, word in _NEW.items() if flags & bit]
+        return f"{call}({'|'.join(named) or hex(flags & _INT)})"
+    if call == "ioctl":
+        return f"ioctl({first}, {_REQUESTS.get(second, hex(second))})"
+    if call in ("prctl", "personality", "ptrace", "bpf", "keyctl", "kill"):
+        return f"{call}({first})"
+    return f"{call}()"
+
+
+def rule_for(number: int, args: Sequence[int], syscalls: Syscalls) -> str:
+    """Return which rule of the profile denies a call."""
+    call = name(number)
+    if call in syscalls.deny:
+        return f"syscalls.deny: {syscalls.deny[call]}"
+    if syscalls.oci is not None:
+        return f"syscalls.oci = {syscalls.oci.path}"
+    if call in ("socket", "socketpair"):
+        return 'network.mode = "none"'
+    for group, entry in _table()["groups"].items():
+        if group not in syscalls.groups and call in _names(entry):
+            return f"group {group!r} is not in syscalls.groups"
+    reason = _table()["denied"].get(call)
+    return f"syscalls: {reason}" if reason else "syscalls: in no allowed group"
+
+
+def _names(entry: Mapping[str, Any]) -> Iterable[str]:
+    return [*entry.get("calls", ()), *(each["call"] for each in entry.get("when", ()))]
