@@ -7,6 +7,7 @@
  *             id maps, then only waits: for the inside to end, for the life
  *             pipe to close (its owner died), for the wall time to run out.
  *             Whatever happens first, it kills the inside and removes cgroups.
+ *             For a zygote it is not its owner's child (see leave_owner).
  *   init      pid 1 of the new pid namespace.  For "run" it raises all walls,
  *             forks the command and reaps; for "zygote" it builds the root and
  *             becomes the zygote, which raises the inner walls for each jail.
@@ -15,7 +16,10 @@
  * dies with the monitor (PR_SET_PDEATHSIG): nothing can stay behind.
  *
  *   raysandbox-launch --plan-fd=N [--status-fd=N] [--life-fd=N] [--keep-fd=N]...
- *                     [--zygote] -- PROGRAM [ARGUMENT]...
+ *                     [--zygote] [--linger] -- PROGRAM [ARGUMENT]...
+ *
+ * With --linger the monitor says "ended" and keeps the cgroups until its owner
+ * has read from them what was used, and closes the life pipe.
  *
  * Exit status: the command's; 128+N if signal N ended it; 124 if the wall time
  * ran out; 125 if a step of the set-up failed (nothing was run).
@@ -52,7 +56,7 @@ enum { EXIT_TIMEOUT = 124, MAX_KEEP = 16, MAX_CGROUPS = 16 };
 struct options {
     int plan_fd, life_fd, keep_count;
     int keep_fds[MAX_KEEP + 2];
-    int zygote;
+    int zygote, linger;
     char **command;
 };
 
@@ -96,6 +100,8 @@ parse_arguments(struct options *options, char **argv)
     for (; *at != NULL && strcmp(*at, "--") != 0; at++) {
         if (strcmp(*at, "--zygote") == 0)
             options->zygote = 1;
+        else if (strcmp(*at, "--linger") == 0)
+            options->linger = 1;
         else if (number_option(*at, "--plan-fd", &options->plan_fd) ||
                  number_option(*at, "--status-fd", &rs_status_fd) ||
                  number_option(*at, "--life-fd", &options->life_fd))
@@ -438,6 +444,21 @@ close_unneeded(const struct launch *launch)
         close(launch->options.keep_fds[i]);
 }
 
+/* Become nobody's child and leave the group: a Ray worker kills its children as
+ * it exits, and raylet the worker's group, but somebody must clean up after.
+ * The life pipe is what binds us to our owner. */
+static void
+leave_owner(void)
+{
+    pid_t pid = fork();
+
+    if (pid < 0)
+        rs_die("fork", NULL);
+    if (pid > 0)
+        _exit(0);
+    setsid();
+}
+
 int
 main(int argc, char **argv)
 {
@@ -458,7 +479,7 @@ main(int argc, char **argv)
                      CLONE_NEWNS;
 
     if (launch.options.zygote)
-        setsid(); /* raylet signals the worker's group; we must outlive it */
+        leave_owner();
     launch.proc_fd = open("/proc", O_PATH | O_DIRECTORY | O_CLOEXEC);
     if (launch.proc_fd < 0)
         rs_die("open_proc", NULL);
@@ -488,6 +509,8 @@ main(int argc, char **argv)
         init(&launch);
     }
 
+    /* Our owner may be dead when we report: that must not keep us from cleaning. */
+    signal(SIGPIPE, SIG_IGN);
     close(launch.sync[0]);
     write_id_maps(&launch.plan, pid);
     if (write(launch.sync[1], "g", 1) != 1)
@@ -496,6 +519,14 @@ main(int argc, char **argv)
     rs_report("started %d\n", pid);
 
     int outcome = watch(&launch, pid, pid_fd, signal_fd);
+    if (launch.options.zygote)
+        rs_report("exit %d\n", outcome);
+    if (launch.options.linger && launch.options.life_fd >= 0) {
+        struct pollfd owner = {.fd = launch.options.life_fd, .events = POLLIN};
+        rs_report("ended\n");
+        while (poll(&owner, 1, -1) < 0 && errno == EINTR)
+            ;
+    }
     for (size_t cursor = 0;
          (record = plan_next(&launch.plan, R_CGROUP_CLEAN, &cursor));)
         remove_cgroups(field_str(record, 0), field_str2(record, 0));

@@ -138,15 +138,14 @@ class Launched:
     """A running launcher.
 
     Attributes:
-        process: The monitor.
-        init_pid: Pid, in the caller's namespace, of the inside's pid 1; 0
-            until it is known.
+        process: The monitor, or what forked it.
+        is_zygote: The monitor is not our child, and ends with the life pipe.
     """
 
     process: subprocess.Popen[bytes]
     status_fd: int
     life_fd: int
-    init_pid: int = 0
+    is_zygote: bool = False
     _status: bytes = field(default=b"")
 
     def wait(self, timeout_s: float | None = None) -> Outcome:
@@ -157,6 +156,9 @@ class Launched:
             subprocess.TimeoutExpired: It is still running.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        # A zygote's monitor is not our child: its end of the pipe tells.
+        if self.is_zygote and not self._drain(deadline):
+            raise subprocess.TimeoutExpired(self.process.args, timeout_s or 0.0)
         code = self.process.wait(timeout_s)
         self._drain(deadline)
         self.close()
@@ -167,26 +169,54 @@ class Launched:
                 raise SetupError(
                     step=word[1], errno=int(word[2]), detail="".join(word[3:])
                 )
-        if code == EXIT_SETUP and not any(word[0] == "exit" for word in words):
+        exits = [int(word[1]) for word in words if word[0] == "exit"]
+        if self.is_zygote:
+            code = exits[0] if exits else EXIT_SETUP
+        if code == EXIT_SETUP and not exits:
             raise SetupError(step="launch", detail="the launcher died unheard")
         number = next((int(word[1]) for word in words if word[0] == "signal"), 0)
         if code < 0:
             return Outcome(128 - code, -code)
         return Outcome(code, number, ["timeout"] in words)
 
-    def _drain(self, deadline: float | None) -> None:
+    def _drain(self, deadline: float | None) -> bool:
+        """Read what the launcher says up to its end; False if time is up first."""
         while True:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             if not select.select([self.status_fd], [], [], left)[0]:
-                return
+                return False
             chunk = os.read(self.status_fd, 4096)
             if not chunk:
-                return
+                return True
             self._status += chunk
+
+    def ended(self, timeout_s: float) -> bool:
+        """Wait for the inside's end; its cgroups stay until :meth:`wait`.
+
+        For launches that linger only.
+        """
+        deadline = time.monotonic() + timeout_s
+        while b"ended\n" not in self._status:
+            left = max(0.0, deadline - time.monotonic())
+            if not select.select([self.status_fd], [], [], left)[0]:
+                return False
+            chunk = os.read(self.status_fd, 4096)
+            if not chunk:
+                break  # it never came so far
+            self._status += chunk
+        return True
+
+    def release(self) -> None:
+        """Let a launch that lingers remove its cgroups and exit."""
+        if self.life_fd >= 0:
+            os.close(self.life_fd)
+            self.life_fd = -1
 
     def kill(self) -> None:
         """End the inside; the monitor cleans up after it and exits."""
-        if self.process.poll() is None:
+        if self.is_zygote:
+            self.release()
+        elif self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
 
     def close(self) -> None:
@@ -204,6 +234,7 @@ def start(
     *,
     lease: IdLease,
     zygote: bool = False,
+    linger: bool = False,
     keep_fds: Sequence[int] = (),
     stdin: int | None = None,
     stdout: int | None = None,
@@ -216,6 +247,7 @@ def start(
         command: Program and arguments, as seen inside.
         lease: Host ids; the launcher holds the lock from here on too.
         zygote: The command is a zygote: outer walls only.
+        linger: Its cgroups stay until :meth:`Launched.release`.
         keep_fds: Descriptors that the inside keeps, under the same numbers.
         stdin: Descriptor, as for subprocess; None to inherit.
         stdout: As stdin.
@@ -235,6 +267,8 @@ def start(
         ]
         if zygote:
             arguments.append("--zygote")
+        if linger:
+            arguments.append("--linger")
         passed = [plan_fd, status_write, life_read, *keep_fds]
         if lease.lock_fd >= 0:
             passed.append(lease.lock_fd)
@@ -254,4 +288,4 @@ def start(
         os.close(plan_fd)
         os.close(status_write)
         os.close(life_read)
-    return Launched(process, status_read, life_write)
+    return Launched(process, status_read, life_write, zygote)

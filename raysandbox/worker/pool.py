@@ -36,6 +36,7 @@ from raysandbox.jail.zygote import receive_message, send_message
 from raysandbox.kernel import cgroup, seccomp_notify
 from raysandbox.probe import probe
 from raysandbox.profile import Profile
+from raysandbox.run import cgroup_limits
 from raysandbox.worker.output import Output, Pump
 
 __all__ = ["Environment", "Jail", "Pool"]
@@ -202,7 +203,7 @@ class Pool:
         self._configure(compiled.encode())
 
     def _discover_groups(self) -> cgroup.Cgroups:
-        groups, limits = _groups(), self._limits()
+        groups, limits = _groups(), cgroup_limits(self.profile)
         if self.profile.limits.required:
             groups.require(limits, profile=self.profile.name)
         return groups
@@ -348,7 +349,7 @@ class Pool:
         if self._groups is not None:
             self._group_number += 1
             slot.group = self._groups.create(
-                f"{self._tag}{self._group_number}", self._limits()
+                f"{self._tag}{self._group_number}", cgroup_limits(self.profile)
             )
             fds = slot.group.procs_fds()
         message = {"op": "slot", "slot": slot.number, "dir": False}
@@ -369,18 +370,6 @@ class Pool:
             slot.group.kill()
             slot.group.remove()
             slot.group = None
-
-    def _limits(self) -> cgroup.CgroupLimits:
-        limits = self.profile.limits
-        return cgroup.CgroupLimits(
-            memory_bytes=limits.memory_bytes,
-            swap_bytes=limits.swap_bytes,
-            cpu_cores=limits.cpu_cores,
-            cpu_weight=limits.cpu_weight,
-            pids=limits.pids,
-            io_read_bytes_per_s=limits.io_read_bytes_per_s,
-            io_write_bytes_per_s=limits.io_write_bytes_per_s,
-        )
 
     def _owned(self) -> list[tuple[str, str]]:
         """Groups of this pool, for the monitor to remove when we can't."""
@@ -614,8 +603,10 @@ class Pool:
 
 @functools.cache
 def _groups() -> cgroup.Cgroups:
-    """Look for the groups of this process once."""
-    return cgroup.discover()
+    """Look for the groups of this process once; remove those of dead ones."""
+    groups = cgroup.discover()
+    groups.sweep()
+    return groups
 
 
 def _is_readable(sock: socket.socket) -> bool:

@@ -1,0 +1,186 @@
+"""``raysandbox doctor``: what this host and this user can enforce."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from raysandbox import launch, plan
+from raysandbox import profile as profiles
+from raysandbox.errors import RaysandboxError, UnsupportedError
+from raysandbox.kernel import cgroup
+from raysandbox.probe import Host, probe
+from raysandbox.run import cgroup_limits
+
+__all__ = ["app", "examine"]
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+_COLOURS = {
+    "enforced": "green",
+    "degraded": "yellow",
+    "off": "yellow",
+    "missing": "red",
+}
+
+
+def examine(name: str) -> dict[str, Any]:
+    """Say for one profile what would hold here.
+
+    Returns:
+        ``profile``, ``usable``, ``walls`` (each with ``wall``, ``state``,
+        ``reason``, ``remedy``) and ``problem``.
+    """
+    walls: list[dict[str, str]] = []
+    try:
+        profile = profiles.load(name)
+        walls += _limits(profile)
+        walls += _plan(profile, probe())
+    except UnsupportedError as error:
+        walls.append(
+            {
+                "wall": error.feature,
+                "state": "missing",
+                "reason": f"need {error.need}, have {error.have}",
+                "remedy": error.remedy,
+            }
+        )
+    except RaysandboxError as error:
+        return {"profile": name, "usable": False, "walls": walls, "problem": str(error)}
+    missing = [wall["wall"] for wall in walls if wall["state"] == "missing"]
+    return {
+        "profile": name,
+        "usable": not missing,
+        "walls": walls,
+        "problem": f"missing: {', '.join(missing)}" if missing else "",
+    }
+
+
+def _plan(profile: profiles.Profile, host: Host) -> list[dict[str, str]]:
+    lease = launch.lease_ids()
+    try:
+        compiled = plan.compile(
+            profile, host, plan.Context(ids=lease.ids, zygote=True, notify=True)
+        )
+    finally:
+        lease.close()
+    return [
+        {
+            "wall": wall.name,
+            "state": wall.state.value,
+            "reason": wall.reason,
+            "remedy": "",
+        }
+        for wall in compiled.protections
+    ]
+
+
+def _limits(profile: profiles.Profile) -> list[dict[str, str]]:
+    walls = []
+    with cgroup.discover() as groups:
+        for limit, status in groups.support(cgroup_limits(profile)).items():
+            state = status.state.lower()
+            if limit == "oom_group":
+                # We see to that ourselves.
+                state = "degraded" if state == "off" else state
+            elif state == "off" and profile.limits.required:
+                state = "missing"
+            walls.append(
+                {
+                    "wall": f"cgroup {limit}",
+                    "state": state,
+                    "reason": status.reason,
+                    "remedy": status.remedy,
+                }
+            )
+    return walls
+
+
+@app.command()
+def doctor(
+    profile: Annotated[
+        list[str] | None,
+        typer.Option("--profile", "-p", help="Only this one; repeatable."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Say, for each profile, which walls this host and user can raise.
+
+    What is missing comes with the exact remedy. Exit status: 0 if every profile
+    that was asked for can be enforced, 1 if not.
+    """
+    host = probe()
+    try:
+        launcher = launch.launcher_path()
+        problem = ""
+    except RaysandboxError as error:
+        launcher, problem = "", str(error)
+    found = [examine(name) for name in profile or profiles.names()]
+    fine = not problem and all(each["usable"] for each in found)
+    if as_json:
+        report = {
+            "host": {
+                "kernel": host.kernel,
+                "arch": host.arch,
+                "euid": host.euid,
+                "landlock_abi": host.landlock_abi,
+                "seccomp": host.seccomp,
+                "seccomp_notify": host.seccomp_notify,
+                "namespaces": host.namespaces_reason or "available",
+            },
+            "launcher": launcher,
+            "problem": problem,
+            "profiles": found,
+            "usable": fine,
+        }
+        print(json.dumps(report, indent=2))
+    else:
+        _print(host, launcher or problem, found)
+    raise typer.Exit(0 if fine else 1)
+
+
+def _print(host: Host, launcher: str, found: Sequence[dict[str, Any]]) -> None:
+    console = Console(highlight=False)
+    who = "root" if host.is_root else f"uid {host.euid}"
+    console.print(
+        f"Linux {host.kernel} on {host.arch}, as {who}; Landlock ABI "
+        f"{host.landlock_abi}; Python {sys.version.split()[0]}",
+    )
+    console.print(f"launcher: {launcher}", markup=False)
+    table = Table("wall", *(each["profile"] for each in found), box=None)
+    states: dict[str, dict[str, dict[str, str]]] = {}
+    for each in found:
+        for wall in each["walls"]:
+            states.setdefault(wall["wall"], {})[each["profile"]] = wall
+    for name, by_profile in states.items():
+        cells = []
+        for each in found:
+            state = by_profile.get(each["profile"], {}).get("state", "-")
+            colour = _COLOURS.get(state, "dim")
+            cells.append(f"[{colour}]{state}[/]")
+        table.add_row(name, *cells)
+    verdicts = (
+        "[green]usable[/]" if each["usable"] else "[red]refused[/]" for each in found
+    )
+    table.add_section()
+    table.add_row("[b]profile[/]", *verdicts)
+    console.print(table)
+    told = set()
+    for each in found:
+        if not each["usable"] and not each["walls"]:
+            console.print(f"{each['profile']}: {each['problem']}", markup=False)
+        for wall in each["walls"]:
+            if not wall["reason"] or (wall["wall"], wall["reason"]) in told:
+                continue
+            told.add((wall["wall"], wall["reason"]))
+            remedy = f". To fix: {wall['remedy']}" if wall["remedy"] else ""
+            console.print(
+                f"{wall['wall']}: {wall['state']}: {wall['reason']}{remedy}",
+                markup=False,
+            )
