@@ -350,8 +350,9 @@ write_id_maps(const struct plan *plan, pid_t pid)
     write_id_map(pid, "gid_map", text);
 }
 
-/* Remove the groups below a directory whose names start with a prefix; the
- * kernel empties a group a moment after its last process died. */
+/* Remove the groups below a directory whose names start with a prefix, and the
+ * directory too if it is ours (.../raysandbox) and nobody else's groups are in
+ * it; the kernel empties a group a moment after its last process died. */
 static void
 remove_cgroups(const char *directory, const char *prefix)
 {
@@ -370,8 +371,12 @@ remove_cgroups(const char *directory, const char *prefix)
                 left = 1;
         }
         closedir(dir);
-        if (!left)
+        if (!left) {
+            const char *name = strrchr(directory, '/');
+            if (name != NULL && strcmp(name, "/raysandbox") == 0)
+                rmdir(directory);
             return;
+        }
         nanosleep(&(struct timespec){.tv_nsec = 5 * 1000 * 1000}, NULL);
     }
 }

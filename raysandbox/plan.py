@@ -207,7 +207,9 @@ def python_paths(search: Iterable[str] = sys.path) -> list[str]:
     return _outermost(path for path in found if path and os.path.exists(path))
 
 
-def compile(profile: Profile, host: Host, context: Context) -> Plan:
+def compile(  # noqa: A001 - plan.compile, as re.compile
+    profile: Profile, host: Host, context: Context
+) -> Plan:
     """Decide all that a launch under ``profile`` on ``host`` does.
 
     Raises:

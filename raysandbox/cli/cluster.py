@@ -469,7 +469,7 @@ def audit(
         console.print(
             f"{when} {verdict} {r.get('who') or r.get('source', '')} {name} "
             f"{r.get('object', '')} {r.get('why', '')}"
-            + (f" ×{r['count']}" if "count" in r else ""),
+            + (f" x{r['count']}" if "count" in r else ""),
             markup=False,
             soft_wrap=True,
         )  # fmt: skip

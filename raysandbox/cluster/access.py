@@ -70,9 +70,13 @@ class Decision:
     __slots__ = ("alert", "object", "retry", "why")
 
     def __init__(
-        self, why: str = "", *, object: str = "", retry: bool = False,
+        self,
+        why: str = "",
+        *,
+        object: str = "",  # noqa: A002 - the audit log's word
+        retry: bool = False,
         alert: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.why, self.object, self.retry, self.alert = why, object, retry, alert
 
     @property
@@ -81,7 +85,7 @@ class Decision:
         return not self.why
 
 
-class _Refused(Exception):
+class _RefusedError(Exception):
     def __init__(self, why: str, *, retry: bool = False, alert: bool = False) -> None:
         super().__init__(why)
         self.why, self.retry, self.alert = why, retry, alert
@@ -234,18 +238,18 @@ class Access:
         try:
             rule = self._rules.get(method)
             if rule is None:
-                raise _Refused(f"{method} is not one that the guard knows")
+                raise _RefusedError(f"{method} is not one that the guard knows")
             if method != STREAM:
                 kind = _KINDS[method]
                 try:
                     call.ask = kind.FromString(grpc_message(body))
                 except (ValueError, DecodeError) as error:
-                    raise _Refused(f"malformed request: {error}") from None
+                    raise _RefusedError(f"malformed request: {error}") from None
             about = call.about()
             rule(call)
             if call.charge:
                 self._charge(call)
-        except _Refused as refused:
+        except _RefusedError as refused:
             return Decision(
                 refused.why, object=about, retry=refused.retry, alert=refused.alert
             )
@@ -272,22 +276,24 @@ class Access:
                 if now - since > IN_FLIGHT_S:
                     del caller.flight[request]
             if len(caller.flight) >= limit.in_flight:
-                raise _Refused(
+                raise _RefusedError(
                     f"{limit.in_flight} calls of this identity are in flight",
                     retry=True,
                 )
         if call.writes > limit.write_burst_bytes:
-            raise _Refused(
+            raise _RefusedError(
                 f"a request of {call.writes} bytes is over this role's limit of "
                 f"{limit.write_burst_bytes} (limits.roles.{call.role}"
                 ".write_burst_bytes)"
             )
         if call.reads > limit.read_burst_bytes:
-            raise _Refused(f"a read of {call.reads} bytes is over this role's limit")
+            raise _RefusedError(
+                f"a read of {call.reads} bytes is over this role's limit"
+            )
         if not caller.writes.take(call.writes, now):
-            raise _Refused("this identity's bytes per second (write)", retry=True)
+            raise _RefusedError("this identity's bytes per second (write)", retry=True)
         if not caller.reads.take(call.reads, now):
-            raise _Refused("this identity's bytes per second (read)", retry=True)
+            raise _RefusedError("this identity's bytes per second (read)", retry=True)
         if call.request_id:
             caller.flight[call.request_id] = now
 
@@ -314,9 +320,11 @@ class Access:
                 return
             if bound == job:
                 return
-            raise _Refused(f"job {job} is not this worker's job {bound or '(none)'}")
+            raise _RefusedError(
+                f"job {job} is not this worker's job {bound or '(none)'}"
+            )
         if owner != call.who:
-            raise _Refused(f"job {job} is not a job of {call.who}")
+            raise _RefusedError(f"job {job} is not a job of {call.who}")
 
     def _same_owner(self, call: _Call, job: str) -> bool:
         if call.role == "head":
@@ -344,7 +352,7 @@ class Access:
 
     def _own_node(self, call: _Call, node_id: str) -> None:
         if self.nodes.get(node_id) != call.who:
-            raise _Refused(f"node {node_id[:16]} is not {call.who}", alert=True)
+            raise _RefusedError(f"node {node_id[:16]} is not {call.who}", alert=True)
 
     def kv(self, call: _Call) -> None:
         """Keys: reads, lists, writes and deletions."""
@@ -377,7 +385,7 @@ class Access:
             if space != namespace or not key.startswith(prefix):
                 continue
             if not self._owns(call, owner):
-                raise _Refused(f"keys of another owner under {_text(prefix)!r}")
+                raise _RefusedError(f"keys of another owner under {_text(prefix)!r}")
 
     def _owns(self, call: _Call, owner: str) -> bool:
         if owner in (call.who, call.uri, self.bound.get(call.uri)):
@@ -388,10 +396,10 @@ class Access:
         if call.role in ("head", "node", "operator") or namespace in SHARED:
             return
         if call.role == "observer":
-            raise _Refused(f"namespace {_text(namespace)!r} is not for observers")
+            raise _RefusedError(f"namespace {_text(namespace)!r} is not for observers")
         known = self.keys.get((namespace, key))
         if known and not self._owns(call, known[0]):
-            raise _Refused(f"the key belongs to {known[0]}")
+            raise _RefusedError(f"the key belongs to {known[0]}")
 
     def _write_key(self, call: _Call, namespace: bytes, key: bytes) -> None:
         if call.role == "head":
@@ -400,38 +408,38 @@ class Access:
         if namespace == b"" and key.startswith(PACKAGE):
             value = getattr(call.ask, "value", None)
             if value is None:
-                raise _Refused("packages are deleted by the head alone")
+                raise _RefusedError("packages are deleted by the head alone")
             if known and known[2] != hashlib.sha256(value).digest():
-                raise _Refused("a package of that name has another content")
+                raise _RefusedError("a package of that name has another content")
             return
         if call.role == "node":
             if namespace == b"dashboard" or key.startswith(b"DASHBOARD_AGENT"):
                 if known and known[0] != call.who:
-                    raise _Refused(f"the key belongs to {known[0]}")
+                    raise _RefusedError(f"the key belongs to {known[0]}")
                 return
             if namespace == b"usage_stats" or key.startswith(b"extra_usage_tag"):
                 return
-            raise _Refused("a node writes its agent's address alone", alert=True)
+            raise _RefusedError("a node writes its agent's address alone", alert=True)
         if namespace == JOB:
             self._write_submission(call, key)
             return
         if namespace in SHARED and (known is None or known[0].startswith(SYSTEM)):
             if namespace != b"" or known is not None or _reserved(key):
-                raise _Refused("the key is Ray's own")
+                raise _RefusedError("the key is Ray's own")
             return
         if known and not self._owns(call, known[0]):
-            raise _Refused(f"the key belongs to {known[0]}")
+            raise _RefusedError(f"the key belongs to {known[0]}")
 
     def _write_submission(self, call: _Call, key: bytes) -> None:
         """A submitted job's state: written by the one worker that supervises it."""
         job = self.bound.get(call.uri)
         name = key.hex()
         if job is None or not self.jobs.get(job, "").startswith(SYSTEM):
-            raise _Refused("a submitted job's state is Ray's own")
+            raise _RefusedError("a submitted job's state is Ray's own")
         holder = self.submissions.get(name)
         mine = [key for key, uri in self.submissions.items() if uri == call.uri]
         if holder not in (None, call.uri) or mine not in ([], [name]):
-            raise _Refused("another worker supervises that job")
+            raise _RefusedError("another worker supervises that job")
         self._fact("submissions", name, call.uri)
 
     def _keep(self, call: _Call, namespace: bytes, ask: Any) -> None:
@@ -445,7 +453,9 @@ class Access:
                 ]
                 for name in names:
                     if call.role != "head" and not self._owns(call, self.keys[name][0]):
-                        raise _Refused(f"keys of another owner under {_text(key)!r}")
+                        raise _RefusedError(
+                            f"keys of another owner under {_text(key)!r}"
+                        )
             for name in names:
                 if name in self.keys:
                     self._drop_key(*name)
@@ -459,7 +469,7 @@ class Access:
         limit = self.settings.limits.roles[call.role]  # type: ignore[index]
         grows = size - (known[1] if known else 0)
         if self.caller(call.who, call.role).stored + grows > limit.stored_bytes:
-            raise _Refused(
+            raise _RefusedError(
                 f"keys of {call.who} would hold more than {limit.stored_bytes} bytes "
                 f"(limits.roles.{call.role}.stored_bytes)"
             )
@@ -482,10 +492,10 @@ class Access:
         ask: Any = call.ask
         if getattr(ask, "all_namespaces", False):
             if call.role not in ("head", "operator"):
-                raise _Refused("named actors of all namespaces are for operators")
+                raise _RefusedError("named actors of all namespaces are for operators")
             return
         if not self._may_use(call, ask.ray_namespace):
-            raise _Refused(f"namespace {ask.ray_namespace!r} is another driver's")
+            raise _RefusedError(f"namespace {ask.ray_namespace!r} is another driver's")
 
     def actor_by_id(self, call: _Call) -> None:
         """Kill, restart, end of scope: by the actor's job, or its namespace."""
@@ -500,7 +510,7 @@ class Access:
             and self._may_use(call, namespace)
         ):
             return
-        raise _Refused(f"actor {actor[:16]} belongs to job {job}")
+        raise _RefusedError(f"actor {actor[:16]} belongs to job {job}")
 
     def new_actor(self, call: _Call) -> None:
         """An actor is made for the caller's own job, in its own namespace."""
@@ -509,13 +519,15 @@ class Access:
         if call.role == "worker":
             self._bind(call, job)
         elif not self._same_owner(call, job):
-            raise _Refused(f"job {job} is not a job of {call.who}")
+            raise _RefusedError(f"job {job} is not a job of {call.who}")
         made = spec.actor_creation_task_spec
         if made.actor_id.hex()[-2 * JOB_BYTES :] != job:
-            raise _Refused("the actor's id names another job")
+            raise _RefusedError("the actor's id names another job")
         if made.name:
             if not self._may_use(call, made.ray_namespace):
-                raise _Refused(f"namespace {made.ray_namespace!r} is another driver's")
+                raise _RefusedError(
+                    f"namespace {made.ray_namespace!r} is another driver's"
+                )
             self._fact("actors", made.actor_id.hex(), made.ray_namespace)
 
     def placement_group(self, call: _Call) -> None:
@@ -523,17 +535,19 @@ class Access:
         ask: Any = call.ask
         if call.method.endswith("GetNamedPlacementGroup"):
             if not self._may_use(call, ask.ray_namespace):
-                raise _Refused(f"namespace {ask.ray_namespace!r} is another driver's")
+                raise _RefusedError(
+                    f"namespace {ask.ray_namespace!r} is another driver's"
+                )
             return
         if call.method.endswith("CreatePlacementGroup"):
             spec = ask.placement_group_spec
             if spec.creator_job_id != spec.placement_group_id[-JOB_BYTES:]:
-                raise _Refused("the placement group's id names another job")
+                raise _RefusedError("the placement group's id names another job")
             job = spec.creator_job_id.hex()
         else:
             job = ask.placement_group_id[-JOB_BYTES:].hex()
         if not self._same_owner(call, job):
-            raise _Refused(f"the placement group belongs to job {job}")
+            raise _RefusedError(f"the placement group belongs to job {job}")
 
     def next_job(self, call: _Call) -> None:
         """Anybody whose role has the method may begin a job."""
@@ -544,10 +558,10 @@ class Access:
         job = data.job_id.hex()
         owner = self.jobs.get(job)
         if owner is None:
-            raise _Refused(f"job {job} was not given to anybody", alert=True)
+            raise _RefusedError(f"job {job} was not given to anybody", alert=True)
         self._own_node(call, data.driver_address.node_id.hex())
         if self.job_node.get(job, call.who) != call.who:
-            raise _Refused(f"job {job} was added by {self.job_node[job]}")
+            raise _RefusedError(f"job {job} was added by {self.job_node[job]}")
         namespace = data.config.ray_namespace
         self._fact("job_node", job, call.who)
         self._fact("job_namespace", job, namespace)
@@ -558,7 +572,7 @@ class Access:
         """A node ends the jobs that it added."""
         job = call.ask.job_id.hex()
         if self.job_node.get(job) != call.who:
-            raise _Refused(f"job {job} was not added by {call.who}")
+            raise _RefusedError(f"job {job} was not added by {call.who}")
 
     def worker_info(self, call: _Call) -> None:
         """Workers report themselves, nodes their own workers' ends."""
@@ -572,7 +586,7 @@ class Access:
             return
         node = self.nodes.get(data.worker_address.node_id.hex(), "")
         if node.partition("/")[2] != call.who.partition("/")[2]:
-            raise _Refused("the worker is not of this node")
+            raise _RefusedError("the worker is not of this node")
 
     def register_node(self, call: _Call) -> None:
         """A node joins as its inventory entry says, or not at all."""
@@ -580,9 +594,9 @@ class Access:
         node_id = info.node_id.hex()
         problem = self._unfit(call, info)
         if problem and self.settings.admission == "enforce":
-            raise _Refused(problem, alert=True)
+            raise _RefusedError(problem, alert=True)
         if self.nodes.get(node_id, call.who) != call.who:
-            raise _Refused("the node id is another node's", alert=True)
+            raise _RefusedError("the node id is another node's", alert=True)
         self._fact("nodes", node_id, call.who)
 
     def _unfit(self, call: _Call, info: Any) -> str:
@@ -684,7 +698,7 @@ def _who(uri: str) -> str:
 def _job_of_key(key: bytes) -> str:
     parts = bytes(key).split(b":", 2)
     if len(parts) < 3 or len(parts[1]) != 2 * JOB_BYTES:
-        raise _Refused(f"{_text(key)!r} is no key of one job's function table")
+        raise _RefusedError(f"{_text(key)!r} is no key of one job's function table")
     return parts[1].decode("ascii", "replace")
 
 

@@ -130,7 +130,7 @@ def verify(path: Path, expect: str = "") -> tuple[int, str]:
             lines cut off the end, or a last hash that is not `expect`.
     """
     count, digest, number = 0, "", None
-    seen = {expect} if not expect else set()
+    seen: set[str] = {""} if not expect else set()
     for file in _files(path):
         with file.open("rb") as lines:
             for index, line in enumerate(lines, 1):
@@ -192,6 +192,7 @@ def query(
     """Yield the records that match.
 
     Args:
+        path: Directory of the log.
         who: Part of the identity or source.
         what: Part of the method, object or event.
         since_s: Only of the last so many seconds.

@@ -31,6 +31,7 @@ import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
@@ -44,6 +45,7 @@ from raysandbox.cluster.settings import (
     ROLES,
     ClusterDir,
     Member,
+    Role,
     read_secret,
     write_file,
 )
@@ -281,7 +283,8 @@ class Issuer:
 
     def _authority(self) -> x509.AuthorityKeyIdentifier:
         public = self.cert.public_key()
-        assert isinstance(public, ec.EllipticCurvePublicKey)
+        if not isinstance(public, ec.EllipticCurvePublicKey):
+            raise TypeError("not a key on an elliptic curve")
         return x509.AuthorityKeyIdentifier.from_issuer_public_key(public)
 
 
@@ -433,8 +436,9 @@ class Registry:
             self._write(records, root)
         if target.path != self.dir.path:
             self._bundle(
-                target, Member(role=role, name=name, addresses=tuple(addresses))
-            )  # type: ignore[arg-type]
+                target,
+                Member(role=cast(Role, role), name=name, addresses=tuple(addresses)),
+            )
         return made
 
     def sign_csr(
@@ -640,8 +644,8 @@ def check_identity(
     if leaf.not_valid_before_utc > now:
         raise ClusterError(
             where=str(path),
-            what=f"is not valid before {leaf.not_valid_before_utc:%Y-%m-%d %H:%M:%S} UTC"
-            f", and this machine's clock says {now:%Y-%m-%d %H:%M:%S} UTC",
+            what=f"is not valid before {leaf.not_valid_before_utc:%Y-%m-%d %H:%M:%S} "
+            f"UTC, and this machine's clock says {now:%Y-%m-%d %H:%M:%S} UTC",
             remedy="set this machine's clock (NTP), or that of the CA's machine",
         )
     for cert, what in ((leaf, str(path)), (ca, str(cluster.ca_cert))):
@@ -658,7 +662,8 @@ def check_identity(
         if address not in known:
             raise ClusterError(
                 where=str(path),
-                what=f"is not for address {address}, only for {', '.join(sorted(known))}",
+                what=f"is not for address {address}, only for "
+                + ", ".join(sorted(known)),
                 remedy=f"issue it again with --address {address}",
             )
     left = leaf.not_valid_after_utc - now

@@ -198,6 +198,7 @@ def start_helpers(cluster: ClusterDir, *, fresh: bool) -> None:
     """Start the supervisor, or keep the one that runs, and wait until it is ready.
 
     Args:
+        cluster: Of which cluster.
         fresh: Forget jobs, keys and actors: the GCS starts with none.
     """
     pid = _running(cluster)
@@ -326,6 +327,7 @@ def write_wrapper(cluster: ClusterDir, program: str = "") -> Path:
     """Write the script that starts a worker, and return its path.
 
     Args:
+        cluster: Of which cluster.
         program: What runs the worker: the interpreter, or a launcher that
             takes the interpreter's arguments.
     """
@@ -344,6 +346,7 @@ def start(cluster: ClusterDir, argv: Sequence[str], program: str = "") -> None:
     """Run `ray start` hardened.
 
     Args:
+        cluster: Of which cluster.
         argv: The arguments of `ray start`.
         program: See `write_wrapper`.
 
@@ -371,7 +374,7 @@ def start(cluster: ClusterDir, argv: Sequence[str], program: str = "") -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     seams.install(_Rewrite(cluster, str(cluster.run / "worker")))
     durable = bool(
-        os.environ.get("RAY_REDIS_ADDRESS") or os.environ.get("RAY_gcs_storage")
+        os.environ.get("RAY_REDIS_ADDRESS") or os.environ.get("RAY_gcs_storage")  # noqa: SIM112 - Ray's name
     )
     start_helpers(cluster, fresh=head and not durable)
     write_wrapper(cluster, program)

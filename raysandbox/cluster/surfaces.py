@@ -15,6 +15,7 @@ import socket
 import struct
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 __all__ = ["Listener", "listening", "open_in_clear", "processes_of"]
 
@@ -68,7 +69,7 @@ def _dump(family: int) -> list[bytes]:
         "=IHHII", 16 + len(request), SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST | NLM_F_DUMP,
         1, 0,
     )  # fmt: skip
-    found = []
+    found: list[Any] = []
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as sock:
         sock.settimeout(5)
         sock.sendto(header + request, (0, 0))

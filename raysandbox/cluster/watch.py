@@ -32,11 +32,11 @@ class Watcher:
 
     async def alive(self) -> dict[str, str]:
         """Return node id → address of every node that the GCS holds alive."""
-        request: Any = gcs_service_pb2.GetAllNodeInfoRequest  # type: ignore[attr-defined]
+        request: Any = gcs_service_pb2.GetAllNodeInfoRequest
         reply = await self._stub.GetAllNodeInfo(
             request(), metadata=self._metadata, timeout=TIMEOUT_S
         )
-        up = gcs_pb2.GcsNodeInfo.ALIVE  # type: ignore[attr-defined]
+        up = gcs_pb2.GcsNodeInfo.ALIVE
         return {
             info.node_id.hex(): info.node_manager_address
             for info in reply.node_info_list
@@ -45,11 +45,9 @@ class Watcher:
 
     async def remove(self, node_id: str) -> None:
         """Have the GCS count a node as dead; its tasks go elsewhere."""
-        request: Any = gcs_service_pb2.UnregisterNodeRequest  # type: ignore[attr-defined]
+        request: Any = gcs_service_pb2.UnregisterNodeRequest
         asked = request(node_id=bytes.fromhex(node_id))
-        asked.node_death_info.reason = (
-            gcs_pb2.NodeDeathInfo.EXPECTED_TERMINATION  # type: ignore[attr-defined]
-        )
+        asked.node_death_info.reason = gcs_pb2.NodeDeathInfo.EXPECTED_TERMINATION
         asked.node_death_info.reason_message = "refused by raysandbox admission"
         await self._stub.UnregisterNode(
             asked, metadata=self._metadata, timeout=TIMEOUT_S

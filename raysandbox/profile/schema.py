@@ -85,16 +85,12 @@ def _or_unlimited(value: object) -> object:
 
 
 def _text_schema(pattern: str, example: str) -> WithJsonSchema:
-    return WithJsonSchema(
-        {"type": "string", "pattern": pattern, "examples": [example]}
-    )
+    return WithJsonSchema({"type": "string", "pattern": pattern, "examples": [example]})
 
 
 _UNLIMITED = {"const": "unlimited"}
 
-Size = Annotated[
-    int, BeforeValidator(parse_size), _text_schema(SIZE_PATTERN, "256MiB")
-]
+Size = Annotated[int, BeforeValidator(parse_size), _text_schema(SIZE_PATTERN, "256MiB")]
 Duration = Annotated[
     float, BeforeValidator(parse_duration), _text_schema(DURATION_PATTERN, "10min")
 ]
@@ -104,7 +100,9 @@ _Rate = Annotated[
 OptionalSize = Annotated[
     Size | None,
     BeforeValidator(_or_unlimited),
-    WithJsonSchema({"anyOf": [{"type": "string", "pattern": SIZE_PATTERN}, _UNLIMITED]}),
+    WithJsonSchema(
+        {"anyOf": [{"type": "string", "pattern": SIZE_PATTERN}, _UNLIMITED]}
+    ),
 ]
 OptionalDuration = Annotated[
     Duration | None,
@@ -116,7 +114,9 @@ OptionalDuration = Annotated[
 OptionalRate = Annotated[
     Annotated[_Rate, _at_least(4096, "4KiB/s")] | None,
     BeforeValidator(_or_unlimited),
-    WithJsonSchema({"anyOf": [{"type": "string", "pattern": RATE_PATTERN}, _UNLIMITED]}),
+    WithJsonSchema(
+        {"anyOf": [{"type": "string", "pattern": RATE_PATTERN}, _UNLIMITED]}
+    ),
 ]
 
 
@@ -172,7 +172,9 @@ def _passable(value: str) -> str:
         if literal.startswith(prefix) or (
             literal != value and prefix.startswith(literal)
         ):
-            raise ValueError(f"must not match {prefix}* (cluster token, keys, settings)")
+            raise ValueError(
+                f"must not match {prefix}* (cluster token, keys, settings)"
+            )
     return value
 
 
@@ -250,7 +252,7 @@ class _Section(BaseModel):
     def _explained(self) -> _Section:
         weakened = self.deviations()
         if weakened and not self.why.strip():
-            raise ValueError(f"weakens {', '.join(weakened)}: say why = \"…\"")
+            raise ValueError(f'weakens {", ".join(weakened)}: say why = "…"')
         return self
 
 
@@ -263,10 +265,9 @@ Required = Annotated[
 class Namespaces(_Section):
     """Kernel namespaces that a jail has to itself."""
 
-    weak: ClassVar[Mapping[str, tuple[object, ...]]] = {
-        name: (False,)
-        for name in ("network", "ipc", "uts", "cgroup", "required")
-    }
+    weak: ClassVar[Mapping[str, tuple[object, ...]]] = dict.fromkeys(
+        ("network", "ipc", "uts", "cgroup", "required"), (False,)
+    )
 
     user: Annotated[bool, Field(description="Always true: no jail without it.")] = True
     pid: Annotated[bool, Field(description="Always true: no jail without it.")] = True
@@ -297,13 +298,13 @@ class Filesystem(_Section):
     write: Annotated[Paths, Field(description="Paths that are there, writable.")] = (
         "@scratch",
     )
-    hide: Annotated[
-        Paths, Field(description="Paths below those that are masked.")
-    ] = ()
+    hide: Annotated[Paths, Field(description="Paths below those that are masked.")] = ()
     scratch_bytes: Annotated[
         Size,
         _at_least(1 << 20, "1MiB"),
-        Field(alias="scratch", description="Size of /scratch, /tmp, /dev/shm together."),
+        Field(
+            alias="scratch", description="Size of /scratch, /tmp, /dev/shm together."
+        ),
     ] = 256 << 20
     scratch_inodes: Annotated[
         int, Field(ge=64, le=1 << 24, description="Files and directories in it.")
@@ -595,9 +596,7 @@ class Profile(_Section):
     environment: Environment = Field(default_factory=Environment)
     ray_api: RayApi = Field(default_factory=RayApi)
     devices: Annotated[
-        tuple[
-            Literal["null", "zero", "full", "random", "urandom", "tty"], ...
-        ],
+        tuple[Literal["null", "zero", "full", "random", "urandom", "tty"], ...],
         Unique,
         Field(description="Devices of /dev that are there."),
     ] = ("null", "zero", "full", "random", "urandom")

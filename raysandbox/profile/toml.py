@@ -64,9 +64,8 @@ def _keys(section: BaseModel) -> list[str]:
         value = getattr(section, name)
         if isinstance(value, BaseModel) or (name in _QUIET and not value):
             continue
-        if name == "oci" or (name == "cpu_weight" and value is None):
-            if value is None:
-                continue
+        if name in ("oci", "cpu_weight") and value is None:
+            continue
         lines.append(f"{field.alias or name} = {written(name, value)}")
     # `why` reads best last.
     lines.sort(key=lambda line: line.startswith("why = "))

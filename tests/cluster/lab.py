@@ -103,8 +103,7 @@ class Host:
             env=self.env(env),
             input=stdin,
             stdin=None if stdin is not None else subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            capture_output=True,
             text=True,
             timeout=timeout_s,
         )

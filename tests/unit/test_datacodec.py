@@ -1021,18 +1021,18 @@ def test_mutated_bytes_give_a_value_or_a_refusal() -> None:
 
 def test_import_is_slim() -> None:
     """In a jail that has no numpy, encoding loads none of the heavy modules."""
+    package = os.path.dirname(os.path.dirname(datacodec.__file__))
     code = (
-        "import sys; sys.path.insert(0, '.'); before = set(sys.modules); "
+        "import sys; sys.path.insert(0, sys.argv[1]); before = set(sys.modules); "
         "from raysandbox import datacodec; "
         "datacodec.decode(datacodec.encode({'a': [1, (2.5, 'x')]})); "
         "print(' '.join(sorted(set(sys.modules) - before)))"
     )
     done = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", code],
+        [sys.executable, "-I", "-S", "-c", code, package],
         capture_output=True,
         text=True,
         check=True,
-        cwd=os.path.dirname(os.path.dirname(os.path.dirname(__file__))),
     )
     loaded = set(done.stdout.split())
     assert not loaded & {

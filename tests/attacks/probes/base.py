@@ -36,11 +36,11 @@ libc = ctypes.CDLL(None, use_errno=True)
 libc.syscall.restype = ctypes.c_long
 
 
-class Blocked(Exception):
+class Blocked(Exception):  # noqa: N818 - an outcome, not an error
     """The attack ran to its end and won nothing; the text says what it saw."""
 
 
-class NotHere(Exception):
+class NotHere(Exception):  # noqa: N818 - the same
     """This host lacks what is being attacked; the text says what."""
 
 
