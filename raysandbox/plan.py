@@ -90,10 +90,19 @@ _TOP_LEVEL = ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
 # permissions leave readable, or that must not be written whoever asks.
 _PROC_MASKS = (
     "/proc/acpi",
+    "/proc/cmdline",
+    "/proc/config.gz",
+    "/proc/diskstats",
+    "/proc/interrupts",
+    "/proc/iomem",
     "/proc/kallsyms",
     "/proc/kcore",
     "/proc/key-users",
     "/proc/keys",
+    "/proc/modules",
+    "/proc/scsi",
+    "/proc/swaps",
+    "/proc/sys/kernel/random/boot_id",
     "/proc/sysrq-trigger",
     "/proc/timer_list",
 )
@@ -326,8 +335,13 @@ class _Builder:
                 self.add(_CARRY, _text(path))
         for name in ("shm", "home"):
             self.add(_SUBDIR, _u32(0o700) + _text(f"{SCRATCH}/{name}"))
-        self.add(_SYMLINK, _text(f"{SCRATCH}/shm", "/dev/shm"))
-        self.add(_SYMLINK, _text("/tmp", "/var/tmp"))
+        for target, path in ((f"{SCRATCH}/shm", "/dev/shm"), ("/tmp", "/var/tmp")):
+            # Where the profile binds something below, that is all there is.
+            if not any(
+                bound == path or bound.startswith(f"{path}/")
+                for bound in (*self.readable, *self.writable)
+            ):
+                self.add(_SYMLINK, _text(target, path))
         for path in files.hide:
             self.add(_HIDE, _text(path))
         self.protect("root file system", State.ENFORCED)

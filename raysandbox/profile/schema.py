@@ -379,7 +379,7 @@ class Syscalls(_Section):
         "threads",
         "time",
         "events",
-        "local_sockets",
+        "socket_pairs",
         "terminal",
         "ipc",
         "identity",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator
 
 import pytest
 
+from raysandbox.profile.schema import Syscalls
 from tests.attacks.catalogue import ATTACKS, Attack, choose
 from tests.attacks.harness import Actor, Verdict
 from tests.attacks.world import World
@@ -27,7 +29,40 @@ def actor(request: pytest.FixtureRequest) -> Iterator[Actor]:
         gid = os.getegid() or USER
     world = World(uid, gid)
     try:
-        yield Actor(request.param, uid, gid, world)
+        made = Actor(
+            request.param,
+            uid,
+            gid,
+            world,
+            profile_dir=world.profiles,
+            cgroup_dirs=world.delegated,
+            facts={"user": uid != 0},
+        )
+        filesystem = f"""
+            [filesystem]
+            why = "victims that the profile lets in"
+            read = ["@system", "@python", "@working_dir", "{world.readonly}"]
+            hide = ["{world.readonly}/hidden", "{world.readonly}/hidden-file"]
+            """
+        made.write_profile(
+            "attack",
+            f"""
+            {filesystem}
+            [limits]
+            file_size = "1MiB"
+            """,
+        )
+        groups = (*Syscalls().groups, "local_sockets")
+        made.write_profile(
+            "sockets",
+            f"""
+            {filesystem}
+            [syscalls]
+            groups = {json.dumps(groups)}
+            why = "what standard has, to see the walls behind the filter"
+            """,
+        )
+        yield made
     finally:
         world.close()
 

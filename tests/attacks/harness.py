@@ -174,6 +174,26 @@ class Actor:
             kept["RAYSANDBOX_CGROUP"] = ":".join(self.cgroup_dirs)
         return kept
 
+    @property
+    def limited(self) -> bool:
+        """Whether control groups are within its reach."""
+        return self.uid == 0 or bool(self.cgroup_dirs)
+
+    def write_profile(self, name: str, text: str) -> None:
+        """Make a profile that extends ``strict``."""
+        lines = ['extends = "strict"', *map(str.strip, text.splitlines())]
+        if not self.limited:
+            why = 'required = false\nwhy = "no delegated group here"'
+            if "[limits]" in lines:
+                lines.insert(lines.index("[limits]") + 1, why)
+            else:
+                lines += ["[limits]", why]
+        path = f"{self.profile_dir}/{name}.toml"
+        with open(path, "w") as file:
+            file.write("\n".join(lines) + "\n")
+        if os.geteuid() == 0:
+            os.chown(path, self.uid, self.gid)
+
     def start(self, command: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
         """Start a process outside, as this actor."""
         options.setdefault("env", self.environment())
@@ -216,15 +236,20 @@ class Actor:
             found |= _verdicts(output)
         return found
 
-    def attacks(self, names: Iterable[str]) -> dict[str, Verdict]:
+    def attacks(
+        self, names: Iterable[str], profile: str = "attack"
+    ) -> dict[str, Verdict]:
         """Run probes in one jail."""
         context = self.world.context | {
             "side": "jail",
             "init_pid": 1,
             "scratch": "/scratch",
+            # By handle a file is opened on any path of its file system.
+            "handle_mount": "/",
         }
         process = self.jail(
             [interpreter(), "-I", "-S", "-c", BOOT],
+            profile=profile,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

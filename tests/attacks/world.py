@@ -120,6 +120,9 @@ class World:
         os.chmod(self.root, 0o755)
         self.given = self._dir("given")
         self.readonly = self._dir("given/readonly")
+        self.profiles = self._dir("profiles")
+        os.chmod(self.profiles, 0o755)
+        self.delegated: list[str] = []
         self.context: dict[str, Any] = {"side": "control"}
         try:
             self._files()
@@ -198,10 +201,11 @@ class World:
             os.setxattr(f"{self.readonly}/caps-cat", b"security.capability", caps)
             os.mknod(f"{self.readonly}/device", 0o666 | stat.S_IFCHR, os.makedev(1, 5))
             os.chmod(f"{self.readonly}/device", 0o666)
+        self._dir("own")
         self.context |= {
             "secret": self._file(f"{secrets}/secret"),
             "secret_link": link,
-            "scratch": self._dir("scratch"),
+            "scratch": self._dir("own/scratch"),
             "readonly": self.readonly,
             "beside_readonly": self.given,
             "home": home,
@@ -323,12 +327,30 @@ class World:
             with contextlib.suppress(OSError):
                 os.mkdir(path)
                 self._undo.append(lambda: os.rmdir(path))
+        if self.uid and self.is_root:
+            self._delegate(version1)
         self.context |= {
             "cgroup_dir": path,
             "cgroup_fs": "cgroup" if version1 else "cgroup2",
             "cgroup_options": "pids" if version1 else "",
             "release_agent": f"{base}/release_agent",
         }
+
+    def _delegate(self, version1: bool) -> None:
+        """Give the ordinary user groups of its own, as an administrator would."""
+        root = "/sys/fs/cgroup"
+        places = [root]
+        if version1:
+            names = ("memory", "pids", "cpu", "cpuacct", "freezer")
+            places = [f"{root}/{name}" for name in names]
+        for place in sorted({os.path.realpath(place) for place in places}):
+            path = f"{place}/rsx-delegated-{os.getpid()}"
+            with contextlib.suppress(OSError):
+                os.mkdir(path)
+                self._undo.append(lambda path=path: _rmdir_tree(path))
+                for at in (path, *(f"{path}/{name}" for name in os.listdir(path))):
+                    os.chown(at, self.uid, self.gid)
+                self.delegated.append(path)
 
     def _host(self) -> None:
         with open("/proc/mounts") as file:
@@ -361,6 +383,11 @@ class World:
             self.context["handle"] = bytes(buffer).hex()
             # The handle means something on the file system it came from.
             self.context["handle_mount"] = os.path.dirname(self.context["secret"])
+
+
+def _rmdir_tree(path: str) -> None:
+    for directory, _, _ in os.walk(path, topdown=False):
+        os.rmdir(directory)
 
 
 def _own_address() -> str:

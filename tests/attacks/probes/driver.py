@@ -23,7 +23,7 @@ from tests.attacks.probes.base import PROBES, Blocked, Context, NotHere, check, 
 CLONE_NEWNS = 0x00020000
 ALL_NAMESPACES = 0x02000000 | 0x04000000 | 0x08000000 | 0x10000000 | 0x20000000
 MS_REC_PRIVATE = 16384 | 1 << 18
-PR_CAPBSET_DROP = 24
+PR_SET_PDEATHSIG = 1
 
 
 def _write(path: str, text: str) -> None:
@@ -66,6 +66,9 @@ def enter(kind: str, context: Context) -> None:
         child = os.fork()
         if child:
             os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) & 0x7F)
+        # A probe that hangs is killed by way of its parent; as pid 1 of the
+        # namespace it takes all that it started along.
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     elif kind not in ("same", "root"):
         raise ValueError(kind)
 
@@ -100,6 +103,8 @@ def run_probe(
     child = os.fork()
     if child == 0:
         os.close(read_end)
+        # Verdicts end when the driver does, whatever a probe leaves running.
+        os.dup2(os.open("/dev/null", os.O_RDWR), 1)
         data = json.dumps(_verdict(name, kind, context), default=repr)
         os.write(write_end, data.encode()[:60000])
         os._exit(0)

@@ -300,7 +300,7 @@ def open_tree_of_proc(context: Context) -> object:
 
 @probe
 def move_mount(context: Context) -> object:
-    tree = syscall("open_tree", AT_FDCWD, context["scratch"].encode(), 1)
+    tree = syscall("open_tree", AT_FDCWD, context["scratch"].encode(), 0x8001)
     target = _new_dir(context, "moved").encode()
     syscall("move_mount", tree, b"", AT_FDCWD, target, 4)
     return "moved"

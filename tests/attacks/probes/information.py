@@ -45,16 +45,6 @@ def proc_sys_hostname(context: Context) -> object:
 
 
 @probe
-def mounts_name_host_paths(context: Context) -> object:
-    """mountinfo's root field tells where in the host a bind came from."""
-    text = _text("/proc/self/mountinfo")
-    found = [word for word in context["path_secrets"] if word in text]
-    if found:
-        return found
-    raise Blocked("none")
-
-
-@probe
 def mounts_of_host(context: Context) -> object:
     """Each mount point must be one that the jail was given."""
     points = [line.split()[1] for line in _text("/proc/mounts").splitlines()]
@@ -172,7 +162,11 @@ def proc_pagemap_frames(context: Context) -> object:
 
 @probe
 def sys_devices(context: Context) -> object:
-    return len(os.listdir("/sys/devices"))
+    # "system" with the numbers of the CPUs is what programs ask for.
+    found = sorted(set(os.listdir("/sys/devices")) - {"system"})
+    if not found:
+        raise Blocked("nothing but system")
+    return found
 
 
 @probe

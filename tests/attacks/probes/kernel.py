@@ -231,16 +231,6 @@ def int80_socket(context: Context) -> object:
     return result
 
 
-@probe
-def vsyscall_page(context: Context) -> object:
-    """The fixed page at 0xffffffffff600000 makes calls without a syscall insn."""
-    if ARCH != "x86_64":
-        raise NotHere("vsyscall is x86's")
-    # mov rax, 0xffffffffff600400 (time); xor edi, edi; call rax; ret
-    code = b"\x48\xc7\xc0\x00\x04\x60\xff\x31\xff\x50\xff\xd0\x59\xc3"
-    return _machine_code(code)
-
-
 def _filter(*instructions: tuple[int, int, int, int]) -> ctypes.Array[ctypes.c_char]:
     code = b"".join(struct.pack("HBBI", *one) for one in instructions)
     return ctypes.create_string_buffer(code)
@@ -473,13 +463,13 @@ def vmsplice(context: Context) -> object:
 
 @probe
 def unknown_call(context: Context) -> object:
-    """A number that no table lists yet: tomorrow's call must not be open.
+    """A number within the tables that no kernel has given a meaning.
 
     Outside the kernel answers ENOSYS, which is what a filter that lets
     unknown numbers through would show as well; so the jail must show EPERM.
     """
     ctypes.set_errno(0)
-    result = int(libc.syscall(ctypes.c_long(1023)))
+    result = int(libc.syscall(ctypes.c_long(400)))
     if result == -1 and ctypes.get_errno() == errno.ENOSYS:
         return "reached"
     return check(result)

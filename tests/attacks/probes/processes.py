@@ -245,7 +245,8 @@ def priority_of_host_process(context: Context) -> object:
 def priority_of_host_user(context: Context) -> object:
     """PRIO_USER names a uid, not a pid: it must stay in the pid namespace."""
     uid = os.getuid()
-    before = context["victim_nice"]
+    # Only root may raise what another probe lowered.
+    before = 19 if uid else context["victim_nice"]
     os.setpriority(os.PRIO_USER, uid, before)
     count = 0
     for name in os.listdir("/proc"):
