@@ -147,6 +147,9 @@ def _run(
     reason = reason or _over(profile, usage)
     if reason.startswith("limits.cpu_time"):
         exit_code = 124
+    elif reason.startswith("limits.memory"):
+        # As the kernel's: whether it or the monitor was first is chance.
+        exit_code = 128 + signal.SIGKILL
     if outcome.timed_out:
         reason = f"limits.wall_time allows {profile.limits.wall_time_s:g} s"
     elif not reason and outcome.signal == signal.SIGSYS:

@@ -197,7 +197,13 @@ class Actor:
     def start(self, command: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
         """Start a process outside, as this actor."""
         options.setdefault("env", self.environment())
+        if self.cgroup_dirs and self.world.home_group:
+            options["before"] = self._go_home
         return start_as(self.uid, self.gid, command, **options)
+
+    def _go_home(self) -> None:
+        with open(f"{self.world.home_group}/cgroup.procs", "w") as file:
+            file.write("0")
 
     def jail(
         self, command: Sequence[str], *, profile: str = "attack", **options: Any

@@ -123,6 +123,8 @@ class World:
         self.profiles = self._dir("profiles")
         os.chmod(self.profiles, 0o755)
         self.delegated: list[str] = []
+        # Version 2: where the user's processes are, in what it was given.
+        self.home_group = ""
         self.context: dict[str, Any] = {"side": "control"}
         try:
             self._files()
@@ -350,6 +352,11 @@ class World:
                 self._undo.append(lambda path=path: _rmdir_tree(path))
                 for at in (path, *(f"{path}/{name}" for name in os.listdir(path))):
                     os.chown(at, self.uid, self.gid)
+                if not version1:
+                    self.home_group = f"{path}/home"
+                    os.mkdir(self.home_group)
+                    for at in ("", *os.listdir(self.home_group)):
+                        os.chown(f"{self.home_group}/{at}", self.uid, self.gid)
                 self.delegated.append(path)
 
     def _host(self) -> None:
