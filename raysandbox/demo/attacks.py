@@ -7,7 +7,6 @@ which wall it was; one that is not in the table is a finding, not a success.
 
 from __future__ import annotations
 
-import os
 import secrets
 import subprocess
 import sys
@@ -53,16 +52,26 @@ class Stage:
         Raises:
             Lost: It was stopped.
         """
-        import ray
-
         task = self.remote(hostile.attempt)
-        try:
-            how, text = ray.get(task.remote(function, *arguments), timeout=60)
-        except Exception as error:
-            raise Lost(_name(error), str(error)) from None
-        if how:
-            raise Lost(how, text)
-        return str(text)
+        return _won(_get(task.remote(function, *arguments)))
+
+
+def _get(ref: Any) -> Any:
+    """Return a task's result, or raise `Lost` with what ended it."""
+    import ray
+
+    try:
+        return ray.get(ref, timeout=60)
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is the outcome
+        raise Lost(_name(error), str(error)) from None
+
+
+def _won(reply: tuple[str, str]) -> str:
+    """Return what `hostile.attempt` won, or raise `Lost`."""
+    how, text = reply
+    if how:
+        raise Lost(how, text)
+    return text
 
 
 def _name(error: BaseException) -> str:
@@ -152,16 +161,10 @@ def _kill_raylet(stage: Stage) -> str:
 
 
 def _junk(stage: Stage) -> str:
-    import ray
-
     ref = stage.remote(hostile.attempt).remote(hostile.junk_on_descriptors)
     if _raylet_dies(stage, 5):
         return "raylet aborted, and the node with it"
-    try:
-        how, text = ray.get(ref, timeout=10)
-    except Exception as error:
-        raise Lost(_name(error), str(error)) from None
-    raise Lost(how or "Survived", text)
+    raise Lost("Survived", _won(_get(ref)))
 
 
 _VICTIM = """
@@ -221,31 +224,21 @@ def _kill_actor(stage: Stage) -> str:
 
 def _argument(stage: Stage) -> str:
     """The payload runs where the argument is opened: does it see the token?"""
-    import ray
-
     path = str(stage.token_path)
     payload = hostile.Payload(hostile.attempt, hostile.read_file, path)
-    try:
-        how, text = ray.get(stage.remote(hostile.answer).remote(payload), timeout=30)
-    except Exception as error:
-        raise Lost(_name(error), str(error)) from None
-    if how:
-        raise Lost(how, text)
-    return f"runs in the worker, which holds the token: {text[:8]}…"
+    text = _won(_get(stage.remote(hostile.answer).remote(payload)))
+    return f"runs in the worker, which holds the token: {text[:8]}..."
 
 
 def _result(stage: Stage) -> str:
     """The payload runs where the result is opened: in the driver?"""
-    import ray
-
     path = stage.directory / "written-by-a-result"
     payload = hostile.Payload(hostile.write_file, str(path), "gotcha")
-    task = stage.remote(_Returns(payload))
     try:
-        ray.get(task.remote(), timeout=30)
-    except Exception as error:
+        _get(stage.remote(_Returns(payload)).remote())
+    except Lost:
         if not path.exists():
-            raise Lost(_name(error), str(error)) from None
+            raise
     if path.exists():
         return "runs in the driver as soon as it reads the result"
     raise Lost("Survived", "the payload ran nowhere outside")
@@ -269,11 +262,7 @@ def _for_ever(stage: Stage) -> str:
     if not done:
         ray.cancel(ref, force=True)
         return "still running after 8 s"
-    try:
-        ray.get(ref)
-    except Exception as error:
-        raise Lost(_name(error), str(error)) from None
-    return "ended by itself"
+    return f"ended by itself: {_get(ref)}"
 
 
 MOUNTS, PIDS = "mount namespace", "pid namespace"

@@ -77,7 +77,9 @@ def _lines(side: str, *arguments: str) -> Iterator[dict[str, Any]]:
         out, errors = process.communicate()
     found = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
     if not found:
-        raise InternalError(f"the demo's {side} side said nothing:\n{errors[-3000:]}")
+        raise InternalError(
+            what=f"the demo's {side} side said nothing:\n{errors[-3000:]}"
+        )
     yield from found
 
 

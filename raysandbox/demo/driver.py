@@ -117,12 +117,12 @@ def main() -> None:
     try:
         _start(profile, directory)
         if what == "honest":
-            print(json.dumps(honest.measure(_remote(profile))), flush=True)  # noqa: T201
+            print(json.dumps(honest.measure(_remote(profile))), flush=True)
             return
         stage = _stage(profile, directory, token_path)
         chosen = [attack for attack in ATTACKS if attack.name in names]
         for attack in chosen:
-            print(json.dumps(_verdict(attack, stage)), flush=True)  # noqa: T201
+            print(json.dumps(_verdict(attack, stage)), flush=True)
     finally:
         ray.shutdown()
         shutil.rmtree(directory, ignore_errors=True)

@@ -75,7 +75,7 @@ def write_file(path: str, text: str) -> str:
 
 def poison() -> str:
     """Change a library for whoever uses this process next."""
-    math.sqrt = lambda number: 42.0  # type: ignore[assignment]
+    math.sqrt = lambda number: 42.0
     return "patched"
 
 
@@ -156,7 +156,7 @@ def flood(mib: int) -> str:
     """Print without end, into Ray's logs."""
     line = "x" * ((1 << 10) - 1)
     for _ in range(mib << 10):
-        print(line)  # noqa: T201 - the attack
+        print(line)
     return f"{mib} MiB printed"
 
 

@@ -69,6 +69,11 @@ class Output:
                 self._forward(index, chunk)
             return True
 
+    def drain_all(self) -> None:
+        """Forward what is there on both streams."""
+        for fd in self.read_fds:
+            self.drain(fd)
+
     def _forward(self, index: int, chunk: bytes) -> None:
         room = self.limit_bytes - self.seen_bytes
         self.seen_bytes += len(chunk)
@@ -92,8 +97,7 @@ class Output:
 
         A line that it left open is ended, so that the next one starts its own.
         """
-        for fd in self.read_fds:
-            self.drain(fd)
+        self.drain_all()
         with self._lock:
             for index, sink in enumerate(self._sinks):
                 if not self._line_start[index]:

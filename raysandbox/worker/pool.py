@@ -502,6 +502,9 @@ class Pool:
             raise self._post_mortem(jail, task, "")
         if frame.call != number or frame.kind == wire.CALL:
             raise self._protocol_error(jail, task, "a reply to another call")
+        # What it printed last may still be in the pipes.
+        if jail.slot.output is not None:
+            jail.slot.output.drain_all()
         if jail.over_output:
             raise self._post_mortem(jail, task, "")
         return frame

@@ -124,7 +124,7 @@ _ROWS: tuple[tuple[object, ...], ...] = (
     ("files.mount_sysfs", "userns", "EPERM", FILTER, "No sysfs."),
     ("files.mount_overlay", "userns", "EPERM", FILTER,
      "No overlay (CVE-2021-3493, CVE-2023-0386 started there).", "ENODEV"),
-    ("files.mount_cgroup", "root", "EPERM", FILTER, "No cgroup file system.",
+    ("files.mount_cgroup", "mounts", "EPERM", FILTER, "No cgroup file system.",
      "ENODEV"),
     ("files.bind_over_system", "userns", "EPERM", FILTER,
      "Nothing is bound over the programs that run next."),

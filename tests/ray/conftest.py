@@ -20,6 +20,11 @@ PROFILES = {
         [limits]
         wall_time = "3s"
         """,
+    "hasty": """
+        extends = "standard"
+        [limits]
+        wall_time = "1s"
+        """,
     "thrifty": """
         extends = "standard"
         [limits]

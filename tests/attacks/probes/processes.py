@@ -248,16 +248,11 @@ def priority_of_host_user(context: Context) -> object:
     # Only root may raise what another probe lowered.
     before = 19 if uid else context["victim_nice"]
     os.setpriority(os.PRIO_USER, uid, before)
-    count = 0
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            try:
-                count += os.stat(f"/proc/{name}").st_uid == uid
-            except OSError:
-                continue
-    if count <= 8:
-        raise Blocked("own processes only")
-    return count
+    try:
+        now = os.getpriority(os.PRIO_PROCESS, context["victim"])
+    except ProcessLookupError:
+        raise Blocked("own processes only") from None
+    return f"the victim's is {now}"
 
 
 @probe
