@@ -1,0 +1,337 @@
+"""The figures to reach, each with both sides interleaved in one run.
+
+    python -m tests.bench [--rounds N] [--only NAME] [--output FILE]
+
+Prints a table and writes the same as JSON: a list of objects with name, sandbox,
+stock, unit, ratio, reach, ok. Exit status 0 whether reached or not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from raysandbox import launch, plan, profile
+from raysandbox.kernel import cgroup
+from raysandbox.probe import probe
+from raysandbox.run import cgroup_limits
+
+# Where make's build directory is: the working directory of `make bench` is in it.
+OUTPUT = Path(__file__).resolve().parents[2] / "build" / "bench.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One row.
+
+    Attributes:
+        name: What was measured.
+        sandbox: Median in the sandbox.
+        stock: Median of what it is compared with.
+        unit: Of both.
+        ratio: sandbox / stock, or what `reach` speaks of.
+        reach: What is to be reached, in words.
+        ok: Whether it was.
+    """
+
+    name: str
+    sandbox: float
+    stock: float
+    unit: str
+    ratio: float
+    reach: str
+    ok: bool
+
+
+class Side:
+    """A process of `tests.bench.side`."""
+
+    def __init__(self, profile_name: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.bench.side", *filter(None, [profile_name])],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"},
+        )
+
+    def __call__(self, name: str, *arguments: Any) -> Any:
+        stdin, stdout = self.process.stdin, self.process.stdout
+        assert stdin is not None
+        assert stdout is not None
+        stdin.write(json.dumps([name, *arguments]) + "\n")
+        stdin.flush()
+        while line := stdout.readline():
+            with contextlib.suppress(ValueError):
+                return json.loads(line)
+        raise RuntimeError(f"a side ended with {self.process.wait()}")
+
+    def close(self) -> None:
+        """End it, and its Ray."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(60)
+
+
+@contextlib.contextmanager
+def _sides(*profiles: str) -> Iterator[list[Side]]:
+    sides = [Side(each) for each in profiles]
+    try:
+        yield sides
+    finally:
+        for side in sides:
+            side.close()
+
+
+def _turns(rounds: int, *calls: Callable[[], float]) -> list[float]:
+    """Let the calls take turns; return the median of each."""
+    seen: list[list[float]] = [[] for _ in calls]
+    for number in range(rounds):
+        # Whoever goes first may find warmer caches: that takes turns too.
+        order = range(len(calls)) if number % 2 else reversed(range(len(calls)))
+        for index in order:
+            seen[index].append(calls[index]())
+    return [statistics.median(each) for each in seen]
+
+
+def _spawn(argv: list[str]) -> float:
+    begun = time.perf_counter()
+    pid = os.posix_spawn(argv[0], argv, {})
+    _, status = os.waitpid(pid, 0)
+    if status:
+        raise RuntimeError(f"{argv} ended with {status}")
+    return (time.perf_counter() - begun) * 1e3
+
+
+def launcher(rounds: int) -> list[Figure]:
+    """/bin/true behind every wall of `strict`, cgroup included."""
+    chosen = profile.load("strict")
+    with cgroup.discover() as groups:
+        group = groups.create("bench", cgroup_limits(chosen))
+        lease = launch.lease_ids()
+        compiled = plan.compile(
+            chosen,
+            probe(),
+            plan.Context(
+                ids=lease.ids,
+                environment={},
+                wall_time=True,
+                cgroup_dirs=group.paths,
+                cgroup_clean=(),
+            ),
+        )
+        fd = os.memfd_create("plan", 0)
+        os.write(fd, compiled.encode())
+        os.set_inheritable(fd, True)
+        argv = [launch.launcher_path(), f"--plan-fd={fd}", "--", "/bin/true"]
+        try:
+            inside, outside = _turns(
+                20 * rounds, lambda: _spawn(argv), lambda: _spawn(["/bin/true"])
+            )
+        finally:
+            group.remove()
+            lease.close()
+            os.close(fd)
+    ratio = inside / outside
+    return [
+        Figure(
+            "launch of /bin/true against fork+exec",
+            inside,
+            outside,
+            "ms",
+            ratio,
+            "at most 4x",
+            ratio <= 4,
+        )
+    ]
+
+
+def tasks(rounds: int) -> list[Figure]:
+    """No-op tasks, 500 in flight, two workers on each side."""
+    found = []
+    with _sides("", "strict", "fast") as (stock, strict, fast):
+        for side in (stock, strict, fast):
+            side("noop", 100)
+        plain, fresh, reused = (
+            value * 2
+            for value in _turns(
+                rounds,
+                lambda: stock("noop", 500),
+                lambda: strict("noop", 500),
+                lambda: fast("noop", 500),
+            )
+        )
+        for name, value, most in (
+            ("no-op task in a fresh jail against stock", fresh, 2.0),
+            ("no-op task with fast against stock", reused, 1.15),
+        ):
+            ratio = value / plain
+            reach = f"at most {most:g}x"
+            found.append(Figure(name, value, plain, "ms", ratio, reach, ratio <= most))
+        # A new worker process for each task takes seconds: few are enough.
+        thrown_away = stock("noop", 8, 1) / 8 * 1e3
+        ratio = thrown_away / fresh
+        found.insert(
+            1,
+            Figure(
+                "the same against stock with max_calls=1",
+                fresh,
+                thrown_away,
+                "ms",
+                fresh / thrown_away,
+                "at least 100x faster",
+                ratio >= 100,
+            ),
+        )
+    return found
+
+
+def _memcpy_ms(mebibytes: int, rounds: int) -> float:
+    import numpy
+
+    source = numpy.ones(mebibytes << 17)
+    seen = []
+    for _ in range(rounds):
+        begun = time.perf_counter()
+        source.copy()
+        seen.append((time.perf_counter() - begun) * 1e3)
+    return statistics.median(seen)
+
+
+def argument(rounds: int) -> list[Figure]:
+    """100 MB of numpy from the store, summed."""
+    found = []
+    with _sides("", "strict", "fast") as (stock, strict, fast):
+        for side in (stock, strict, fast):
+            side("sum_array", 100)
+        plain, fresh, reused = (
+            value * 1e3
+            for value in _turns(
+                rounds,
+                lambda: stock("sum_array", 100),
+                lambda: strict("sum_array", 100),
+                lambda: fast("sum_array", 100),
+            )
+        )
+        copy = _memcpy_ms(100, 5)
+        for name, value in (("fresh jail", fresh), ("fast", reused)):
+            found.append(
+                Figure(
+                    f"sum 100 MB of numpy, {name}, against stock",
+                    value,
+                    plain,
+                    "ms",
+                    value / plain,
+                    f"at most stock + 1.5 memcpy ({plain + 1.5 * copy:.0f} ms)",
+                    value <= plain + 1.5 * copy,
+                )
+            )
+    return found
+
+
+def memory(rounds: int) -> list[Figure]:
+    """What one more waiting jail costs."""
+    del rounds
+    with _sides("strict") as (strict,):
+        sizes = strict("waiting_jails")
+    value = statistics.median(sizes) / (1 << 20)
+    return [
+        Figure(
+            "memory of one waiting jail over its parent's",
+            value,
+            0.0,
+            "MiB",
+            value / 4,
+            "at most 4 MB",
+            value <= 4,
+        )
+    ]
+
+
+def files(rounds: int) -> list[Figure]:
+    """System calls on files, inside against outside."""
+    found = []
+    with _sides("", "fast") as (stock, fast):
+        seen: dict[Side, list[list[float]]] = {stock: [], fast: []}
+        for number in range(2 * rounds):
+            for side in (stock, fast) if number % 2 else (fast, stock):
+                seen[side].append(side("files", 5000))
+        for index, name in enumerate(("open, read, close", "stat")):
+            outside, inside = (
+                statistics.median(row[index] for row in seen[side]) * 1e6
+                for side in (stock, fast)
+            )
+            ratio = inside / outside
+            found.append(
+                Figure(
+                    f"{name} inside against outside",
+                    inside,
+                    outside,
+                    "us",
+                    ratio,
+                    "at most 1.1x",
+                    ratio <= 1.1,
+                )
+            )
+    return found
+
+
+PARTS: dict[str, Callable[[int], list[Figure]]] = {
+    "launch": launcher,
+    "tasks": tasks,
+    "argument": argument,
+    "memory": memory,
+    "files": files,
+}
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(prog="python -m tests.bench")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--only", choices=PARTS, action="append")
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    options = parser.parse_args()
+    figures: list[Figure] = []
+    console = Console()
+    with Console(stderr=True).status("") as status:
+        for name, part in PARTS.items():
+            if options.only and name not in options.only:
+                continue
+            status.update(f"measuring: {name}")
+            figures += part(options.rounds)
+    table = Table()
+    for heading in ("figure", "sandbox", "stock", "ratio", "reach", "reached"):
+        table.add_column(heading, justify="left" if heading == "figure" else "right")
+    for figure in figures:
+        table.add_row(
+            figure.name,
+            f"{figure.sandbox:.3g} {figure.unit}",
+            f"{figure.stock:.3g} {figure.unit}" if figure.stock else "",
+            f"{figure.ratio:.2f}"
+            if figure.ratio > 0.01
+            else f"1/{1 / figure.ratio:.0f}",
+            figure.reach,
+            "yes" if figure.ok else "no",
+        )
+    console.print(table)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps([asdict(each) for each in figures], indent=1))
+    console.print(f"written to {options.output}")
+
+
+if __name__ == "__main__":
+    main()
