@@ -45,6 +45,8 @@ _START_S = 60.0
 _READY_S = 30.0
 _SLICE_S = 0.1
 _CHECK_S = 0.25
+# Between the end of a dying jail's socket and the word of its end.
+_DYING_S = 0.5
 # One jail works, one is ready, one is on its way out.
 _SLOTS = 3
 # What every call needs; msgpack comes with Ray.
@@ -499,6 +501,9 @@ class Pool:
         except (wire.WireError, OSError, ValueError) as error:
             raise self._protocol_error(jail, task, str(error)) from None
         if frame is None:
+            if not self._dies(jail):
+                what = "the end of its replies, and it lives on"
+                raise self._protocol_error(jail, task, what)
             raise self._post_mortem(jail, task, "")
         if frame.call != number or frame.kind == wire.CALL:
             raise self._protocol_error(jail, task, "a reply to another call")
@@ -508,6 +513,16 @@ class Pool:
         if jail.over_output:
             raise self._post_mortem(jail, task, "")
         return frame
+
+    def _dies(self, jail: Jail) -> bool:
+        """Whether a jail that closed its socket has ended, or is about to."""
+        until = time.monotonic() + _DYING_S
+        while jail.status is None:
+            left = until - time.monotonic()
+            if left <= 0 or not select.select([self._control], [], [], left)[0]:
+                return False
+            self._handle(*self._receive(0))
+        return True
 
     def _check_usage(self, jail: Jail, task: str) -> None:
         """End a jail that is over what only its whole group shows."""

@@ -1,0 +1,227 @@
+"""Replies that break the protocol end the jail, and nobody else."""
+
+from __future__ import annotations
+
+import array
+import fcntl
+import os
+import socket
+import struct
+import time
+from collections.abc import Callable
+
+import pytest
+import ray
+
+import raysandbox
+
+STRICT = raysandbox.tag("strict")
+
+
+@ray.remote(resources=STRICT)
+def fine() -> int:
+    return 1
+
+
+def _reply_sockets() -> list[socket.socket]:
+    """What hostile code finds among its own descriptors."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            if os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
+                found.append(socket.socket(fileno=os.dup(int(name))))
+        except OSError:
+            continue
+    assert found
+    return found
+
+
+def _header(
+    kind: int = 2, flags: int = 0, call: int = 1, count: int = 1, length: int = 8
+) -> bytes:
+    from raysandbox import wire
+
+    return wire._HEADER.pack(wire._MAGIC, kind, flags, 0, call, count, length)
+
+
+def _send(data: bytes, fds: tuple[int, ...] = ()) -> None:
+    for sock in _reply_sockets():
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
+        sock.sendmsg([data], rights if fds else [])
+
+
+def _memfd(size: int, seals: int) -> int:
+    fd = os.memfd_create("reply", os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, size)
+    fcntl.fcntl(fd, 1033, seals)
+    return fd
+
+
+ALL_SEALS = 0x1 | 0x2 | 0x4 | 0x8
+
+
+def junk() -> None:
+    _send(b"\xff" * 64)
+
+
+def empty_packet() -> None:
+    _send(b"")
+
+
+def pickle_bomb() -> None:
+    import pickle
+
+    _send(pickle.dumps(print))
+
+
+def oversized_announcement() -> None:
+    _send(_header(length=1 << 62, flags=1), (_memfd(8, ALL_SEALS),))
+
+
+def many_parts() -> None:
+    _send(_header(count=0xFFFFFFFF))
+
+
+def table_outside_the_body() -> None:
+    _send(_header(count=1, length=8) + struct.pack("<Q", 1 << 40))
+
+
+def wrong_call() -> None:
+    _send(_header(call=77, count=0, length=0))
+
+
+def a_call_of_its_own() -> None:
+    _send(_header(kind=1, count=0, length=0))
+
+
+def unsealed_memory() -> None:
+    _send(_header(flags=1, length=4096), (_memfd(4096, 0),))
+
+
+def memory_shorter_than_announced() -> None:
+    _send(_header(flags=1, length=4096), (_memfd(16, ALL_SEALS),))
+
+
+def a_file_instead_of_memory() -> None:
+    _send(_header(flags=1, length=4096), (os.open("/tmp/f", os.O_CREAT | os.O_RDWR),))
+
+
+def many_descriptors() -> None:
+    fds = tuple(os.open("/dev/null", os.O_RDONLY) for _ in range(200))
+    _send(_header(flags=1), fds)
+
+
+def descriptors_beside_an_inline_body() -> None:
+    _send(_header(count=0, length=0), (os.open("/dev/null", os.O_RDONLY),))
+
+
+def closes_its_socket() -> None:
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) > 2:
+            try:
+                os.close(int(name))
+            except OSError:
+                continue
+    time.sleep(60)
+
+
+BROKEN = [
+    junk,
+    empty_packet,
+    pickle_bomb,
+    oversized_announcement,
+    many_parts,
+    table_outside_the_body,
+    wrong_call,
+    a_call_of_its_own,
+    unsealed_memory,
+    memory_shorter_than_announced,
+    a_file_instead_of_memory,
+    many_descriptors,
+    descriptors_beside_an_inline_body,
+    closes_its_socket,
+]
+
+
+def _ends(function: Callable[[], None]) -> BaseException:
+    def attack() -> str:
+        function()
+        time.sleep(60)
+        return "nobody read it"
+
+    attack.__name__ = attack.__qualname__ = function.__name__
+    task = ray.remote(max_retries=0, resources=STRICT)(attack)
+    started = time.monotonic()
+    with pytest.raises(raysandbox.TaskError) as caught:
+        ray.get(task.remote(), timeout=60)
+    assert time.monotonic() - started < 20
+    return caught.value
+
+
+@pytest.mark.parametrize("function", BROKEN, ids=[each.__name__ for each in BROKEN])
+def test_a_broken_reply_ends_the_jail(function: Callable[[], None]) -> None:
+    """The error names the task, the profile and what was wrong with the reply."""
+    worker = ray.get(fine.remote())
+    error = _ends(function)
+    assert isinstance(error, raysandbox.JailProtocolError), repr(error)
+    message = str(error)
+    assert function.__name__ in message
+    assert "strict" in message
+    assert ray.get(fine.remote(), timeout=30) == worker
+
+
+def test_a_forged_result_is_only_the_tasks_own() -> None:
+    """A well-formed reply sent early is the task's answer, and no other task's."""
+
+    def forged() -> str:
+        from raysandbox import datacodec
+
+        parts = datacodec.encode("forged")
+        body = b"".join(bytes(part) for part in parts) if parts else b""
+        _send(_header(count=0, length=0)[:-1] + body[:1])
+        time.sleep(60)
+        return "own"
+
+    task = ray.remote(max_retries=0, resources=STRICT)(forged)
+    with pytest.raises(raysandbox.TaskError):
+        ray.get(task.remote(), timeout=30)
+    assert ray.get([fine.remote() for _ in range(20)], timeout=60) == [1] * 20
+
+
+def test_a_second_reply_reaches_nobody() -> None:
+    """One reply per call: what comes after it is not the next task's answer."""
+
+    def twice() -> int:
+        import threading
+
+        from raysandbox import wire
+
+        def later() -> None:
+            time.sleep(0.05)
+            for sock in _reply_sockets():
+                for call in range(1, 9):
+                    try:
+                        wire.send(sock, wire.RESULT, call, [b"second"])
+                    except OSError:
+                        return
+
+        threading.Thread(target=later).start()
+        return 1
+
+    for profile in ("strict", "fast"):
+        task = ray.remote(max_retries=0, resources=raysandbox.tag(profile))(twice)
+        follow = ray.remote(max_retries=0, resources=raysandbox.tag(profile))(_two)
+        assert ray.get(task.remote(), timeout=30) == 1
+        answers = []
+        for _ in range(10):
+            try:
+                answers.append(ray.get(follow.remote(), timeout=30))
+            except raysandbox.TaskError:
+                continue  # the job's own jail was ended for it
+            time.sleep(0.02)
+        assert set(answers) <= {2}
+        assert ray.get(follow.remote(), timeout=30) == 2
+
+
+def _two() -> int:
+    return 2
