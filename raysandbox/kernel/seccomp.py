@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import itertools
 import json
 import os
 import platform
@@ -64,12 +65,16 @@ class Filter:
 
 @dataclass(frozen=True, slots=True)
 class _Condition:
-    """One argument that must have one of ``values`` under ``mask``."""
+    """One argument that must have one of ``values`` under ``mask``.
+
+    ``also`` are others that must hold at the same time.
+    """
 
     call: str
     arg: int
     mask: int
     values: Mapping[str, int]
+    also: tuple[_Condition, ...] = ()
 
 
 # --- the table ------------------------------------------------------------------
@@ -86,14 +91,27 @@ def _calls(group: str) -> list[str]:
 
 
 def _conditions(group: str) -> list[_Condition]:
-    found = []
-    for entry in _table()["groups"][group].get("when", ()):
-        if "without" in entry:
-            mask, values = entry["without"], {"none": 0}
-        else:
-            mask, values = entry.get("mask", _INT), entry["values"]
-        found.append(_Condition(entry["call"], entry["arg"], mask, values))
-    return found
+    return [_condition(entry) for entry in _table()["groups"][group].get("when", ())]
+
+
+def _condition(entry: Mapping[str, Any]) -> _Condition:
+    if "without" in entry:
+        mask, values = entry["without"], {"none": 0}
+    else:
+        mask, values = entry.get("mask", _INT), entry["values"]
+    others = ({**other, "call": entry["call"]} for other in entry.get("and", ()))
+    also = tuple(_condition(other) for other in others)
+    return _Condition(entry["call"], entry["arg"], mask, values, also)
+
+
+def _arguments(library: Any, condition: _Condition) -> Iterable[list[Any]]:
+    """Every combination of values that the condition allows."""
+    choices = [
+        [library.Arg(each.arg, library.MASKED_EQ, each.mask, v) for v in values]
+        for each in (condition, *condition.also)
+        if (values := list(each.values.values()))
+    ]
+    return (list(chosen) for chosen in itertools.product(*choices))
 
 
 def problems(syscalls: Syscalls) -> list[tuple[str, object, str]]:
@@ -237,16 +255,8 @@ def _compile(syscalls: Syscalls, notify: bool) -> bytes:
         for condition in _conditions(group):
             if condition.call in left_out or condition.call in whole:
                 continue
-            for value in condition.values.values():
-                _add(
-                    library,
-                    made,
-                    library.ALLOW,
-                    condition.call,
-                    library.Arg(
-                        condition.arg, library.MASKED_EQ, condition.mask, value
-                    ),
-                )
+            for arguments in _arguments(library, condition):
+                _add(library, made, library.ALLOW, condition.call, *arguments)
     return _export(made)
 
 
