@@ -642,7 +642,7 @@ class Profile(_Section):
         wrong = [f"{key} = {shown}" for key, shown in self._out_of_place(inside)]
         if wrong and inside:
             raise ValueError(
-                'boundary = "worker" runs the task in Ray\'s own process and can\'t '
+                "boundary = \"worker\" runs the task in Ray's own process and can't "
                 f"keep {', '.join(wrong)}: give "
                 'network.mode = "ray", results.mode = "pickle", and "unlimited" for '
                 "limits.wall_time, limits.cpu_time and limits.output"

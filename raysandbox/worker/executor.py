@@ -8,16 +8,16 @@ to, and turns what comes back into what Ray stores.
 from __future__ import annotations
 
 import fnmatch
+import functools
 import json
 import os
-import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import ray
 
-from raysandbox import datacodec, wire
+from raysandbox import client, datacodec, plan, wire
 from raysandbox import profile as profiles
 from raysandbox.errors import (
     JailProtocolError,
@@ -30,18 +30,13 @@ from raysandbox.errors import (
 from raysandbox.jail import runner
 from raysandbox.kernel import cgroup
 from raysandbox.sealed import SealedError
-from raysandbox.worker import hints, seams
+from raysandbox.worker import hints, inside, seams
 from raysandbox.worker.events import EventLog
 from raysandbox.worker.output import Pump
 from raysandbox.worker.pool import Environment, Jail, Pool
 
-__all__ = ["TAG_PREFIX", "JailExecutor", "profile_of"]
+__all__ = ["JailExecutor", "profile_of"]
 
-#: A resource of this prefix names the profile.
-TAG_PREFIX = "sandbox:"
-
-# Ray's names for resources that a placement group reserved.
-_IN_GROUP = re.compile(r"(.+?)_group_(?:\d+_)?[0-9a-f]{16,}")
 # A zygote costs memory: those of the profiles used last stay.
 _MOST_POOLS = 2
 # Environment variables that are Ray's or ours, never a task's.
@@ -55,12 +50,7 @@ def profile_of(resources: Mapping[str, Any]) -> profiles.Profile:
     Raises:
         ProfileError: Two tags, or a tag that names no usable profile.
     """
-    names = set()
-    for resource in resources:
-        match = _IN_GROUP.fullmatch(resource)
-        plain = match[1] if match else resource
-        if plain.startswith(TAG_PREFIX):
-            names.add(plain.removeprefix(TAG_PREFIX))
+    names = client.tags_of(resources)
     if not names:
         return profiles.strictest()
     if len(names) > 1:
@@ -94,6 +84,12 @@ class JailExecutor(seams.Executor):
         self._job_jail: tuple[str, Pool, Jail] | None = None
         self._actor: tuple[Pool, Jail] | None = None
         self._actor_end = ""
+        # A worker serves jails or one profile of its own, for life.
+        self._serves_jails = False
+        self._inside: profiles.Profile | None = None
+        # Leaves after its task: nothing but luck keeps others from coming.
+        self._leaves = False
+        self._refusal: RaysandboxError | None = None
         self._lock = threading.RLock()
 
     # -- what the seams call --------------------------------------------------
@@ -108,8 +104,7 @@ class JailExecutor(seams.Executor):
         with self._lock:
             self._settle()
             profile, name = self._profile(), str(self._worker.current_task_name)
-            if profile.boundary == "worker":
-                raise self._unsupported(profile, name, 'boundary = "worker"')
+            self._begin_jail(profile, name)
             layout, parts = self._arguments(profile, name, args, kwargs)
             pool = self._pool(profile)
             jail, keep = self._jail_for(pool)
@@ -153,8 +148,7 @@ class JailExecutor(seams.Executor):
     ) -> None:
         profile = self._profile()
         core = self._worker.core_worker
-        if profile.boundary == "worker":
-            raise self._unsupported(profile, name, 'boundary = "worker"')
+        self._begin_jail(profile, name)
         if core.current_actor_is_asyncio():
             raise self._unsupported(profile, name, "an actor with async methods")
         if core.current_actor_max_concurrency() > 1:
@@ -195,6 +189,100 @@ class JailExecutor(seams.Executor):
         """Ray has the answer: a jail for one task ends here."""
         with self._lock:
             self._settle()
+
+    # -- boundary = "worker" ------------------------------------------------------
+
+    def opens(self) -> bool:
+        """See :class:`seams.Executor`; runs before anything of a task is opened."""
+        with self._lock:
+            self._refusal = None
+            try:
+                profile = self._profile()
+                if profile.boundary != "worker":
+                    return False
+                if self._serves_jails:
+                    self._leave(profile, "it has served tasks in jails")
+                self._enter(profile)
+            except inside.NotRestrictedError as error:
+                seams.leave(str(error))
+            except RaysandboxError as error:
+                # For the task's owner: the call itself raises it.
+                self._refusal = error
+                return False
+            return True
+
+    def _enter(self, profile: profiles.Profile) -> None:
+        """Raise the profile's walls around this process, then take the seals off."""
+        names = profiles.names()
+        log = EventLog(seams.session_log_dir())
+        ports, loose = seams.ray_ports()
+        about = {
+            "node": self._worker.current_node_id.hex(),
+            "worker": self._worker.worker_id.hex(),
+            "job": self._worker.current_job_id.hex(),
+            "pid": os.getpid(),
+        }
+        entered = inside.enter(
+            profile,
+            inside.Worker(
+                python_path=[path for path in self._trusted if path],
+                working_dirs=self._user_directories(),
+                variables=self._variables(),
+                ports=ports,
+                loose_ports=loose,
+                log_dir=seams.session_log_dir(),
+                event=about,
+            ),
+        )
+        self._inside = profile
+        marker = client.marker_of(self._worker.runtime_env)
+        self._leaves = marker != profile.name and self._worker.actor_id.is_nil()
+        client.remember({profile.name: True, **_boundaries(names)})
+        log.write(
+            "worker_entered",
+            **about,
+            profile=profile.name,
+            threads=entered.threads,
+            took_s=round(entered.took_s, 4),
+            leaves_after_task=self._leaves,
+            protections=_shown(entered.protections),
+        )
+        log.close()
+        seams.unseal()
+
+    def guarded(self, info: Any) -> Any:
+        """See :class:`seams.Executor`."""
+        if self._inside is None or not self._worker.actor_id.is_nil():
+            return info
+        original = info.function
+
+        @functools.wraps(original)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self._check_inside()
+            return original(*args, **kwargs)
+
+        return seams.with_function(info, run, 1 if self._leaves else info.max_calls)
+
+    def _check_inside(self) -> None:
+        """Serve no other profile's task, even if raylet should send one."""
+        profile = self._profile()
+        if self._inside is not None and profile.name != self._inside.name:
+            self._leave(profile, f"it serves {self._inside.name!r} for life")
+
+    def _begin_jail(self, profile: profiles.Profile, task: str) -> None:
+        if profile.boundary == "worker":
+            if self._refusal is not None:
+                raise self._refusal
+            self._leave(profile, "it has served tasks in jails")
+        self._serves_jails = True
+
+    def _leave(self, profile: profiles.Profile, why: str) -> NoReturn:
+        """End this worker: the task is tried again in one that may serve it."""
+        seams.leave(
+            f"raysandbox: a task of profile {profile.name!r} came to a worker that "
+            f"can't serve it: {why}. It is tried again elsewhere, which counts as a "
+            "retry; `import raysandbox` where tasks are submitted avoids it"
+        )
 
     # -- profiles, pools and jails ----------------------------------------------
 
@@ -300,12 +388,7 @@ class JailExecutor(seams.Executor):
             output_bytes=jail.output_bytes,
             denied=jail.denials,
             denied_count=jail.notify.count if jail.notify is not None else 0,
-            protections={
-                wall.name: wall.state.value
-                if not wall.reason
-                else f"{wall.state.value}: {wall.reason}"
-                for wall in pool.protections
-            },
+            protections=_shown(pool.protections),
         )
 
     # -- one call ----------------------------------------------------------------
@@ -550,6 +633,26 @@ class JailExecutor(seams.Executor):
             seen=what,
             remedy="use an ordinary function or an actor with ordinary methods",
         )
+
+
+def _shown(protections: Sequence[plan.Protection]) -> dict[str, str]:
+    return {
+        wall.name: wall.state.value
+        if not wall.reason
+        else f"{wall.state.value}: {wall.reason}"
+        for wall in protections
+    }
+
+
+def _boundaries(names: Sequence[str]) -> dict[str, bool]:
+    """Say of each profile whether it is a worker's own boundary."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = profiles.load(name).boundary == "worker"
+        except ProfileError:
+            continue  # whoever asks for it is told
+    return found
 
 
 def _no_split() -> NoReturn:

@@ -37,10 +37,12 @@ def worker_hook() -> None:
 
 
 def _install() -> None:
+    from raysandbox import client
     from raysandbox.worker import seams
     from raysandbox.worker.executor import JailExecutor
 
     trusted = seams.TrustedPath.of_worker(sys.path)
+    client.install()
     seams.install(JailExecutor(trusted))
     sys.path = trusted
 
