@@ -264,15 +264,19 @@ def _add_ports(ruleset: int, ports: Iterable[int], access: int) -> None:
     if not access:
         return
     rule = _NetPortAttr(access, 0)
+    # There may be tens of thousands: what does not change is made once.
+    arguments = (
+        ctypes.c_long(_SYS_ADD_RULE),
+        ctypes.c_int(ruleset),
+        ctypes.c_int(_RULE_NET_PORT),
+        ctypes.byref(rule),
+        ctypes.c_uint32(0),
+    )
     for port in ports:
         rule.port = port
-        _syscall(
-            _SYS_ADD_RULE,
-            ctypes.c_int(ruleset),
-            ctypes.c_int(_RULE_NET_PORT),
-            ctypes.byref(rule),
-            ctypes.c_uint32(0),
-        )
+        if _libc.syscall(*arguments) < 0:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
 
 
 def _add_paths(ruleset: int, rules: Iterable[tuple[str, int]], governed: int) -> None:

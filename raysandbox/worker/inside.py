@@ -26,6 +26,7 @@ from raysandbox.probe import probe
 from raysandbox.profile import Profile
 from raysandbox.run import cgroup_limits
 from raysandbox.worker import janitor
+from raysandbox.worker.events import FILE_NAME
 
 __all__ = ["Entered", "NotRestrictedError", "Worker", "enter"]
 
@@ -193,10 +194,31 @@ def _restrict(
     _set_environment(profile, worker, scratch)
     if not any(_is_below(os.getcwd(), each) for each in worker.working_dirs):
         os.chdir(scratch)
+    _drop_foreign_logs(worker)
     threads = restrict_threads(ruleset, canary, ready.program, timeout_s=_THREADS_S)
     os.close(ruleset)
     _check_threads(filtered=bool(ready.program))
     return threads
+
+
+def _drop_foreign_logs(worker: Worker) -> None:
+    """Point descriptors of raylet's logs, which it leaks to workers, nowhere.
+
+    Landlock looks when a file is opened, and these are open.
+    """
+    own = (str(worker.event["worker"]), f"_{os.getpid()}.", f"-{os.getpid()}.")
+    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            target = os.readlink(f"/proc/self/fd/{name}")
+        except FileNotFoundError:
+            continue  # the listing's own
+        file = os.path.basename(target)
+        if not _is_below(target, worker.log_dir) or file == FILE_NAME:
+            continue
+        if not any(mark in file for mark in own):
+            os.dup2(null, int(name), inheritable=False)
+    os.close(null)
 
 
 def _is_below(path: str, directory: str) -> bool:

@@ -47,6 +47,19 @@ PROFILES = {
         [syscalls]
         action = "kill"
         """,
+    "inside": """
+        extends = "trusted"
+        [limits]
+        memory = "512MiB"
+        pids = 200
+        [filesystem]
+        scratch = "64MiB"
+        """,
+    "demanding": """
+        extends = "trusted"
+        [namespaces]
+        required = true
+        """,
     "broken": """
         extends = "standard"
         [limits]
