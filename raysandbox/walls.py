@@ -184,6 +184,8 @@ def _paths(profile: Profile, around: Surroundings) -> dict[str, int]:
 
     for path in (*_PROC_FILES, *_SYS_DIRECTORIES, around.own_proc):
         allow(path, landlock.READ)
+    # Ray lists it when a worker ends, and aborts if it can't.
+    allow("/proc", landlock.READ_DIR)
     for where, entries, access in (
         ("filesystem.read", files.read, landlock.READ),
         ("filesystem.write", files.write, landlock.WRITE),

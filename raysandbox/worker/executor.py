@@ -201,7 +201,7 @@ class JailExecutor(seams.Executor):
                 if profile.boundary != "worker":
                     return False
                 if self._serves_jails:
-                    self._leave(profile, "it has served tasks in jails")
+                    self._leave(profile.name, "it has served tasks in jails")
                 self._enter(profile)
             except inside.NotRestrictedError as error:
                 seams.leave(str(error))
@@ -252,34 +252,35 @@ class JailExecutor(seams.Executor):
 
     def guarded(self, info: Any) -> Any:
         """See :class:`seams.Executor`."""
-        if self._inside is None or not self._worker.actor_id.is_nil():
+        served, original = self._inside, info.function
+        if served is None or not self._worker.actor_id.is_nil():
             return info
-        original = info.function
 
         @functools.wraps(original)
         def run(*args: Any, **kwargs: Any) -> Any:
-            self._check_inside()
+            self._check_inside(served)
             return original(*args, **kwargs)
 
         return seams.with_function(info, run, 1 if self._leaves else info.max_calls)
 
-    def _check_inside(self) -> None:
+    def _check_inside(self, served: profiles.Profile) -> None:
         """Serve no other profile's task, even if raylet should send one."""
-        profile = self._profile()
-        if self._inside is not None and profile.name != self._inside.name:
-            self._leave(profile, f"it serves {self._inside.name!r} for life")
+        names = client.tags_of(self._worker.core_worker.resource_ids())
+        if names != {served.name}:
+            asked = ", ".join(sorted(names)) or "no tag"
+            self._leave(asked, f"it serves {served.name!r} for life")
 
     def _begin_jail(self, profile: profiles.Profile, task: str) -> None:
         if profile.boundary == "worker":
             if self._refusal is not None:
                 raise self._refusal
-            self._leave(profile, "it has served tasks in jails")
+            self._leave(profile.name, "it has served tasks in jails")
         self._serves_jails = True
 
-    def _leave(self, profile: profiles.Profile, why: str) -> NoReturn:
+    def _leave(self, asked: str, why: str) -> NoReturn:
         """End this worker: the task is tried again in one that may serve it."""
         seams.leave(
-            f"raysandbox: a task of profile {profile.name!r} came to a worker that "
+            f"raysandbox: a task of profile {asked!r} came to a worker that "
             f"can't serve it: {why}. It is tried again elsewhere, which counts as a "
             "retry; `import raysandbox` where tasks are submitted avoids it"
         )

@@ -44,7 +44,7 @@ class Worker:
     """What :func:`enter` must know of this Ray worker.
 
     Attributes:
-        python_path: Its module search path, the user's directories included.
+        python_path: Its module search path; nothing of a user's.
         working_dirs: Directories of the runtime environment.
         variables: The runtime environment's own variables.
         ports: TCP ports that Ray may connect to from here.
@@ -123,6 +123,7 @@ def enter(profile: Profile, worker: Worker) -> Entered:
             group=groups.describe(group),
             log_dir=worker.log_dir,
             event={**worker.event, "profile": profile.name},
+            python_path=worker.python_path,
         )
     except BaseException as error:
         shutil.rmtree(own, ignore_errors=True)

@@ -13,6 +13,7 @@ import select
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from raysandbox.errors import SetupError
@@ -22,8 +23,8 @@ from raysandbox.worker.events import EventLog
 __all__ = ["main", "start"]
 
 _CODE = (
-    "import sys; sys.path.insert(0, sys.argv[1]); "
-    "from raysandbox.worker.janitor import main; main(sys.argv[2])"
+    "import sys; sys.path[:0] = sys.argv[2:]; "
+    "from raysandbox.worker.janitor import main; main(sys.argv[1])"
 )
 _START_S = 30.0
 
@@ -34,6 +35,7 @@ def start(
     group: dict[str, Any] | None,
     log_dir: str,
     event: dict[str, Any],
+    python_path: Sequence[str],
 ) -> None:
     """Start one for this process.
 
@@ -42,6 +44,7 @@ def start(
         group: From ``Cgroups.describe``; None if there is none.
         log_dir: Where the event goes.
         event: What the event of the end says besides usage.
+        python_path: Module search path; nothing of a user's.
 
     Raises:
         SetupError: It did not come up.
@@ -54,7 +57,8 @@ def start(
         "log_dir": log_dir,
         "event": event,
     }
-    command = [sys.executable, "-I", "-S", "-c", _CODE, package, json.dumps(order)]
+    command = [sys.executable, "-I", "-S", "-c", _CODE, json.dumps(order)]
+    command += [package, *python_path]
     done = subprocess.run(
         command,
         stdin=subprocess.DEVNULL,
@@ -82,14 +86,17 @@ def main(text: str) -> None:
     poll = select.poll()
     poll.register(watched, select.POLLIN)
     poll.poll()
-    usage = cgroup.Usage()
+    group = None
     if order["group"] is not None:
         group = cgroup.Cgroups.adopt(order["group"])
         group.kill()
-        usage = group.usage()
-        group.remove()
-        group.owner.close()
     shutil.rmtree(order["directory"], ignore_errors=True)
+    try:
+        usage = group.usage() if group is not None else cgroup.Usage()
+    finally:
+        if group is not None:
+            group.remove()
+            group.owner.close()
     log.write(
         "worker_ended",
         **order["event"],

@@ -26,7 +26,6 @@ import os
 import pickle
 import sys
 import threading
-import time
 import traceback
 import types
 from collections.abc import Callable, Iterable
@@ -54,8 +53,6 @@ __all__ = [
 ]
 
 _ABSENT = object()
-# How long Ray has to write down why a worker leaves.
-_LAST_WORDS_S = 2.0
 
 
 class SealedArgument:
@@ -610,10 +607,14 @@ def with_function(info: Any, function: Callable[..., Any], max_calls: int) -> An
 
 
 def leave(reason: str) -> NoReturn:
-    """End this worker now; Ray is told why and starts others in its place."""
-    ray_worker.global_worker.core_worker.drain_and_exit_worker("system", reason)
-    time.sleep(_LAST_WORDS_S)
-    os._exit(1)
+    """End this worker instead of running the task that is to run now.
+
+    As a worker that breaks: Ray writes the reason down, and tries the task
+    again in another one if it may be tried again.
+    """
+    leaving = SystemExit(1)
+    leaving.ray_terminate_msg = reason  # type: ignore[attr-defined]
+    raise leaving
 
 
 def ray_ports() -> tuple[frozenset[int], str]:

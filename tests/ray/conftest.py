@@ -49,14 +49,16 @@ PROFILES = {
         """,
     "inside": """
         extends = "trusted"
+        why = "as trusted, with less room"
+        filesystem.scratch = "64MiB"
+        filesystem.why = "as trusted"
         [limits]
         memory = "512MiB"
         pids = 200
-        [filesystem]
-        scratch = "64MiB"
         """,
     "demanding": """
         extends = "trusted"
+        why = "more than a running worker can give"
         [namespaces]
         required = true
         """,

@@ -156,10 +156,11 @@ def test_cancel():
     """ray.cancel interrupts the task, and the worker goes on."""
 
     @ray.remote(resources=TRUSTED)
-    def sleep():
-        time.sleep(60)
+    def run():
+        while True:
+            time.sleep(0.01)
 
-    ref = sleep.remote()
+    ref = run.remote()
     time.sleep(1)
     ray.cancel(ref)
     with pytest.raises(ray.exceptions.TaskCancelledError):
@@ -213,8 +214,9 @@ def test_actors_restart():
     actor = Actor.remote()
     first = ray.get(actor.pid.remote(), timeout=60)
     ray.kill(actor, no_restart=False)
-    second = ray.get(actor.pid.remote(), timeout=60)
-    assert first != second
+    deadline = time.monotonic() + 60
+    while (second := ray.get(actor.pid.remote(), timeout=60)) == first:
+        assert time.monotonic() < deadline
     assert entered(second)["profile"] == "trusted"
 
 
@@ -228,7 +230,7 @@ def test_untagged_tasks_stay_in_jails():
     def look():
         return ray.get_runtime_context().get_worker_id()
 
-    with pytest.raises(raysandbox.TaskUnsupported):
+    with pytest.raises(Exception, match=r"ray\.put\(\) is not available in a jail"):
         ray.get(ray.remote(lambda: ray.put(1)).remote(), timeout=60)
     worker = ray.get(look.remote(), timeout=60)
     assert not [
@@ -252,7 +254,7 @@ def test_each_worker_serves_one_profile():
     other = ray.remote(resources=INSIDE, max_retries=0)(pid)
     jailed = ray.remote(resources=STRICT, max_retries=0)(worker)
     seen = {"trusted": set(), "inside": set()}
-    for _ in range(6):
+    for _ in range(3):
         refs = [each.remote() for each in (trusted, other, jailed)]
         one, two, three = ray.get(refs, timeout=60)
         seen["trusted"].add(one)
@@ -288,25 +290,31 @@ FOREIGN_DRIVER = """
     import os, ray, sys
     ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR",
              runtime_env={"worker_process_setup_hook": "raysandbox.worker_hook"})
-    assert "raysandbox" not in sys.modules
-    def options(name): return {"resources": {"sandbox:" + name: 1}, "max_retries": 0}
-    @ray.remote(**options("trusted"))
-    def trusted(): return os.getpid()
-    @ray.remote(**options("inside"))
-    def inside(): return os.getpid()
-    @ray.remote(**options("strict"))
-    def strict(): return "in a jail"
+    def options(name, **more): return {"resources": {"sandbox:" + name: 1}, **more}
+    def pid(): return os.getpid()
+    def where(): return ray.get_runtime_context().get_worker_id()
+    trusted = ray.remote(**options("trusted", max_retries=0))(pid)
+    inside = ray.remote(**options("inside", max_retries=0))(pid)
+    strict = ray.remote(**options("strict", max_retries=0))(where)
     found = []
-    for _ in range(3):
-        found += ray.get([trusted.remote(), inside.remote()], timeout=90)
-        assert ray.get(strict.remote(), timeout=60) == "in a jail"
-    assert len(set(found)) == len(found), found
-    print("served", len(found))
+    for _ in range(2):
+        found += ray.get([trusted.remote(), inside.remote()], timeout=60)
+    assert len(set(found)) == 4, found
+    jail = ray.get(strict.remote(), timeout=60)
+    # That worker is idle now, and raylet would take it: it leaves instead.
+    again = ray.remote(**options("trusted", max_retries=1))(where)
+    assert ray.get(again.remote(), timeout=60) != jail
+    assert "raysandbox" not in sys.modules
+    print("served")
 """
 
 
 def test_driver_without_raysandbox_is_served():
-    """Its workers leave after each task, so that no other profile's comes to them."""
+    """Its workers leave after each task, so that no other profile's comes to them.
+
+    Where a worker has served jails already, a retry is used up: Ray has no other
+    way to send a task elsewhere.
+    """
     address = ray.get_runtime_context().gcs_address
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(FOREIGN_DRIVER), address],
@@ -315,7 +323,7 @@ def test_driver_without_raysandbox_is_served():
         timeout=110,
         cwd="/",
     )
-    assert "served 6" in done.stdout, done.stderr[-3000:]
+    assert "served" in done.stdout, done.stderr[-3000:]
 
 
 def test_a_required_wall_that_is_missing_refuses():
@@ -455,7 +463,7 @@ def test_memory_bomb_ends_the_worker_alone():
 
     code = "import os; [bytearray(os.urandom(1 << 20)) for _ in range(600)]"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-    pid = inside(os.getpid, tag=INSIDE)
+    pid = inside(lambda: os.getpid(), tag=INSIDE)
     with pytest.raises(ray.exceptions.RayError) as caught:
         inside(fill, tag=INSIDE)
     assert not isinstance(caught.value, ray.exceptions.RayTaskError)
@@ -555,7 +563,8 @@ def test_threads_from_before_are_behind_the_walls(secret, victim):
             )
             done.set()
 
-        ray.put(1)._on_completed(on_a_thread_of_rays)
+        ref = ray.put(1)
+        ref._on_completed(on_a_thread_of_rays)
         assert done.wait(30)
         return os.getpid(), threading.get_native_id(), answer[0]
 
