@@ -463,7 +463,11 @@ def test_memory_bomb_ends_the_worker_alone():
 
     code = "import os; [bytearray(os.urandom(1 << 20)) for _ in range(600)]"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-    pid = inside(lambda: os.getpid(), tag=INSIDE)
+
+    def own_pid():
+        return os.getpid()
+
+    pid = inside(own_pid, tag=INSIDE)
     with pytest.raises(ray.exceptions.RayError) as caught:
         inside(fill, tag=INSIDE)
     assert not isinstance(caught.value, ray.exceptions.RayTaskError)
