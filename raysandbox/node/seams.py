@@ -93,6 +93,21 @@ class RayletCommand:
                 raise _moved(f"the interpreter at the start of {name}")
             self.process.set_argument(name, program + value[len(first) :])
 
+    def refuse_other_languages(self, program: str) -> None:
+        """Let `program` refuse Java and C++ workers, installed or not.
+
+        Raylet drops the first two words of such a command when the second is
+        ``setup_worker.py``, and ends itself when it is asked for a language
+        that has no command: so there is one, and its second word is ours.
+        """
+        for language in ("java", "cpp"):
+            name = f"--{language}_worker_command"
+            rest = self.process.argument(name).split(" ")[2:]
+            command = " ".join([program, f"--refused={language}", *rest])
+            if "RAY_WORKER_DYNAMIC_OPTION_PLACEHOLDER" not in command:
+                command += " RAY_WORKER_DYNAMIC_OPTION_PLACEHOLDER"
+            self.process.set_argument(name, command)
+
     def wrap_agent(self, name: str, python: str, module: str) -> None:
         """Start an agent through ``python -m module SCRIPT …``."""
         value = self.process.argument(name)
