@@ -21,7 +21,7 @@ import stat
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -36,11 +36,16 @@ else:
 __all__ = [
     "ENV",
     "SITE_DIR",
+    "as_tuples",
     "check",
+    "explain",
     "find",
+    "joined",
     "load",
     "load_file",
     "names",
+    "parse_trusted",
+    "read_trusted",
     "search_path",
     "shipped_dir",
     "strictest",
@@ -137,7 +142,7 @@ def load_file(path: str | os.PathLike[str]) -> Profile:
     """Load a profile from a file of any place; as `load` otherwise."""
     profile, problems = _load(Path(path))
     if profile is None or problems:
-        raise _joined(problems)
+        raise joined(problems)
     return profile
 
 
@@ -188,7 +193,7 @@ def _load(path: Path) -> tuple[Profile | None, list[ProfileError]]:
         base = origin.get("syscalls.oci", file).parent
         oci = base / value
         try:
-            return OciPolicy(str(oci), _read(oci).decode())
+            return OciPolicy(str(oci), read_trusted(oci).decode())
         except ProfileError as error:
             raise ValueError(f"{error.source}: {error.reason}") from error
         except UnicodeDecodeError as error:
@@ -196,10 +201,10 @@ def _load(path: Path) -> tuple[Profile | None, list[ProfileError]]:
 
     try:
         profile = Profile.model_validate(
-            _tuples(merged), context={"read_oci": read_oci}
+            as_tuples(merged), context={"read_oci": read_oci}
         )
     except ValidationError as error:
-        return None, [_explain(each, merged, origin, file) for each in error.errors()]
+        return None, [explain(each, origin, file) for each in error.errors()]
     problems = _unknown_syscalls(profile, origin, file)
     profile._source = str(file)
     return profile, problems
@@ -210,7 +215,7 @@ def _chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:
     chain: list[tuple[Path, dict[str, Any]]] = []
     seen: list[str] = []
     while True:
-        tables = _parse(path)
+        tables = parse_trusted(path)
         chain.append((path, tables))
         seen.append(os.path.realpath(path))
         base = tables.pop("extends", None)
@@ -262,9 +267,10 @@ def _merge(
         into[key] = table
 
 
-def _parse(path: Path) -> dict[str, Any]:
+def parse_trusted(path: Path) -> dict[str, Any]:
+    """Read and parse a TOML file; see `read_trusted`."""
     try:
-        return tomllib.loads(_read(path).decode())
+        return tomllib.loads(read_trusted(path).decode())
     except UnicodeDecodeError as error:
         raise ProfileError(source=str(path), reason="is not UTF-8 text") from error
     except tomllib.TOMLDecodeError as error:
@@ -274,7 +280,7 @@ def _parse(path: Path) -> dict[str, Any]:
 # --- who may have written it ----------------------------------------------------
 
 
-def _read(path: Path) -> bytes:
+def read_trusted(path: Path) -> bytes:
     """Read a file that only root and we can have written.
 
     Looks at the descriptor, not at the name: what is read is what was checked.
@@ -343,8 +349,8 @@ def _unreadable(path: Path, error: OSError) -> ProfileError:
 # --- saying what is wrong ---------------------------------------------------------
 
 
-def _joined(problems: list[ProfileError]) -> ProfileError:
-    """One error for all: its message has a line for each."""
+def joined(problems: list[ProfileError]) -> ProfileError:
+    """Return one error for all: its message has a line for each."""
     first, *others = problems
     if not others:
         return first
@@ -356,12 +362,12 @@ def _joined(problems: list[ProfileError]) -> ProfileError:
     )
 
 
-def _tuples(value: Any) -> Any:
-    """TOML's lists as the tuples of a frozen model."""
+def as_tuples(value: Any) -> Any:
+    """Return a TOML value with tuples for lists, as a frozen model has them."""
     if isinstance(value, dict):
-        return {key: _tuples(inner) for key, inner in value.items()}
+        return {key: as_tuples(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return tuple(_tuples(inner) for inner in value)
+        return tuple(as_tuples(inner) for inner in value)
     return value
 
 
@@ -370,20 +376,28 @@ def _meant(word: str, known: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else ""
 
 
-def _keys_of(location: tuple[int | str, ...]) -> tuple[str, list[str]]:
+def _keys_of(
+    location: tuple[int | str, ...], model: type[BaseModel]
+) -> tuple[str, list[str]]:
     """Return the table that a location's last part is in, and its keys."""
-    model: type[BaseModel] = Profile
+    more = ["extends"] if model is Profile else []
     table = ""
     for part in location[:-1]:
         for name, field in model.model_fields.items():
-            if (field.alias or name) == part and _is_section(field.annotation):
-                model, table = field.annotation, str(part)  # type: ignore[assignment]
+            section = _section_of(field.annotation)
+            if (field.alias or name) == part and section is not None:
+                model, table = section, str(part)
     keys = [field.alias or name for name, field in model.model_fields.items()]
-    return table, sorted(keys if table else [*keys, "extends"])
+    return table, sorted(keys if table else [*keys, *more])
 
 
-def _is_section(annotation: object) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+def _section_of(annotation: object) -> type[BaseModel] | None:
+    """Return the model of a table, or of each table of a list."""
+    if get_origin(annotation) is tuple:
+        annotation = get_args(annotation)[0]
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return None
 
 
 _RULES = {
@@ -398,17 +412,18 @@ _RULES = {
 }
 
 
-def _explain(
+def explain(
     problem: Mapping[str, Any],
-    merged: dict[str, Any],
-    origin: dict[str, Path],
+    origin: Mapping[str, Path],
     file: Path,
+    model: type[BaseModel] = Profile,
 ) -> ProfileError:
+    """Turn one of pydantic's problems into ours: place, value, rule."""
     location = tuple(part for part in problem["loc"] if part != "[key]")
     kind, context = problem["type"], problem.get("ctx", {})
     value = problem["input"]
     if kind == "extra_forbidden":
-        table, known = _keys_of(location)
+        table, known = _keys_of(location, model)
         place = f"[{table}] has" if table else "there are"
         word = str(location[-1])
         reason = _meant(word, known) or f"{place} {', '.join(known)}"

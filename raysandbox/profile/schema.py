@@ -42,9 +42,13 @@ __all__ = [
     "Profile",
     "RayApi",
     "Results",
+    "Section",
     "Syscalls",
+    "at_least",
     "is_name",
     "json_schema",
+    "matching",
+    "or_unlimited",
 ]
 
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}")
@@ -71,7 +75,9 @@ def is_name(name: str) -> bool:
 # --- types of single values -------------------------------------------------
 
 
-def _at_least(least: int, shown: str) -> AfterValidator:
+def at_least(least: int, shown: str) -> AfterValidator:
+    """Refuse a number below ``least``, which messages write as ``shown``."""
+
     def check(value: int) -> int:
         if value < least:
             raise ValueError(f"must be at least {shown}")
@@ -80,7 +86,8 @@ def _at_least(least: int, shown: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-def _or_unlimited(value: object) -> object:
+def or_unlimited(value: object) -> object:
+    """Return None for ``"unlimited"``, everything else as it is."""
     return None if value == "unlimited" else value
 
 
@@ -99,21 +106,21 @@ _Rate = Annotated[
 ]
 OptionalSize = Annotated[
     Size | None,
-    BeforeValidator(_or_unlimited),
+    BeforeValidator(or_unlimited),
     WithJsonSchema(
         {"anyOf": [{"type": "string", "pattern": SIZE_PATTERN}, _UNLIMITED]}
     ),
 ]
 OptionalDuration = Annotated[
     Duration | None,
-    BeforeValidator(_or_unlimited),
+    BeforeValidator(or_unlimited),
     WithJsonSchema(
         {"anyOf": [{"type": "string", "pattern": DURATION_PATTERN}, _UNLIMITED]}
     ),
 ]
 OptionalRate = Annotated[
-    Annotated[_Rate, _at_least(4096, "4KiB/s")] | None,
-    BeforeValidator(_or_unlimited),
+    Annotated[_Rate, at_least(4096, "4KiB/s")] | None,
+    BeforeValidator(or_unlimited),
     WithJsonSchema(
         {"anyOf": [{"type": "string", "pattern": RATE_PATTERN}, _UNLIMITED]}
     ),
@@ -121,7 +128,7 @@ OptionalRate = Annotated[
 
 
 def _cores(value: object) -> object:
-    value = _or_unlimited(value)
+    value = or_unlimited(value)
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -154,7 +161,9 @@ def _path(value: str) -> str:
     return value
 
 
-def _matching(pattern: re.Pattern[str], rule: str) -> AfterValidator:
+def matching(pattern: re.Pattern[str], rule: str) -> AfterValidator:
+    """Refuse a text that ``pattern`` does not match whole; say ``rule``."""
+
     def check(value: str) -> str:
         if pattern.fullmatch(value) is None:
             raise ValueError(rule)
@@ -194,8 +203,8 @@ Reason = Annotated[
 ]
 
 
-SyscallName = Annotated[str, _matching(_SYSCALL, "must be a system call's name")]
-VariableName = Annotated[str, _matching(_VARIABLE, "must be a variable's name")]
+SyscallName = Annotated[str, matching(_SYSCALL, "must be a system call's name")]
+VariableName = Annotated[str, matching(_VARIABLE, "must be a variable's name")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,8 +231,8 @@ def _read_oci(value: object, info: ValidationInfo) -> object:
 # --- sections -----------------------------------------------------------------
 
 
-class _Section(BaseModel):
-    """A table of a profile.
+class Section(BaseModel):
+    """A table of a profile or a policy.
 
     ``deviations`` says which of its values weaken the default.
     """
@@ -249,7 +258,7 @@ class _Section(BaseModel):
         ]
 
     @model_validator(mode="after")
-    def _explained(self) -> _Section:
+    def _explained(self) -> Section:
         weakened = self.deviations()
         if weakened and not self.why.strip():
             raise ValueError(f'weakens {", ".join(weakened)}: say why = "…"')
@@ -262,7 +271,7 @@ Required = Annotated[
 ]
 
 
-class Namespaces(_Section):
+class Namespaces(Section):
     """Kernel namespaces that a jail has to itself."""
 
     weak: ClassVar[Mapping[str, tuple[object, ...]]] = dict.fromkeys(
@@ -277,7 +286,7 @@ class Namespaces(_Section):
     uts: bool = True
     cgroup: bool = True
     hostname: Annotated[
-        str, _matching(_HOSTNAME, "must be a host name: a-z, 0-9 and -")
+        str, matching(_HOSTNAME, "must be a host name: a-z, 0-9 and -")
     ] = "jail"
     required: Required = True
 
@@ -289,7 +298,7 @@ class Namespaces(_Section):
         return self
 
 
-class Filesystem(_Section):
+class Filesystem(Section):
     """What of the host's files is there, and the jail's own scratch."""
 
     read: Annotated[
@@ -301,7 +310,7 @@ class Filesystem(_Section):
     hide: Annotated[Paths, Field(description="Paths below those that are masked.")] = ()
     scratch_bytes: Annotated[
         Size,
-        _at_least(1 << 20, "1MiB"),
+        at_least(1 << 20, "1MiB"),
         Field(
             alias="scratch", description="Size of /scratch, /tmp, /dev/shm together."
         ),
@@ -329,7 +338,7 @@ class Filesystem(_Section):
         return self
 
 
-class Landlock(_Section):
+class Landlock(Section):
     """The kernel's second look at each access to a file, port or signal."""
 
     weak: ClassVar[Mapping[str, tuple[object, ...]]] = {
@@ -349,7 +358,7 @@ class Landlock(_Section):
     required: Required = True
 
 
-class Network(_Section):
+class Network(Section):
     """What a jail can reach."""
 
     mode: Annotated[
@@ -358,7 +367,7 @@ class Network(_Section):
     required: Required = True
 
 
-class Syscalls(_Section):
+class Syscalls(Section):
     """The system-call filter: an allow-list of groups."""
 
     weak: ClassVar[Mapping[str, tuple[object, ...]]] = {
@@ -433,7 +442,7 @@ class Syscalls(_Section):
         )
 
 
-class Limits(_Section):
+class Limits(Section):
     """Resources that one task may use, all of its processes together."""
 
     cpu_cores: Annotated[
@@ -445,7 +454,7 @@ class Limits(_Section):
     ] = None
     memory_bytes: Annotated[
         Size,
-        _at_least(64 << 20, "64MiB"),
+        at_least(64 << 20, "64MiB"),
         Field(alias="memory", description="Hard ceiling, scratch included."),
     ] = 1 << 30
     swap_bytes: Annotated[
@@ -475,7 +484,7 @@ class Limits(_Section):
     ] = None
     output_bytes: Annotated[
         Size,
-        _at_least(4096, "4KiB"),
+        at_least(4096, "4KiB"),
         Field(alias="output", description="stdout and stderr together."),
     ] = 16 << 20
     required: Required = True
@@ -489,7 +498,7 @@ class Limits(_Section):
         return self
 
 
-class ObjectStore(_Section):
+class ObjectStore(Section):
     """How much one task may take from and put into Ray's object store."""
 
     weak: ClassVar[Mapping[str, tuple[object, ...]]] = {}
@@ -505,7 +514,7 @@ class ObjectStore(_Section):
     ] = 512 << 20
 
 
-class Results(_Section):
+class Results(Section):
     """How a result reaches the driver."""
 
     weak: ClassVar[Mapping[str, tuple[object, ...]]] = {"mode": ("pickle",)}
@@ -519,7 +528,7 @@ class Results(_Section):
     ] = "data"
 
 
-class Environment(_Section):
+class Environment(Section):
     """Variables of the worker that the task sees."""
 
     weak: ClassVar[Mapping[str, tuple[object, ...]]] = {}
@@ -550,7 +559,7 @@ class Environment(_Section):
         return self
 
 
-class RayApi(_Section):
+class RayApi(Section):
     """Use of Ray from inside a jail; reserved."""
 
     weak: ClassVar[Mapping[str, tuple[object, ...]]] = {}
@@ -560,14 +569,14 @@ class RayApi(_Section):
     ] = False
 
 
-class Profile(_Section):
+class Profile(Section):
     """Everything that decides what a task may do; see `raysandbox.profile`."""
 
     weak: ClassVar[Mapping[str, tuple[object, ...]]] = {"boundary": ("job", "worker")}
 
     name: Annotated[
         str,
-        _matching(_NAME, "must be of a-z, 0-9, _ and -, and start with a letter"),
+        matching(_NAME, "must be of a-z, 0-9, _ and -, and start with a letter"),
         Field(description="Same as the file's name without .toml; may be left out."),
     ]
     description: Annotated[str, Field(description="One line for `profiles list`.")] = ""
@@ -579,9 +588,7 @@ class Profile(_Section):
         ),
     ] = "task"
     preload: Annotated[
-        tuple[
-            Annotated[str, _matching(_MODULE, "must be a module's dotted name")], ...
-        ],
+        tuple[Annotated[str, matching(_MODULE, "must be a module's dotted name")], ...],
         Unique,
         Field(description="Modules that every jail finds imported already."),
     ] = ()
