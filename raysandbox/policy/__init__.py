@@ -10,6 +10,7 @@ from raysandbox.policy.decide import (
     decide,
     jail_variables,
     runtime_env_refusals,
+    tag_of,
     variable_kind,
 )
 from raysandbox.policy.load import (
@@ -21,10 +22,12 @@ from raysandbox.policy.load import (
     load,
     load_node,
     lower,
+    sealed_variables,
     unseal,
 )
 from raysandbox.policy.schema import (
     STRICTEST,
+    TAG_PREFIX,
     Audit,
     Ceilings,
     ObjectStore,
@@ -43,6 +46,7 @@ __all__ = [
     "RAY_VARIABLES",
     "SITE_FILE",
     "STRICTEST",
+    "TAG_PREFIX",
     "Audit",
     "Ceilings",
     "Decision",
@@ -64,6 +68,8 @@ __all__ = [
     "load_node",
     "lower",
     "runtime_env_refusals",
+    "sealed_variables",
+    "tag_of",
     "unseal",
     "variable_kind",
 ]

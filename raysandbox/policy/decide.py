@@ -7,12 +7,14 @@ something is missing, it is ``strict`` or a refusal, never anything laxer.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-from raysandbox.policy.schema import STRICTEST, Policy, Rule
+from raysandbox.errors import ProfileError
+from raysandbox.policy.schema import STRICTEST, TAG_PREFIX, Policy, Rule
 
 __all__ = [
     "LOADER_VARIABLES",
@@ -22,6 +24,7 @@ __all__ = [
     "decide",
     "jail_variables",
     "runtime_env_refusals",
+    "tag_of",
     "variable_kind",
 ]
 
@@ -60,6 +63,31 @@ class Decision:
     why: str
     remedy: str = ""
     skipped: tuple[str, ...] = ()
+
+
+# Ray's names for resources that a placement group reserved.
+_IN_GROUP = re.compile(r"(.+?)_group_(?:\d+_)?[0-9a-f]{16,}")
+
+
+def tag_of(resources: Mapping[str, Any]) -> str | None:
+    """Return the profile that a task's resources name, or None without a tag.
+
+    Raises:
+        ProfileError: Two tags.
+    """
+    names = set()
+    for resource in resources:
+        match = _IN_GROUP.fullmatch(resource)
+        plain = match[1] if match else resource
+        if plain.startswith(TAG_PREFIX):
+            names.add(plain.removeprefix(TAG_PREFIX))
+    if len(names) > 1:
+        raise ProfileError(
+            source="<tags>",
+            value=", ".join(sorted(names)),
+            reason="a task takes one sandbox tag",
+        )
+    return names.pop() if names else None
 
 
 def decide(policy: Policy, request: Request) -> Decision:

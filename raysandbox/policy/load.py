@@ -24,7 +24,7 @@ from pydantic import BaseModel, ValidationError
 
 from raysandbox import profile as profiles
 from raysandbox.errors import ProfileError
-from raysandbox.policy.schema import STRICTEST, Ceilings, Policy
+from raysandbox.policy.schema import STRICTEST, TAG_PREFIX, Ceilings, Policy
 from raysandbox.profile import OciPolicy, Profile
 from raysandbox.profile.load import as_tuples, explain, joined, parse_trusted
 from raysandbox.profile.order import Excess
@@ -44,6 +44,7 @@ __all__ = [
     "load",
     "load_node",
     "lower",
+    "sealed_variables",
     "unseal",
 ]
 
@@ -84,13 +85,17 @@ class Node:
 
     def resources(self) -> dict[str, float]:
         """Return the tags that this node offers, for ``--resources``."""
-        return {f"sandbox:{name}": n for name, n in self.policy.offer.items()}
+        return {f"{TAG_PREFIX}{name}": n for name, n in self.policy.offer.items()}
 
-    def seal(self) -> bytes:
+    def seal(self, variables: Mapping[str, str] | None = None) -> bytes:
         """Return all of it as one piece, for `unseal` in a worker.
 
         Nothing in it is secret; that nobody can change it on the way is for
         whoever passes it on.
+
+        Args:
+            variables: Our own variables (``RAYSANDBOX_*``) for every worker;
+                whatever its environment says, those are what it uses.
         """
         named = {
             name: {
@@ -105,6 +110,7 @@ class Node:
             "policy": dump(self.policy),
             "source": self.policy.source,
             "profiles": named,
+            "variables": dict(variables or {}),
         }
         return json.dumps(sealed).encode()
 
@@ -281,6 +287,11 @@ def unseal(data: bytes) -> Node:
             reason=f"is none of this raysandbox's ({error}); restart the node",
         ) from error
     return _node(policy, found)
+
+
+def sealed_variables(data: bytes) -> dict[str, str]:
+    """Return the variables that were sealed with a policy that `unseal` took."""
+    return {str(k): str(v) for k, v in json.loads(data)["variables"].items()}
 
 
 def _sealed_profile(name: str, sealed: dict[str, Any]) -> Profile:

@@ -41,6 +41,7 @@ from raysandbox.profile.units import parse_size
 
 __all__ = [
     "STRICTEST",
+    "TAG_PREFIX",
     "Audit",
     "Ceilings",
     "ObjectStore",
@@ -55,6 +56,8 @@ __all__ = [
 
 #: The profile that everybody may have, and that decides where nothing else does.
 STRICTEST = "strict"
+#: A resource of this prefix names the profile that a task asks for.
+TAG_PREFIX = "sandbox:"
 
 _RULE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,62}")
 _USER = re.compile(r"[a-z_][a-z0-9_-]{0,31}|[0-9]{1,10}")
