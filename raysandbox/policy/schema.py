@@ -31,12 +31,12 @@ from raysandbox.profile.schema import (
     Cores,
     OptionalDuration,
     OptionalSize,
-    Section,
     Unique,
     is_name,
-    matching,
-    or_unlimited,
 )
+from raysandbox.profile.schema import _matching as matching
+from raysandbox.profile.schema import _or_unlimited as or_unlimited
+from raysandbox.profile.schema import _Section as Section
 from raysandbox.profile.units import parse_size
 
 __all__ = [

@@ -42,13 +42,9 @@ __all__ = [
     "Profile",
     "RayApi",
     "Results",
-    "Section",
     "Syscalls",
-    "at_least",
     "is_name",
     "json_schema",
-    "matching",
-    "or_unlimited",
 ]
 
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}")
@@ -75,9 +71,7 @@ def is_name(name: str) -> bool:
 # --- types of single values -------------------------------------------------
 
 
-def at_least(least: int, shown: str) -> AfterValidator:
-    """Refuse a number below ``least``, which messages write as ``shown``."""
-
+def _at_least(least: int, shown: str) -> AfterValidator:
     def check(value: int) -> int:
         if value < least:
             raise ValueError(f"must be at least {shown}")
@@ -86,8 +80,7 @@ def at_least(least: int, shown: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-def or_unlimited(value: object) -> object:
-    """Return None for ``"unlimited"``, everything else as it is."""
+def _or_unlimited(value: object) -> object:
     return None if value == "unlimited" else value
 
 
@@ -106,21 +99,21 @@ _Rate = Annotated[
 ]
 OptionalSize = Annotated[
     Size | None,
-    BeforeValidator(or_unlimited),
+    BeforeValidator(_or_unlimited),
     WithJsonSchema(
         {"anyOf": [{"type": "string", "pattern": SIZE_PATTERN}, _UNLIMITED]}
     ),
 ]
 OptionalDuration = Annotated[
     Duration | None,
-    BeforeValidator(or_unlimited),
+    BeforeValidator(_or_unlimited),
     WithJsonSchema(
         {"anyOf": [{"type": "string", "pattern": DURATION_PATTERN}, _UNLIMITED]}
     ),
 ]
 OptionalRate = Annotated[
-    Annotated[_Rate, at_least(4096, "4KiB/s")] | None,
-    BeforeValidator(or_unlimited),
+    Annotated[_Rate, _at_least(4096, "4KiB/s")] | None,
+    BeforeValidator(_or_unlimited),
     WithJsonSchema(
         {"anyOf": [{"type": "string", "pattern": RATE_PATTERN}, _UNLIMITED]}
     ),
@@ -128,7 +121,7 @@ OptionalRate = Annotated[
 
 
 def _cores(value: object) -> object:
-    value = or_unlimited(value)
+    value = _or_unlimited(value)
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -161,9 +154,7 @@ def _path(value: str) -> str:
     return value
 
 
-def matching(pattern: re.Pattern[str], rule: str) -> AfterValidator:
-    """Refuse a text that ``pattern`` does not match whole; say ``rule``."""
-
+def _matching(pattern: re.Pattern[str], rule: str) -> AfterValidator:
     def check(value: str) -> str:
         if pattern.fullmatch(value) is None:
             raise ValueError(rule)
@@ -203,8 +194,8 @@ Reason = Annotated[
 ]
 
 
-SyscallName = Annotated[str, matching(_SYSCALL, "must be a system call's name")]
-VariableName = Annotated[str, matching(_VARIABLE, "must be a variable's name")]
+SyscallName = Annotated[str, _matching(_SYSCALL, "must be a system call's name")]
+VariableName = Annotated[str, _matching(_VARIABLE, "must be a variable's name")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,8 +222,8 @@ def _read_oci(value: object, info: ValidationInfo) -> object:
 # --- sections -----------------------------------------------------------------
 
 
-class Section(BaseModel):
-    """A table of a profile or a policy.
+class _Section(BaseModel):
+    """A table of a profile.
 
     ``deviations`` says which of its values weaken the default.
     """
@@ -258,7 +249,7 @@ class Section(BaseModel):
         ]
 
     @model_validator(mode="after")
-    def _explained(self) -> Section:
+    def _explained(self) -> _Section:
         weakened = self.deviations()
         if weakened and not self.why.strip():
             raise ValueError(f'weakens {", ".join(weakened)}: say why = "…"')
@@ -271,7 +262,7 @@ Required = Annotated[
 ]
 
 
-class Namespaces(Section):
+class Namespaces(_Section):
     """Kernel namespaces that a jail has to itself."""
 
     weak: ClassVar[Mapping[str, tuple[object, ...]]] = dict.fromkeys(
@@ -286,7 +277,7 @@ class Namespaces(Section):
     uts: bool = True
     cgroup: bool = True
     hostname: Annotated[
-        str, matching(_HOSTNAME, "must be a host name: a-z, 0-9 and -")
+        str, _matching(_HOSTNAME, "must be a host name: a-z, 0-9 and -")
     ] = "jail"
     required: Required = True
 
@@ -298,7 +289,7 @@ class Namespaces(Section):
         return self
 
 
-class Filesystem(Section):
+class Filesystem(_Section):
     """What of the host's files is there, and the jail's own scratch."""
 
     read: Annotated[
@@ -310,7 +301,7 @@ class Filesystem(Section):
     hide: Annotated[Paths, Field(description="Paths below those that are masked.")] = ()
     scratch_bytes: Annotated[
         Size,
-        at_least(1 << 20, "1MiB"),
+        _at_least(1 << 20, "1MiB"),
         Field(
             alias="scratch", description="Size of /scratch, /tmp, /dev/shm together."
         ),
@@ -338,7 +329,7 @@ class Filesystem(Section):
         return self
 
 
-class Landlock(Section):
+class Landlock(_Section):
     """The kernel's second look at each access to a file, port or signal."""
 
     weak: ClassVar[Mapping[str, tuple[object, ...]]] = {
@@ -358,7 +349,7 @@ class Landlock(Section):
     required: Required = True
 
 
-class Network(Section):
+class Network(_Section):
     """What a jail can reach."""
 
     mode: Annotated[
@@ -367,7 +358,7 @@ class Network(Section):
     required: Required = True
 
 
-class Syscalls(Section):
+class Syscalls(_Section):
     """The system-call filter: an allow-list of groups."""
 
     weak: ClassVar[Mapping[str, tuple[object, ...]]] = {
@@ -442,7 +433,7 @@ class Syscalls(Section):
         )
 
 
-class Limits(Section):
+class Limits(_Section):
     """Resources that one task may use, all of its processes together."""
 
     cpu_cores: Annotated[
@@ -454,7 +445,7 @@ class Limits(Section):
     ] = None
     memory_bytes: Annotated[
         Size,
-        at_least(64 << 20, "64MiB"),
+        _at_least(64 << 20, "64MiB"),
         Field(alias="memory", description="Hard ceiling, scratch included."),
     ] = 1 << 30
     swap_bytes: Annotated[
@@ -484,7 +475,7 @@ class Limits(Section):
     ] = None
     output_bytes: Annotated[
         Size,
-        at_least(4096, "4KiB"),
+        _at_least(4096, "4KiB"),
         Field(alias="output", description="stdout and stderr together."),
     ] = 16 << 20
     required: Required = True
@@ -498,7 +489,7 @@ class Limits(Section):
         return self
 
 
-class ObjectStore(Section):
+class ObjectStore(_Section):
     """How much one task may take from and put into Ray's object store."""
 
     weak: ClassVar[Mapping[str, tuple[object, ...]]] = {}
@@ -514,7 +505,7 @@ class ObjectStore(Section):
     ] = 512 << 20
 
 
-class Results(Section):
+class Results(_Section):
     """How a result reaches the driver."""
 
     weak: ClassVar[Mapping[str, tuple[object, ...]]] = {"mode": ("pickle",)}
@@ -528,7 +519,7 @@ class Results(Section):
     ] = "data"
 
 
-class Environment(Section):
+class Environment(_Section):
     """Variables of the worker that the task sees."""
 
     weak: ClassVar[Mapping[str, tuple[object, ...]]] = {}
@@ -559,7 +550,7 @@ class Environment(Section):
         return self
 
 
-class RayApi(Section):
+class RayApi(_Section):
     """Use of Ray from inside a jail; reserved."""
 
     weak: ClassVar[Mapping[str, tuple[object, ...]]] = {}
@@ -569,14 +560,14 @@ class RayApi(Section):
     ] = False
 
 
-class Profile(Section):
+class Profile(_Section):
     """Everything that decides what a task may do; see `raysandbox.profile`."""
 
     weak: ClassVar[Mapping[str, tuple[object, ...]]] = {"boundary": ("job", "worker")}
 
     name: Annotated[
         str,
-        matching(_NAME, "must be of a-z, 0-9, _ and -, and start with a letter"),
+        _matching(_NAME, "must be of a-z, 0-9, _ and -, and start with a letter"),
         Field(description="Same as the file's name without .toml; may be left out."),
     ]
     description: Annotated[str, Field(description="One line for `profiles list`.")] = ""
@@ -588,7 +579,9 @@ class Profile(Section):
         ),
     ] = "task"
     preload: Annotated[
-        tuple[Annotated[str, matching(_MODULE, "must be a module's dotted name")], ...],
+        tuple[
+            Annotated[str, _matching(_MODULE, "must be a module's dotted name")], ...
+        ],
         Unique,
         Field(description="Modules that every jail finds imported already."),
     ] = ()
