@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,9 @@ from hypothesis import strategies as st
 
 from raysandbox import profile as profiles
 from raysandbox.errors import ProfileError
-from raysandbox.profile.load import ENV
+from raysandbox.profile.load import ENV, tomllib
 from raysandbox.profile.order import _IN_EVERY_SECTION, _ORDER
 from raysandbox.profile.schema import Profile
-from tests.require import require
 
 SHIPPED = ("fast", "standard", "strict")
 
@@ -56,7 +54,7 @@ def refusal(path: Path) -> ProfileError:
     return caught.value
 
 
-# --- shipped profiles -----------------------------------------------------------
+# --- shipped profiles ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -108,7 +106,7 @@ def test_shipped_order() -> None:
     assert {"boundary", "results.mode", "limits.memory"} <= {e.key for e in excess}
 
 
-# --- which file -----------------------------------------------------------------
+# --- which file ----------------------------------------------------------------
 
 
 def test_first_find_wins_and_may_shadow_a_shipped_name(write: Write) -> None:
@@ -166,9 +164,9 @@ def test_search_path_must_be_directories(
         profiles.load("strict")
 
 
+@pytest.mark.root
 def test_a_directory_that_is_closed_to_us_is_an_error(tmp_path: Path) -> None:
     """A profile that can't be looked up is not taken for one that isn't there."""
-    require("root")
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o700)
     (closed / "strict.toml").write_text("[limits]\npids = 32\n")
@@ -183,9 +181,8 @@ def test_a_directory_that_is_closed_to_us_is_an_error(tmp_path: Path) -> None:
         except ProfileError as error:
             return f"refused: {error}"
 
-    assert as_user(attempt) == f"refused: {closed}/strict.toml: can't be read: " + (
-        "Permission denied"
-    )
+    place = f"{closed}/strict.toml"
+    assert as_user(attempt) == f"refused: {place}: can't be read: Permission denied"
 
 
 def as_user(attempt: Callable[[], str], uid: int = 54321) -> str:
@@ -209,7 +206,7 @@ def as_user(attempt: Callable[[], str], uid: int = 54321) -> str:
     return answer
 
 
-# --- who may have written it ----------------------------------------------------
+# --- who may have written it ---------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", [0o666, 0o664, 0o646, 0o602])
@@ -313,7 +310,7 @@ def test_what_is_no_file_is_refused_at_once(site: Path) -> None:
     refusal(site / "zero.toml")
 
 
-# --- what is no profile at all ----------------------------------------------------
+# --- what is no profile at all -------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -372,7 +369,7 @@ def test_the_files_name_is_the_profiles(write: Write, tmp_path: Path) -> None:
     assert "end with .toml" in str(refusal(other))
 
 
-# --- what is wrong in it -----------------------------------------------------------
+# --- what is wrong in it -------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -380,8 +377,7 @@ def test_the_files_name_is_the_profiles(write: Write, tmp_path: Path) -> None:
     [
         (
             '[limits]\nmemory = "5"\n',
-            'limits.memory = "5": must be a size such as "64MiB" '
-            "(units B, KiB, MiB, GiB, TiB)",
+            'limits.memory = "5": must be a size such as "64MiB" (units B, KiB, MiB',
         ),
         (
             '[limits]\nmemory = "5MiB"\n',
@@ -472,7 +468,7 @@ def test_a_message_is_one_line_of_bounded_length(write: Write) -> None:
     assert shown.isprintable()
 
 
-# --- why -----------------------------------------------------------------------------
+# --- why -----------------------------------------------------------------------
 
 WEAK = [
     ("", "boundary = 'job'"),
@@ -521,7 +517,7 @@ def test_every_allowed_or_denied_call_has_its_reason(write: Write) -> None:
     assert loaded.syscalls.deny == {"ptrace": "no debugging"}
 
 
-# --- extends --------------------------------------------------------------------------
+# --- extends -------------------------------------------------------------------
 
 
 def test_only_what_differs_is_written(write: Write) -> None:
@@ -588,14 +584,14 @@ def test_a_chain_has_an_end(write: Write) -> None:
     assert "extends more than 16 profiles" in str(refusal(profiles.find("p0")))
 
 
-# --- units ------------------------------------------------------------------------------
+# --- units ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("text", "size"),
     [("0B", 0), ("1B", 1), ("1KiB", 1024), ("3GiB", 3 << 30), ("1TiB", 1 << 40)],
 )
-def test_sizes(text: str, size: int, write: Write) -> None:
+def test_sizes(text: str, size: int) -> None:
     """1 KiB is 1024 bytes; what is written back reads the same."""
     from raysandbox.profile import units
 
@@ -605,8 +601,8 @@ def test_sizes(text: str, size: int, write: Write) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "1", "MiB", "1 MiB", "1MB", "1mib", "1.5GiB", "-1B", "+1B", "1MiB\n", "\u0661B",
-     "1e3B", "0x1B", "9" * 20 + "B", "4194305TiB", 1, 1.0, True, None],
+    ["", "1", "MiB", "1 MiB", "1MB", "1mib", "1.5GiB", "-1B", "+1B", "1MiB\n",
+     "\u0661B", "1e3B", "0x1B", "9" * 20 + "B", "4194305TiB", 1, 1.0, True, None],
 )  # fmt: skip
 def test_no_sizes(text: object) -> None:
     """A unit is never guessed, and no number overflows the kernel's."""
@@ -632,7 +628,7 @@ def test_sizes_round_trip(size: int) -> None:
     assert round(units.parse_duration(text) * 1000) == milliseconds
 
 
-# --- schema and model -------------------------------------------------------------------
+# --- schema and model ----------------------------------------------------------
 
 # For each key, values to try: good ones, odd ones, bad ones.
 _SIZES = ["64MiB", "1GiB", "0B", "1MiB", "4096", 4096, "1MB", "", "9" * 20 + "B"]
@@ -691,7 +687,7 @@ VALUES: dict[str, list[Any]] = {
 # Rules that a JSON Schema of reasonable size does not say; see json_schema().
 ONLY_THE_LOADER = re.compile(
     r"say why|must be at least (\d+[A-Z]|100ms|\w+/s)|_time must be at least|"
-    r"no such profile|no system call|unknown group|must not match RAY|more than once in|"
+    r"no such profile|no system call|unknown group|must not match RAY|"
     r"must not exceed|can't be in both|hide takes paths|must be the file's name|"
     r"whole number|must be at most (4194304TiB|3650d)"
 )
@@ -784,7 +780,7 @@ def test_a_dumped_profile_loads_as_the_same(name: str, write: Write) -> None:
     assert again.model_dump(exclude={"name"}) == loaded.model_dump(exclude={"name"})
 
 
-# --- order ----------------------------------------------------------------------------
+# --- order ---------------------------------------------------------------------
 
 
 def test_every_key_has_its_place_in_the_order() -> None:
