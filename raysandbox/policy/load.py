@@ -150,7 +150,7 @@ def load(path: str | os.PathLike[str]) -> Policy:
 
 def _policy(tables: dict[str, Any], source: str) -> Policy:
     try:
-        policy = Policy.model_validate(as_tuples(tables))
+        policy = Policy.model_validate(tables)
     except ValidationError as error:
         problems = [
             explain(each, {}, Path(source), model=Policy) for each in error.errors()
@@ -190,10 +190,34 @@ def load_node(path: str | os.PathLike[str]) -> Node:
                     f'ceilings.boundary allows no weaker one than "{least}"',
                 )
             )
+        problems += _unkeepable(policy, each)
         found[name] = each
     if problems:
         raise joined(problems)
     return _node(policy, found)
+
+
+def _unkeepable(policy: Policy, profile: Profile) -> list[ProfileError]:
+    """Name the ceilings that this profile's boundary can't keep.
+
+    Ray's own process is not ended when a task's time runs out.
+    """
+    if profile.boundary != "worker":
+        return []
+    return [
+        ProfileError(
+            source=policy.source,
+            where=_where(policy, profile.name),
+            value=profile.name,
+            reason=f'has boundary = "worker", which can\'t keep ceilings.{key}',
+        )
+        for key, value in (
+            ("wall_time", policy.ceilings.wall_time_s),
+            ("cpu_time", policy.ceilings.cpu_time_s),
+            ("output", policy.ceilings.output_bytes),
+        )
+        if value is not None
+    ]
 
 
 def _node(policy: Policy, found: Mapping[str, Profile]) -> Node:
@@ -274,7 +298,7 @@ def unseal(data: bytes) -> Node:
         sealed = json.loads(data)
         if sealed["version"] != _SEAL_VERSION:
             raise ValueError(f"version {sealed['version']}")
-        policy = _policy(tomllib.loads(sealed["policy"]), sealed["source"])
+        policy = _policy(as_tuples(tomllib.loads(sealed["policy"])), sealed["source"])
         found = {
             name: _sealed_profile(name, each)
             for name, each in sealed["profiles"].items()

@@ -34,7 +34,8 @@ from raysandbox.profile.schema import (
     Unique,
     is_name,
 )
-from raysandbox.profile.schema import _matching as matching
+from raysandbox.profile.schema import _as_written as as_written
+from raysandbox.profile.schema import _Matching as Matching
 from raysandbox.profile.schema import _or_unlimited as or_unlimited
 from raysandbox.profile.schema import _Section as Section
 from raysandbox.profile.units import parse_size
@@ -227,7 +228,7 @@ class Rule(Section):
 
     name: Annotated[
         str,
-        matching(_RULE_NAME, "must be a short text of letters, digits, blanks, . _ -"),
+        Matching(_RULE_NAME, "must be a short text of letters, digits, blanks, . _ -"),
         Field(description="For messages and `policy explain`; unique."),
     ]
     namespaces: Annotated[
@@ -402,7 +403,7 @@ class Worker(Section):
 
     user: Annotated[
         str,
-        matching(_USER, "must be a user's name or number"),
+        Matching(_USER, "must be a user's name or number"),
         Field(
             description="Who workers run as where raylet is root's: a name, a number, "
             'or "auto" for an id that nobody else on the machine has.'
@@ -555,6 +556,15 @@ class Policy(Section):
 def json_schema() -> dict[str, Any]:
     """Return the JSON Schema of a policy file, for editors."""
     schema = Policy.model_json_schema(by_alias=True, mode="validation")
+    for section in (Policy, Rule, *_tables()):
+        table = schema if section is Policy else schema["$defs"][section.__name__]
+        for name, field in section.model_fields.items():
+            as_written(table["properties"][field.alias or name], name)
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "raysandbox node policy"
     return schema
+
+
+def _tables() -> list[type[Section]]:
+    annotations = (field.annotation for field in Policy.model_fields.values())
+    return [a for a in annotations if isinstance(a, type) and issubclass(a, Section)]

@@ -2,6 +2,8 @@
 
 Search path, first find wins: the directories of ``RAYSANDBOX_PROFILE_PATH``
 (separated by ``:``), ``/etc/raysandbox/profiles``, and the shipped profiles.
+What is on it and can't be read is an error: to go on to the next directory
+would run a task under another profile than the site's own.
 
 ``extends = "base"`` starts from another profile of the search path: tables
 merge key by key, everything else (lists included) is replaced. ``description``
@@ -9,13 +11,14 @@ is not inherited, and a ``why`` speaks for its own file only: a profile that
 writes into a section says why again if the section still weakens a default.
 
 A profile decides what hostile code may do, so who could have written it
-matters: a file or directory that group or others may write, or that belongs
-to anybody but root and us, is refused, not skipped.
+matters: a file, or a directory or link on the way to it, that group or others
+may write, or that belongs to anybody but root and us, is refused, not skipped.
 """
 
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import stat
 import sys
@@ -56,6 +59,8 @@ SITE_DIR = "/etc/raysandbox/profiles"
 
 _MOST_BYTES = 1 << 20
 _MOST_PARENTS = 16
+_MOST_LEVELS = 16
+_MOST_LINKS = 40  # as the kernel
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 
@@ -72,8 +77,9 @@ def search_path() -> list[Path]:
     """Return the directories that are searched, first first.
 
     Raises:
-        ProfileError: ``RAYSANDBOX_PROFILE_PATH`` names a relative directory,
-            which would make the profile depend on where a program is started.
+        ProfileError: ``RAYSANDBOX_PROFILE_PATH`` names what is no directory, or
+            a relative one, which would make the profile depend on where a
+            program is started.
     """
     found = []
     for entry in os.environ.get(ENV, "").split(":"):
@@ -83,6 +89,8 @@ def search_path() -> list[Path]:
             raise ProfileError(
                 source=ENV, value=entry, reason="must be absolute directories"
             )
+        if not os.path.isdir(entry):
+            raise ProfileError(source=ENV, value=entry, reason="is not a directory")
         found.append(Path(entry))
     return [*found, Path(SITE_DIR), shipped_dir()]
 
@@ -116,8 +124,13 @@ def find(name: str) -> Path:
         )
     for directory in search_path():
         path = directory / f"{name}.toml"
-        if os.path.lexists(path):
-            return path
+        try:
+            path.lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            raise _unreadable(path, error) from error
+        return path
     known = names()
     others = _meant(name, known) or f"there are {', '.join(known)}"
     raise ProfileError(
@@ -200,9 +213,7 @@ def _load(path: Path) -> tuple[Profile | None, list[ProfileError]]:
             raise ValueError("is not UTF-8 text") from error
 
     try:
-        profile = Profile.model_validate(
-            as_tuples(merged), context={"read_oci": read_oci}
-        )
+        profile = Profile.model_validate(merged, context={"read_oci": read_oci})
     except ValidationError as error:
         return None, [explain(each, origin, file) for each in error.errors()]
     problems = _unknown_syscalls(profile, origin, file)
@@ -232,14 +243,18 @@ def _chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:
                 value=base,
                 reason=error.reason,
             ) from error
-        if os.path.realpath(path) in seen or len(chain) >= _MOST_PARENTS:
-            steps = [file.name.removesuffix(".toml") for file, _ in chain]
-            raise ProfileError(
-                source=str(chain[0][0]),
-                where="extends",
-                value=base,
-                reason=f"goes in a circle: {' -> '.join([*steps, base])}",
-            )
+        steps = " -> ".join([*(file.stem for file, _ in chain), base])
+        if os.path.realpath(path) in seen:
+            reason = f"goes in a circle: {steps}"
+            if path == chain[-1][0]:
+                reason += "; to change a profile of the same name, use another name"
+        elif len(chain) >= _MOST_PARENTS:
+            reason = f"extends more than {_MOST_PARENTS} profiles: {steps}"
+        else:
+            continue
+        raise ProfileError(
+            source=str(chain[0][0]), where="extends", value=base, reason=reason
+        )
 
 
 def _merge(
@@ -270,11 +285,14 @@ def _merge(
 def parse_trusted(path: Path) -> dict[str, Any]:
     """Read and parse a TOML file; see `read_trusted`."""
     try:
-        return tomllib.loads(read_trusted(path).decode())
+        tables: dict[str, Any] = as_tuples(tomllib.loads(read_trusted(path).decode()))
     except UnicodeDecodeError as error:
         raise ProfileError(source=str(path), reason="is not UTF-8 text") from error
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # TOMLDecodeError, or a number of 5,000 digits
         raise ProfileError(source=str(path), reason=f"is not TOML: {error}") from error
+    except RecursionError as error:
+        raise ProfileError(source=str(path), reason="is nested too deeply") from error
+    return tables
 
 
 # --- who may have written it ----------------------------------------------------
@@ -285,43 +303,64 @@ def read_trusted(path: Path) -> bytes:
 
     Looks at the descriptor, not at the name: what is read is what was checked.
     """
-    _check_directories(path)
+    real = _check_way(path)
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError as error:
         raise _unreadable(path, error) from error
-    with open(fd, "rb") as file:
+    try:
         there = os.fstat(fd)
         if not stat.S_ISREG(there.st_mode):
             raise ProfileError(source=str(path), reason="is not a regular file")
-        _check_writers(path, there)
-        content = file.read(_MOST_BYTES + 1)
-    if len(content) > _MOST_BYTES:
-        raise ProfileError(source=str(path), reason="is larger than 1MiB")
-    return content
+        _check_writers(path, real, there)
+        if there.st_size > _MOST_BYTES:
+            raise ProfileError(source=str(path), reason="is larger than 1MiB")
+        with open(fd, "rb", closefd=False) as file:
+            return file.read(_MOST_BYTES)
+    finally:
+        os.close(fd)
 
 
-def _check_directories(path: Path) -> None:
-    """Whoever can write a directory can put another file in its place."""
-    for start in {path.absolute().parent, path.resolve().parent}:
-        for directory in (start, *start.parents):
-            try:
-                there = directory.stat()
-            except OSError as error:
-                raise _unreadable(path, error) from error
-            # Of a sticky directory (/tmp) others can't take our entries away.
-            if directory != start and there.st_mode & stat.S_ISVTX:
-                continue
-            _check_writers(directory, there)
+def _check_way(path: Path) -> str:
+    """Check what the kernel passes on its way to a file; return the real path.
+
+    Whoever can write one of the directories, or owns one of the links, can put
+    another file in its place.
+    """
+    here, links = Path("/"), 0
+    _check_writers(here, "/", here.stat())
+    todo = [*reversed(path.absolute().parts[1:])]
+    while todo:
+        part = todo.pop()
+        if part == "..":
+            here = here.parent
+            continue
+        here = here / part
+        try:
+            there = here.lstat()
+        except (OSError, ValueError) as error:
+            raise _unreadable(path, error) from error
+        if stat.S_ISLNK(there.st_mode):
+            links += 1
+            if links > _MOST_LINKS:
+                raise _unreadable(path, OSError(errno.ELOOP, ""))
+            _check_owner(here, str(here), there)
+            target = Path(os.readlink(here))
+            here = Path("/") if target.is_absolute() else here.parent
+            todo += [p for p in reversed(target.parts) if p != "/"]
+        # Of a sticky directory (/tmp) only its owner can take our entries away.
+        elif len(todo) > 1 and there.st_mode & stat.S_ISVTX:
+            _check_owner(here, str(here), there)
+        elif todo:
+            _check_writers(here, str(here), there)
+    return str(here)
 
 
-def _check_writers(path: Path, there: os.stat_result) -> None:
+def _check_owner(path: Path, real: str, there: os.stat_result) -> int:
+    """Refuse what another user owns; return the writers that are allowed."""
     owners, allowed = {0, os.geteuid()}, 0
-    resolved = path.resolve()
-    if resolved == _PACKAGE.parent or shipped_dir().resolve() in (
-        resolved,
-        *resolved.parents,
-    ):
+    shipped = os.path.realpath(shipped_dir())
+    if real == str(_PACKAGE.parent) or f"{real}/".startswith(f"{shipped}/"):
         # Whoever may change our code needs no profile.
         code = os.stat(__file__)
         owners.add(code.st_uid)
@@ -330,8 +369,13 @@ def _check_writers(path: Path, there: os.stat_result) -> None:
         raise ProfileError(
             source=str(path),
             reason=f"belongs to uid {there.st_uid}: must be root's or ours "
-            f"(chown root {path})",
+            f"(chown -h root {path})",
         )
+    return allowed
+
+
+def _check_writers(path: Path, real: str, there: os.stat_result) -> None:
+    allowed = _check_owner(path, real, there)
     if there.st_mode & (stat.S_IWGRP | stat.S_IWOTH) & ~allowed:
         raise ProfileError(
             source=str(path),
@@ -340,10 +384,10 @@ def _check_writers(path: Path, there: os.stat_result) -> None:
         )
 
 
-def _unreadable(path: Path, error: OSError) -> ProfileError:
-    return ProfileError(
-        source=str(path), reason=f"can't be read: {os.strerror(error.errno or 0)}"
-    )
+def _unreadable(path: Path, error: OSError | ValueError) -> ProfileError:
+    number = getattr(error, "errno", None)
+    why = os.strerror(number) if number else str(error)
+    return ProfileError(source=str(path), reason=f"can't be read: {why}")
 
 
 # --- saying what is wrong ---------------------------------------------------------
@@ -362,12 +406,18 @@ def joined(problems: list[ProfileError]) -> ProfileError:
     )
 
 
-def as_tuples(value: Any) -> Any:
-    """Return a TOML value with tuples for lists, as a frozen model has them."""
+def as_tuples(value: Any, depth: int = 0) -> Any:
+    """Return a TOML value with tuples for lists, as a frozen model has them.
+
+    Raises:
+        RecursionError: More levels than any profile has.
+    """
+    if depth > _MOST_LEVELS:
+        raise RecursionError
     if isinstance(value, dict):
-        return {key: as_tuples(inner) for key, inner in value.items()}
+        return {key: as_tuples(inner, depth + 1) for key, inner in value.items()}
     if isinstance(value, list):
-        return tuple(as_tuples(inner) for inner in value)
+        return tuple(as_tuples(inner, depth + 1) for inner in value)
     return value
 
 
