@@ -21,6 +21,7 @@ from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
+    PlainSerializer,
     PrivateAttr,
     WithJsonSchema,
     model_validator,
@@ -125,8 +126,10 @@ def _pids_total(value: object) -> Percent | int | float:
     return _percent_or(value, _whole_number, 64, 1 << 22, rule)
 
 
+_AS_WRITTEN = PlainSerializer(lambda v: str(v) if isinstance(v, Percent) else v)
 CpuTotal = Annotated[
     Percent | float,
+    _AS_WRITTEN,
     BeforeValidator(_cpu_total),
     WithJsonSchema(
         {
@@ -139,6 +142,7 @@ CpuTotal = Annotated[
 ]
 MemoryTotal = Annotated[
     Percent | int,
+    _AS_WRITTEN,
     BeforeValidator(_memory_total),
     WithJsonSchema(
         {"anyOf": [{"type": "string", "pattern": SIZE_PATTERN}, _PERCENT_SCHEMA]}
@@ -146,6 +150,7 @@ MemoryTotal = Annotated[
 ]
 PidsTotal = Annotated[
     Percent | int,
+    _AS_WRITTEN,
     BeforeValidator(_pids_total),
     WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 64}, _PERCENT_SCHEMA]}),
 ]
@@ -556,7 +561,8 @@ class Policy(Section):
 def json_schema() -> dict[str, Any]:
     """Return the JSON Schema of a policy file, for editors."""
     schema = Policy.model_json_schema(by_alias=True, mode="validation")
-    for section in (Policy, Rule, *_tables()):
+    sections: list[type[Section]] = [Policy, Rule, *_tables()]
+    for section in sections:
         table = schema if section is Policy else schema["$defs"][section.__name__]
         for name, field in section.model_fields.items():
             as_written(table["properties"][field.alias or name], name)
