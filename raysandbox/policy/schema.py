@@ -565,7 +565,10 @@ def json_schema() -> dict[str, Any]:
     for section in sections:
         table = schema if section is Policy else schema["$defs"][section.__name__]
         for name, field in section.model_fields.items():
-            as_written(table["properties"][field.alias or name], name)
+            key = table["properties"][field.alias or name]
+            as_written(key, name)
+            if isinstance(field.default, Percent):
+                key["default"] = str(field.default)
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "raysandbox node policy"
     return schema
