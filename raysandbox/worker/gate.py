@@ -31,7 +31,7 @@ from raysandbox.worker import seams
 __all__ = ["SEALED", "Gate", "profile_of"]
 
 #: Where the launcher puts the sealed policy for a worker.
-SEALED = "/run/raysandbox/node-policy"
+SEALED = "/run/raysandbox/node"
 
 _OURS = "RAYSANDBOX_"
 # A worker's ancestors up to raylet: interpreter, shell, wrapper, and room.
