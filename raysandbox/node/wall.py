@@ -29,25 +29,29 @@ worker sees, such as a proxy for plasma's socket, give it in `Wall.replace`.
 from __future__ import annotations
 
 import os
+import pwd
 import resource
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from raysandbox import plan, profile
-from raysandbox.errors import UnsupportedError
+from raysandbox import policy as policies
+from raysandbox.errors import ProfileError, UnsupportedError
 from raysandbox.kernel import cgroup, landlock, seccomp
 from raysandbox.launch import worker_ids
 from raysandbox.plan import Plan, State
 from raysandbox.probe import Host
 from raysandbox.profile import Profile
 
-__all__ = ["HOOK", "SECRETS", "USER_PATH", "Session", "Wall", "compile"]
+__all__ = ["HOOK", "SEALED", "SECRETS", "USER_PATH", "Session", "Wall", "compile"]
 
 #: What Ray runs in a worker before its first task.
 HOOK = "raysandbox.worker_hook"
 #: Where the worker finds token and keys.
 SECRETS = "/run/raysandbox/secrets"
+#: Where the worker finds the node's policy (`raysandbox.worker.gate`).
+SEALED = "/run/raysandbox/node"
 #: Variable with directories of a runtime_env that go to jails alone.
 USER_PATH = "RAYSANDBOX_USER_PATH"
 HOOK_VARIABLE = "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR"
@@ -93,28 +97,20 @@ class Wall:
     """What the operator wants of the wall.
 
     Attributes:
-        profiles: Profiles that the node offers: the worker must be able to make
-            their jails.
-        user: Host id for every worker, or None for one of its own each (root).
-        limits: Of each worker with all of its jails.
-        open_files: Descriptors of the worker itself.
+        node: The node's policy and its profiles: the worker must be able to
+            make their jails.
         bind_ports: First and last TCP port that a worker may listen on; None
             where Ray lets the kernel choose.
         connect_ports: TCP ports a worker may connect to; None is any.
         connect_range: First and last of more such ports, or None.
         replace: Path that the worker sees to path on the host.
-        sealed: Bytes of the node's sealed policy, or b"".
     """
 
-    profiles: Sequence[Profile]
-    user: int | None = None
-    limits: cgroup.CgroupLimits = field(default_factory=cgroup.CgroupLimits)
-    open_files: int = 65536
+    node: policies.Node
     bind_ports: tuple[int, int] | None = None
     connect_ports: Sequence[int] | None = None
     connect_range: tuple[int, int] | None = None
     replace: Mapping[str, str] = field(default_factory=dict)
-    sealed: bytes = b""
 
 
 def compile(  # noqa: A001 - wall.compile, as plan.compile
@@ -156,13 +152,10 @@ def _worker_profile(wall: Wall) -> Profile:
     read = {"@system": None, "@python": None}
     write: dict[str, None] = {}
     devices: dict[str, None] = {}
-    for each in wall.profiles:
+    for each in wall.node.profiles.values():
         read |= dict.fromkeys(e for e in each.filesystem.read if e[0] == "/")
         write |= dict.fromkeys(e for e in each.filesystem.write if e[0] == "/")
         devices |= dict.fromkeys(each.devices)
-    for directory in profile.search_path():
-        if os.path.isdir(directory):
-            read[str(directory)] = None
     base = profile.strictest()
     return base.model_copy(
         update={
@@ -172,6 +165,23 @@ def _worker_profile(wall: Wall) -> Profile:
             ),
             "devices": tuple(devices),
         }
+    )
+
+
+def _host_id(user: str) -> int:
+    """Return the id of the policy's user; never root's."""
+    try:
+        number = int(user) if user.isdigit() else pwd.getpwnam(user).pw_uid
+    except KeyError:
+        raise _bad_user(user, "this host has no such user") from None
+    if number == 0:
+        raise _bad_user(user, "is root")
+    return number
+
+
+def _bad_user(user: str, reason: str) -> ProfileError:
+    return ProfileError(
+        source="<policy>", where="worker.user", value=user, reason=reason
     )
 
 
@@ -206,6 +216,11 @@ class _WorkerBuilder(plan.Builder):
         )
         self.wall, self.session = wall, session
 
+    @property
+    def worker(self) -> policies.Worker:
+        """What the policy says of workers."""
+        return self.wall.node.policy.worker
+
     def namespaces(self) -> None:
         if self.host.namespaces_reason:
             raise UnsupportedError(
@@ -227,7 +242,7 @@ class _WorkerBuilder(plan.Builder):
                 "an ordinary user can map no id but its own; Landlock keeps workers "
                 "from raylet and from each other",
             )
-        elif self.wall.user is not None:
+        elif self.worker.user != "auto":
             self.protect(
                 "own host user", State.DEGRADED, "all workers have the policy's user"
             )
@@ -237,14 +252,20 @@ class _WorkerBuilder(plan.Builder):
     def _ids(self) -> tuple[int, int, str]:
         if not self.host.is_root:
             return os.geteuid(), 1, ""
-        if self.wall.user is not None:
-            return self.wall.user, 1, ""
+        if self.worker.user != "auto":
+            return _host_id(self.worker.user), 1, ""
         ids, registry = worker_ids()
         # The first is for those that spill objects: they share files.
         return ids.first + 1, ids.count - 1, registry
 
     def groups(self, groups: cgroup.Cgroups) -> None:
-        files = groups.writes(self.wall.limits)
+        files = groups.writes(
+            cgroup.CgroupLimits(
+                cpu_cores=self.worker.cpu_cores,
+                memory_bytes=self.worker.memory_bytes,
+                pids=self.worker.pids,
+            )
+        )
         for version, base, mount in groups.places():
             self.add(
                 plan.Record.CGROUP_BASE, plan.u32(version) + plan.text(base, mount)
@@ -336,7 +357,7 @@ class _WorkerBuilder(plan.Builder):
 
     def limits(self) -> None:
         self._rlimit(resource.RLIMIT_CORE, 0)
-        self._rlimit(resource.RLIMIT_NOFILE, self.wall.open_files)
+        self._rlimit(resource.RLIMIT_NOFILE, self.worker.open_files)
         self._rlimit(resource.RLIMIT_RTPRIO, 0)
         self._rlimit(resource.RLIMIT_MSGQUEUE, 0)
         self.protect("resource limits", State.ENFORCED)
@@ -396,7 +417,7 @@ class _WorkerBuilder(plan.Builder):
             )
         groups = [*profile.load("standard").syscalls.groups, "internet", "jails"]
         allow: list[str] = []
-        for each in self.wall.profiles:
+        for each in self.wall.node.profiles.values():
             groups += each.syscalls.groups
             allow += each.syscalls.allow
             if each.syscalls.oci is not None:
@@ -412,7 +433,7 @@ class _WorkerBuilder(plan.Builder):
 
     def surroundings(self) -> None:
         passed = dict.fromkeys(_PASSED)
-        for each in self.wall.profiles:
+        for each in self.wall.node.profiles.values():
             passed |= dict.fromkeys(each.environment.pass_)
         for pattern in passed:
             self.add(plan.Record.ENV_PASS, plan.text(pattern))
@@ -422,18 +443,20 @@ class _WorkerBuilder(plan.Builder):
         self.set("HOME", "/tmp")
         self.set("TMPDIR", "/tmp")
         self.set("USER", "task")
-        self.set("RAYSANDBOX_WALL", "1")
         self.set(HOOK_VARIABLE, HOOK)
         if self.python_path:
             self.set("PYTHONPATH", self.python_path)
         # Ray would rename log files that are bound one by one.
         self.set("RAY_ROTATION_MAX_BYTES", "0")
-        if self.wall.sealed:
-            path = "/run/raysandbox/node"
-            self.add(
-                plan.Record.FILE, plan.u32(0o444) + plan.text(path) + self.wall.sealed
-            )
-            self.set("RAYSANDBOX_NODE", path)
+        variables = {
+            name: value
+            for name, value in os.environ.items()
+            if name.startswith("RAYSANDBOX_") and name not in _OWN
+        }
+        self.add(
+            plan.Record.FILE,
+            plan.u32(0o444) + plan.text(SEALED) + self.wall.node.seal(variables),
+        )
         self.add(plan.Record.CHDIR, plan.text("/tmp"))
 
     def prelude(self, program: str) -> None:

@@ -55,11 +55,8 @@ __all__ = [
 ]
 
 ENV = "RAYSANDBOX_PROFILE_PATH"
-#: Set by the launcher for what it starts; nothing of a client's can set it there.
-WALL = "RAYSANDBOX_WALL"
 SITE_DIR = "/etc/raysandbox/profiles"
 
-_OVERFLOW_ID = 65534
 _MOST_BYTES = 1 << 20
 _MOST_PARENTS = 16
 _MOST_LEVELS = 16
@@ -368,10 +365,6 @@ def _check_owner(path: Path, real: str, there: os.stat_result) -> int:
         code = os.stat(__file__)
         owners.add(code.st_uid)
         allowed = code.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    if os.environ.get(WALL) and os.statvfs(path).f_flag & os.ST_RDONLY:
-        # Behind a node's wall the owner has no name, and nobody can write: the
-        # node read it when it started, from outside.
-        owners.add(_OVERFLOW_ID)
     if there.st_uid not in owners:
         raise ProfileError(
             source=str(path),
