@@ -51,6 +51,10 @@ pb: Any = _pb
 FUN, PACKAGE, JOB, USAGE = b"fun", b"gcs://", b"job", b"usage_stats"
 # Written by Ray's own head and read by everybody who starts.
 SHARED = {b"", b"session", b"cluster", b"tracing", b"dashboard", b"healthcheck"}
+# From here on a call takes a place in flight. The end of a call is known when the
+# guard's log says so, some time later: a place for each small call would be held
+# long after it, and small calls are counted by their bucket anyhow.
+LARGE_BYTES = 64 << 10
 # A call that its end was never heard of is given up after this long.
 IN_FLIGHT_S = 120.0
 JOB_BYTES = 4
@@ -271,13 +275,14 @@ class Access:
         now = self._clock()
         limit = self.settings.limits.roles[call.role]  # type: ignore[index]
         caller = self.caller(call.who, call.role)
-        if len(caller.flight) >= limit.in_flight:
+        large = call.reads + call.writes >= LARGE_BYTES
+        if large and len(caller.flight) >= limit.in_flight:
             for request, since in list(caller.flight.items()):
                 if now - since > IN_FLIGHT_S:
                     del caller.flight[request]
             if len(caller.flight) >= limit.in_flight:
                 raise _RefusedError(
-                    f"{limit.in_flight} calls of this identity are in flight",
+                    f"{limit.in_flight} large calls of this identity are in flight",
                     retry=True,
                 )
         if call.writes > limit.write_burst_bytes:
@@ -294,7 +299,7 @@ class Access:
             raise _RefusedError("this identity's bytes per second (write)", retry=True)
         if not caller.reads.take(call.reads, now):
             raise _RefusedError("this identity's bytes per second (read)", retry=True)
-        if call.request_id:
+        if large and call.request_id:
             caller.flight[call.request_id] = now
 
     # -- rules ----------------------------------------------------------------
