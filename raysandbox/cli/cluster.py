@@ -18,7 +18,7 @@ from rich.table import Table
 from raysandbox.cluster.errors import ClusterError
 from raysandbox.errors import RaysandboxError
 
-__all__ = ["app", "audit_app", "start"]
+__all__ = ["app", "audit_app", "start_app"]
 
 app = typer.Typer(
     help="A hardened cluster: identities, guard, nodes.", no_args_is_help=True
@@ -435,6 +435,12 @@ def _start(opened: Any, arguments: list[str]) -> None:
         _fail(error)
 
 
+start_app = typer.Typer()
+
+
+@start_app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+)
 def start(context: typer.Context, cluster: Dir) -> None:
     """Start a hardened node: takes every argument of `ray start`."""
     _start(_open(cluster), context.args)
@@ -497,18 +503,3 @@ def _span(text: str) -> float | None:
     if not match:
         raise typer.BadParameter("must be like 30s, 10min, 2h or 1d")
     return float(match[1]) * {"s": 1, "min": 60, "h": 3600, "d": 86400}[match[2]]
-
-
-def main() -> None:
-    """Run these commands alone: `python -m raysandbox.cli.cluster`."""
-    top = typer.Typer(no_args_is_help=True)
-    top.add_typer(app, name="cluster")
-    top.add_typer(audit_app, name="audit")
-    top.command(
-        context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
-    )(start)
-    top()
-
-
-if __name__ == "__main__":
-    main()
