@@ -1,10 +1,10 @@
 """Start every worker of a node through the launcher: what `ray start` gets added.
 
 `Launcher` is a rewriter (`raysandbox.node.seams`): when raylet is about to start,
-it compiles the node's wall, writes it beside a wrapper, and puts the wrapper in
-the interpreter's place in raylet's commands. `install` does it for what this
-process starts, which is `raysandbox start`, `raysandbox.init()`, and, by
-``RAYSANDBOX=1``, any `ray start`.
+it reads the node's policy, makes the node's control group, compiles the wall,
+writes it beside a wrapper, and puts the wrapper in the interpreter's place in
+raylet's commands. `install` does it for what this process starts, which is
+`raysandbox start`, `raysandbox.init()`, and, by ``RAYSANDBOX=1``, any `ray start`.
 
 Raylet drops ``setup_worker.py`` from a Python worker's command when it comes
 second and there is no runtime_env; from any other language's it drops the
@@ -17,16 +17,18 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from dataclasses import replace
+from collections.abc import Callable
 
 from raysandbox import launch
-from raysandbox.errors import SetupError, UnsupportedError
+from raysandbox import policy as policies
+from raysandbox.errors import ProfileError, SetupError, UnsupportedError
 from raysandbox.kernel import cgroup
-from raysandbox.node import seams, wall
+from raysandbox.node import seams, totals, wall
 from raysandbox.plan import Protection
+from raysandbox.policy import TAG_PREFIX
 from raysandbox.probe import probe
 
-__all__ = ["Launcher", "install"]
+__all__ = ["Launcher", "current", "install", "uninstall"]
 
 _DIRECTORY = "raysandbox"
 # What the kernel reads of a #! line, less what is not the path.
@@ -37,28 +39,28 @@ class Launcher:
     """See the module.
 
     Attributes:
+        load: Reads the policy; called when raylet is about to start.
+        totals: Whether all workers together get a control group.
+        ports: First and last TCP port for workers where Ray was told none; None
+            leaves the choice to the kernel.
+        wrapper: Where to write what starts a worker; "" for the session's
+            directory.
+        wrap: Put the wrapper into raylet's Python command; not where somebody
+            else starts it.
+        replace: See `wall.Wall`; called with the session.
         protections: What the wall came to, once raylet has been started.
     """
 
     def __init__(
         self,
-        wanted: wall.Wall,
+        load: Callable[[], policies.Node],
         *,
+        use_totals: bool = True,
         ports: tuple[int, int] | None = None,
         wrapper: str = "",
         wrap: bool = True,
     ) -> None:
-        """Prepare.
-
-        Args:
-            wanted: The wall.
-            ports: TCP ports for workers, where Ray was not told any.
-            wrapper: Where to write what starts a worker; "" for the session's
-                directory.
-            wrap: Put the wrapper into raylet's Python command; not where
-                somebody else starts it.
-        """
-        self.wanted, self.ports = wanted, ports
+        self.load, self.use_totals, self.ports = load, use_totals, ports
         self.wrapper, self.wrap = wrapper, wrap
         self.protections: tuple[Protection, ...] = ()
 
@@ -68,28 +70,21 @@ class Launcher:
 
     def _raylet(self, process: seams.Process) -> None:
         raylet = seams.RayletCommand(process)
+        node = self.load()
         session = _session(process)
+        _advertise(process, node.policy)
+        groups = self._groups(process, node.policy)
         wrapper = self.wrapper or f"{session.directory}/{_DIRECTORY}/worker"
-        directory = os.path.dirname(wrapper)
-        os.makedirs(directory, mode=0o700, exist_ok=True)
+        compiled = wall.compile(
+            wall.Wall(node=node, bind_ports=self._bind_ports(process)),
+            session,
+            probe(),
+            groups,
+            launch.program_path("worker"),
+        )
         if os.geteuid() == 0:
             _close_directory(os.path.dirname(session.raylet_socket), session.directory)
-        groups = cgroup.discover()
-        wanted = replace(self.wanted, bind_ports=self._bind_ports(process))
-        program = launch.program_path("worker")
-        compiled = wall.compile(wanted, session, probe(), groups, program)
-        _write(f"{wrapper}.plan", compiled.encode(), 0o600)
-        first = program
-        if len(program) > _INTERPRETER_BYTES:
-            first = f"{directory}/launcher"
-            with open(program, "rb") as file:
-                _write(first, file.read(), 0o700)
-        _write(wrapper, f"#!{first}\n".encode(), 0o700)
-        if not os.access(wrapper, os.X_OK):
-            raise SetupError(
-                step="wrapper",
-                detail=f"{wrapper} can't be run: is its file system mounted noexec?",
-            )
+        _write_wrapper(wrapper, compiled.encode())
         if self.wrap:
             raylet.wrap_workers(wrapper, sys.executable)
         raylet.refuse_other_languages(wrapper)
@@ -99,6 +94,16 @@ class Launcher:
             *process.command,
         ]
         self.protections = compiled.protections
+
+    def _groups(
+        self, process: seams.Process, policy: policies.Policy
+    ) -> cgroup.Cgroups:
+        """Make the node's group, if it has one, and say where workers' go."""
+        if not self.use_totals:
+            return cgroup.discover()
+        group = totals.enforce(policy.totals)
+        process.env.update(group.variables())
+        return cgroup.discover(group.variables())
 
     def _bind_ports(self, process: seams.Process) -> tuple[int, int] | None:
         """Return the ports workers listen on; where Ray has none, set ours."""
@@ -114,13 +119,32 @@ class Launcher:
         return (low, high or 65535) if low else None
 
 
+_installed: list[Launcher] = []
+
+
+def current() -> Launcher | None:
+    """Return the launcher of what this process starts."""
+    return _installed[0] if _installed else None
+
+
 def install(launcher: Launcher) -> None:
-    """Add the launcher to what this process starts.
+    """Add the launcher to what this process starts, in the place of an earlier one.
 
     Raises:
         UnsupportedError: A seam of Ray's is missing; nothing was changed.
+        SetupError: The launcher is not installed.
     """
+    for name in ("launch", "worker", "node"):
+        launch.program_path(name)
     seams.install(launcher)
+    uninstall()
+    _installed.append(launcher)
+
+
+def uninstall() -> None:
+    """Start workers as Ray does again."""
+    while _installed:
+        seams.remove(_installed.pop())
 
 
 def _session(process: seams.Process) -> wall.Session:
@@ -145,6 +169,26 @@ def _session(process: seams.Process) -> wall.Session:
     )
 
 
+def _advertise(process: seams.Process, policy: policies.Policy) -> None:
+    """Offer the policy's profiles as resources, with the policy's counts."""
+    words = process.argument("--static_resource_list").split(",")
+    names = words[0::2]
+    claimed = sorted(name for name in names if name.startswith(TAG_PREFIX))
+    if claimed:
+        raise ProfileError(
+            source="resources",
+            where=claimed[0],
+            reason=f"{TAG_PREFIX}… is offered by the policy alone "
+            f"({policy.source or 'the default'}, table [offer])",
+        )
+    offered = [
+        f"{TAG_PREFIX}{name},{count}" for name, count in sorted(policy.offer.items())
+    ]
+    process.set_argument(
+        "--static_resource_list", ",".join([*filter(None, words), *offered])
+    )
+
+
 def _close_directory(path: str, session: str) -> None:
     """Only root may walk to the sockets; workers get a mount of each."""
     if not os.path.realpath(path).startswith(os.path.realpath(session) + "/"):
@@ -154,6 +198,24 @@ def _close_directory(path: str, session: str) -> None:
             "leave the sockets' names to Ray",
         )
     os.chmod(path, 0o700)
+
+
+def _write_wrapper(wrapper: str, plan: bytes) -> None:
+    """Write the file that raylet starts, and its plan beside it."""
+    program, directory = launch.program_path("worker"), os.path.dirname(wrapper)
+    os.makedirs(directory, mode=0o700, exist_ok=True)
+    if len(program) > _INTERPRETER_BYTES:
+        with open(program, "rb") as file:
+            content = file.read()
+        program = f"{directory}/launcher"
+        _write(program, content, 0o700)
+    _write(f"{wrapper}.plan", plan, 0o600)
+    _write(wrapper, f"#!{program}\n".encode(), 0o700)
+    if not os.access(wrapper, os.X_OK):
+        raise SetupError(
+            step="wrapper",
+            detail=f"{wrapper} can't be run: is its file system mounted noexec?",
+        )
 
 
 def _write(path: str, content: bytes, mode: int) -> None:

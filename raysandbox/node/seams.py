@@ -20,7 +20,7 @@ from typing import Any
 
 from raysandbox.errors import UnsupportedError
 
-__all__ = ["SUPPORTED", "Process", "RayletCommand", "check", "install", "started"]
+__all__ = ["SUPPORTED", "Process", "RayletCommand", "check", "install", "remove", "started"]
 
 # Minor versions whose seams were looked at; others must pass `check` all the same.
 SUPPORTED = tuple(f"2.{minor}" for minor in range(50, 61))
@@ -35,6 +35,15 @@ _RAYLET_ARGUMENTS = (
     "--dashboard_agent_command",
     "--runtime_env_agent_command",
     "--node_ip_address",
+    "--session_dir",
+    "--log_dir",
+    "--resource_dir",
+    "--raylet_socket_name",
+    "--store_socket_name",
+    "--static_resource_list",
+    "--min_worker_port",
+    "--max_worker_port",
+    "--node_id",
 )
 _GCS_ARGUMENTS = ("--gcs_server_port", "--node-ip-address", "--session-dir")
 
@@ -176,9 +185,11 @@ def install(rewriter: Rewriter) -> None:
     from ray._private import services
 
     _rewriters.append(rewriter)
-    if hasattr(services.start_ray_process, "__wrapped__"):
+    if hasattr(services.start_ray_process, "raysandbox"):
         return
-    original = services.start_ray_process
+    original = getattr(
+        services.start_ray_process, "__wrapped__", services.start_ray_process
+    )
 
     def start_ray_process(
         command: list[str],
@@ -197,7 +208,13 @@ def install(rewriter: Rewriter) -> None:
         return info
 
     start_ray_process.__wrapped__ = original  # type: ignore[attr-defined]
+    start_ray_process.raysandbox = True  # type: ignore[attr-defined]
     services.start_ray_process = start_ray_process
+
+
+def remove(rewriter: Rewriter) -> None:
+    """Take a rewriter out again."""
+    _rewriters.remove(rewriter)
 
 
 def started() -> list[tuple[str, Any]]:
