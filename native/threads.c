@@ -112,8 +112,9 @@ restrict_thread(void)
     for (unsigned long cap = 0; cap < 64; cap++)
         if (syscall(SYS_prctl, PR_CAPBSET_DROP, cap, 0, 0, 0) != 0)
             break;
-    if (syscall(SYS_prctl, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) != 0)
-        return FAILED * CAPABILITIES + 1024 * errno;
+    /* An outer filter may forbid this one; what is not permitted below can't be
+     * ambient either. */
+    syscall(SYS_prctl, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0);
     if (syscall(SYS_prctl, PR_SET_SECUREBITS, bits, 0, 0, 0) != 0 && errno != EPERM)
         return FAILED * SECUREBITS + 1024 * errno;
     if (syscall(SYS_capset, &header, none) != 0)
@@ -298,7 +299,8 @@ rs_restrict_threads(int ruleset, const char *canary_path, const uint8_t *filter,
     if (code != 0)
         return code;
     /* Changing credentials may have made us dumpable again, so it is last. */
-    if (prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) != 0)
+    if (prctl(PR_GET_DUMPABLE, 0, 0, 0, 0) != 0 &&
+        prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) != 0)
         return fail(report, size, "undumpable");
     if (filter_bytes == 0)
         return 0; /* the caller's protections say OFF, and why */

@@ -10,36 +10,18 @@ too, by workers that leave after each task.
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from raysandbox.errors import ProfileError, UnsupportedError
 
-__all__ = ["MARKER", "TAG_PREFIX", "install", "marker_of", "remember", "tags_of"]
+__all__ = ["MARKER", "install", "marker_of", "remember"]
 
 #: Variable of the runtime environment that holds the profile's name.
 MARKER = "RAYSANDBOX_WORKER_PROFILE"
-#: A resource of this prefix names the profile.
-TAG_PREFIX = "sandbox:"
-
-# Ray's names for resources that a placement group reserved.
-_IN_GROUP = re.compile(r"(.+?)_group_(?:\d+_)?[0-9a-f]{16,}")
 # Profiles known by now: whether each is a worker's own boundary.
 _inside: dict[str, bool] = {}
 _serialized: dict[tuple[str, str], tuple[Any, str]] = {}
-
-
-def tags_of(resources: Iterable[str]) -> set[str]:
-    """Return the profiles that a task's resources name."""
-    names = set()
-    for resource in resources:
-        if TAG_PREFIX in resource:
-            match = _IN_GROUP.fullmatch(resource)
-            plain = match[1] if match else resource
-            if plain.startswith(TAG_PREFIX):
-                names.add(plain.removeprefix(TAG_PREFIX))
-    return names
 
 
 def marker_of(runtime_env: str) -> str:
@@ -68,8 +50,14 @@ def _is_inside(name: str) -> bool:
 
 
 def _wanted(resources: Mapping[str, Any] | None) -> str:
-    names = tags_of(resources or ())
-    name = names.pop() if len(names) == 1 else ""
+    from raysandbox import policy
+
+    if not resources:
+        return ""
+    try:
+        name = policy.tag_of(resources)
+    except ProfileError:
+        return ""  # the worker says what is wrong with it
     return name if name and _is_inside(name) else ""
 
 

@@ -58,6 +58,8 @@ from raysandbox.kernel.cgroup_find import (
     Missing,
     make_v1_base,
     make_v2_base,
+    parse_mounts,
+    read,
     read_or_none,
     rmdir_quietly,
     write,
@@ -325,6 +327,29 @@ class Cgroups:
             if c not in ("cpuacct", "freezer")
         }
 
+    def places(self) -> list[tuple[int, str, str]]:
+        """Return version, base and mount point of each hierarchy in use.
+
+        For a launcher that makes a group itself, and shows it to what it
+        starts as the root of the hierarchy.
+        """
+        mounts = [m.path for m in parse_mounts(read("/proc/self/mountinfo"))]
+        return [
+            (
+                base.version,
+                base.path,
+                max((m for m in mounts if base.path.startswith(f"{m}/")), key=len),
+            )
+            for base in self._bases
+        ]
+
+    def writes(self, limits: CgroupLimits) -> dict[str, list[tuple[str, bytes]]]:
+        """Return what to write into the files of a new group, by base."""
+        found: dict[str, list[tuple[str, bytes]]] = {}
+        for step in self._plan(limits).writes:
+            found.setdefault(step.base.path, []).append((step.file, step.value))
+        return found
+
     def _base_for(self, limit: str) -> Base | None:
         v1, v2 = _CONTROLLER[limit]
         base = self._by_controller.get(v2)
@@ -449,7 +474,68 @@ class Cgroups:
         plan = self._plan(limits)
         if required:
             _refuse(limits, plan.report, "")
-        leaf = f"{PREFIX}-{self._owner}-{name}"
+        return self._create(
+            f"{PREFIX}-{self._owner}-{name}", name, limits, plan, required
+        )
+
+    def create_parent(
+        self, leaf: str, limits: CgroupLimits, *, required: bool = False
+    ) -> Cgroup:
+        """Make a group in which other processes make theirs.
+
+        They find it by ``RAYSANDBOX_CGROUP``, set to its ``paths`` with ``:``
+        between. It is in every hierarchy, and `sweep` leaves it alone: it
+        outlives its maker until somebody removes it.
+
+        Args:
+            leaf: Its directories' name.
+            limits: What all groups in it may use together.
+            required: As in `create`.
+
+        Raises:
+            UnsupportedError: As in `create`, or a controller can't be passed on
+                to the groups in it; nothing is left behind.
+            SetupError: As in `create`.
+        """
+        if not _NAME.fullmatch(leaf):
+            raise ValueError(f"cgroup name {leaf!r}: not of the form {_NAME.pattern}")
+        plan = self._plan(limits)
+        if required:
+            _refuse(limits, plan.report, "")
+        # The kernel would kill all of them when they run out of memory together.
+        writes = [step for step in plan.writes if step.limit != "oom_group"]
+        report = {k: v for k, v in plan.report.items() if k != "oom_group"}
+        whole = _Plan(self._bases, writes, report)
+        group = self._create(leaf, leaf, limits, whole, required)
+        for base, path in group.dirs:
+            if base.version == 2:
+                got, problem = make_v2_base(path, base.controllers, False)
+                if got != base.controllers:
+                    group.remove()
+                    raise UnsupportedError(
+                        feature="cgroup",
+                        need=f"{', '.join(sorted(base.controllers))} in {path}",
+                        have=problem,
+                        remedy=f"leave no process in {base.path} itself",
+                    )
+        return group
+
+    def attach(self, leaf: str) -> Cgroup | None:
+        """Return a group that somebody else made in these bases; None if gone."""
+        if not _NAME.fullmatch(leaf):
+            return None
+        dirs = [(base, f"{base.path}/{leaf}") for base in self._bases]
+        there = [(base, path) for base, path in dirs if os.path.isdir(path)]
+        return Cgroup(self, leaf, there, {}) if there else None
+
+    def _create(
+        self,
+        leaf: str,
+        name: str,
+        limits: CgroupLimits,
+        plan: _Plan,
+        required: bool,
+    ) -> Cgroup:
         made: list[tuple[Base, str]] = []
         report = dict(plan.report)
         try:

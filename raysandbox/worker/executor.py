@@ -7,7 +7,6 @@ to, and turns what comes back into what Ray stores.
 
 from __future__ import annotations
 
-import fnmatch
 import functools
 import json
 import os
@@ -17,7 +16,7 @@ from typing import Any, NoReturn
 
 import ray
 
-from raysandbox import client, datacodec, plan, wire
+from raysandbox import client, datacodec, plan, policy, wire
 from raysandbox import profile as profiles
 from raysandbox.errors import (
     JailProtocolError,
@@ -25,6 +24,7 @@ from raysandbox.errors import (
     RaysandboxError,
     TaskKilled,
     TaskQuotaExceeded,
+    TaskRefused,
     TaskUnsupported,
 )
 from raysandbox.jail import runner
@@ -32,34 +32,15 @@ from raysandbox.kernel import cgroup
 from raysandbox.sealed import SealedError
 from raysandbox.worker import hints, inside, seams
 from raysandbox.worker.events import EventLog
+from raysandbox.worker.gate import Gate
 from raysandbox.worker.output import Pump
 from raysandbox.worker.pool import Environment, Jail, Pool
 
-__all__ = ["JailExecutor", "profile_of"]
+__all__ = ["JailExecutor"]
 
 # A zygote costs memory: those of the profiles used last stay.
 _MOST_POOLS = 2
-# Environment variables that are Ray's or ours, never a task's.
-_RESERVED_VARIABLES = ("RAY_*", "RAYSANDBOX_*", "__RAY_*")
 _ERROR_PARTS = 6
-
-
-def profile_of(resources: Mapping[str, Any]) -> profiles.Profile:
-    """Return the profile that a task's resources name; untagged: the strictest.
-
-    Raises:
-        ProfileError: Two tags, or a tag that names no usable profile.
-    """
-    names = client.tags_of(resources)
-    if not names:
-        return profiles.strictest()
-    if len(names) > 1:
-        raise ProfileError(
-            source="<tags>",
-            value=", ".join(sorted(names)),
-            reason="a task takes one sandbox tag",
-        )
-    return profiles.load(names.pop())
 
 
 class JailExecutor(seams.Executor):
@@ -70,14 +51,13 @@ class JailExecutor(seams.Executor):
             comes, since a prestarted worker does not know its job before.
     """
 
-    def __init__(self, trusted: seams.TrustedPath) -> None:
-        self._trusted, self._pump = trusted, Pump(self._look)
+    def __init__(self, trusted: seams.TrustedPath, gate: Gate) -> None:
+        self._trusted, self._pump, self._gate = trusted, Pump(self._look), gate
         self._worker: Any = seams.global_worker()
         self._resources_root = os.path.realpath(seams.runtime_resources()) + "/"
         self._pools: dict[str, Pool] = {}
         self._resource_paths: dict[str, bool] = {}
         self._runtime_env: tuple[str, dict[str, str]] = ("", {})
-        self._profiles: dict[frozenset[str], profiles.Profile] = {}
         self._events: EventLog | None = None
         # The jail whose answer Ray has not taken in yet, and its pool.
         self._pending: tuple[Pool, Jail, bool] | None = None
@@ -103,8 +83,9 @@ class JailExecutor(seams.Executor):
         """Run a function in a jail of its profile; see :class:`seams.Executor`."""
         with self._lock:
             self._settle()
-            profile, name = self._profile(), str(self._worker.current_task_name)
-            self._begin_jail(profile, name)
+            name = str(self._worker.current_task_name)
+            profile = self._profile(name)
+            self._begin_jail(profile)
             layout, parts = self._arguments(profile, name, args, kwargs)
             pool = self._pool(profile)
             jail, keep = self._jail_for(pool)
@@ -128,7 +109,7 @@ class JailExecutor(seams.Executor):
             if self._actor is None or self._actor[1].status is not None:
                 raise TaskKilled(
                     task=name,
-                    profile=self._profile().name,
+                    profile=self._profile(name).name,
                     seen=f"the actor's jail has ended: {self._actor_end or 'unknown'}",
                     remedy="make the actor again",
                 )
@@ -146,9 +127,9 @@ class JailExecutor(seams.Executor):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> None:
-        profile = self._profile()
+        profile = self._profile(name)
         core = self._worker.core_worker
-        self._begin_jail(profile, name)
+        self._begin_jail(profile)
         if core.current_actor_is_asyncio():
             raise self._unsupported(profile, name, "an actor with async methods")
         if core.current_actor_max_concurrency() > 1:
@@ -197,7 +178,7 @@ class JailExecutor(seams.Executor):
         with self._lock:
             self._refusal = None
             try:
-                profile = self._profile()
+                profile = self._profile(str(self._worker.current_task_name))
                 if profile.boundary != "worker":
                     return False
                 if self._serves_jails:
@@ -214,7 +195,7 @@ class JailExecutor(seams.Executor):
     def _enter(self, profile: profiles.Profile) -> None:
         """Raise the profile's walls around this process, then take the seals off."""
         names = profiles.names()
-        log = EventLog(seams.session_log_dir())
+        log = EventLog(self._log_directory())
         ports, loose = seams.ray_ports()
         about = {
             "node": self._worker.current_node_id.hex(),
@@ -230,7 +211,8 @@ class JailExecutor(seams.Executor):
                 variables=self._variables(),
                 ports=ports,
                 loose_ports=loose,
-                log_dir=seams.session_log_dir(),
+                ray_log_dir=seams.session_log_dir(),
+                event_dir=self._log_directory(),
                 event=about,
             ),
         )
@@ -265,12 +247,15 @@ class JailExecutor(seams.Executor):
 
     def _check_inside(self, served: profiles.Profile) -> None:
         """Serve no other profile's task, even if raylet should send one."""
-        names = client.tags_of(self._worker.core_worker.resource_ids())
-        if names != {served.name}:
-            asked = ", ".join(sorted(names)) or "no tag"
-            self._leave(asked, f"it serves {served.name!r} for life")
+        if self._gate.node is None:
+            # Profiles can't be read any more; the tag alone decides here.
+            asked = policy.tag_of(self._worker.core_worker.resource_ids())
+        else:
+            asked = self._profile(str(self._worker.current_task_name)).name
+        if asked != served.name:
+            self._leave(str(asked), f"it serves {served.name!r} for life")
 
-    def _begin_jail(self, profile: profiles.Profile, task: str) -> None:
+    def _begin_jail(self, profile: profiles.Profile) -> None:
         if profile.boundary == "worker":
             if self._refusal is not None:
                 raise self._refusal
@@ -287,13 +272,12 @@ class JailExecutor(seams.Executor):
 
     # -- profiles, pools and jails ----------------------------------------------
 
-    def _profile(self) -> profiles.Profile:
-        resources = self._worker.core_worker.resource_ids()
-        key = frozenset(resources)
-        found = self._profiles.get(key)
-        if found is None:
-            found = self._profiles[key] = profile_of(resources)
-        return found
+    def _profile(self, task: str) -> profiles.Profile:
+        try:
+            return self._gate.profile(self._worker, task)
+        except TaskRefused as error:
+            self._log("task_refused", task=task, rule=error.limit, reason=error.seen)
+            raise
 
     def _pool(self, profile: profiles.Profile) -> Pool:
         pool = self._pools.pop(profile.name, None)
@@ -372,14 +356,9 @@ class JailExecutor(seams.Executor):
 
     def _record(self, jail: Jail, pool: Pool, usage: cgroup.Usage) -> None:
         """Write the event of a jail's end."""
-        if self._events is None:
-            self._events = EventLog(seams.session_log_dir())
-        self._events.write(
+        self._log(
             "jail_ended",
             profile=pool.profile.name,
-            node=self._worker.current_node_id.hex(),
-            worker=self._worker.worker_id.hex(),
-            job=self._worker.current_job_id.hex(),
             tasks=jail.tasks,
             outcome=jail.outcome,
             memory_peak_bytes=usage.memory_peak_bytes,
@@ -390,6 +369,22 @@ class JailExecutor(seams.Executor):
             denied=jail.denials,
             denied_count=jail.notify.count if jail.notify is not None else 0,
             protections=_shown(pool.protections),
+        )
+
+    def _log_directory(self) -> str:
+        chosen = self._gate.policy
+        directory = chosen.audit.directory if chosen is not None else "session"
+        return seams.session_log_dir() if directory == "session" else directory
+
+    def _log(self, event: str, **fields: Any) -> None:
+        if self._events is None:
+            self._events = EventLog(self._log_directory())
+        self._events.write(
+            event,
+            node=self._worker.current_node_id.hex(),
+            worker=self._worker.worker_id.hex(),
+            job=self._worker.current_job_id.hex(),
+            **fields,
         )
 
     # -- one call ----------------------------------------------------------------
@@ -468,11 +463,7 @@ class JailExecutor(seams.Executor):
         text = self._worker.runtime_env
         if text != self._runtime_env[0]:
             variables = json.loads(text).get("env_vars") or {}
-            chosen = {
-                str(name): str(value)
-                for name, value in variables.items()
-                if not any(fnmatch.fnmatchcase(name, p) for p in _RESERVED_VARIABLES)
-            }
+            chosen = policy.jail_variables(self._gate.policy, variables)
             self._runtime_env = (text, chosen)
         return self._runtime_env[1]
 

@@ -40,10 +40,12 @@ def _install() -> None:
     from raysandbox import client
     from raysandbox.worker import seams
     from raysandbox.worker.executor import JailExecutor
+    from raysandbox.worker.gate import Gate
 
     trusted = seams.TrustedPath.of_worker(sys.path)
     client.install()
-    seams.install(JailExecutor(trusted))
+    # The gate first: it takes out of the environment what a client put there.
+    seams.install(JailExecutor(trusted, Gate()))
     sys.path = trusted
 
 

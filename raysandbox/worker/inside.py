@@ -49,7 +49,8 @@ class Worker:
         variables: The runtime environment's own variables.
         ports: TCP ports that Ray may connect to from here.
         loose_ports: Why these are more than Ray's own, or ``""``.
-        log_dir: Where events go.
+        ray_log_dir: Ray's log directory.
+        event_dir: Where events go.
         event: What events say about this worker.
     """
 
@@ -58,7 +59,8 @@ class Worker:
     variables: Mapping[str, str]
     ports: frozenset[int]
     loose_ports: str
-    log_dir: str
+    ray_log_dir: str
+    event_dir: str
     event: Mapping[str, object]
 
 
@@ -121,7 +123,7 @@ def enter(profile: Profile, worker: Worker) -> Entered:
         janitor.start(
             directory=own,
             group=groups.describe(group),
-            log_dir=worker.log_dir,
+            log_dir=worker.event_dir,
             event={**worker.event, "profile": profile.name},
             python_path=worker.python_path,
         )
@@ -215,7 +217,7 @@ def _drop_foreign_logs(worker: Worker) -> None:
         except FileNotFoundError:
             continue  # the listing's own
         file = os.path.basename(target)
-        if not _is_below(target, worker.log_dir) or file == FILE_NAME:
+        if not _is_below(target, worker.ray_log_dir) or file == FILE_NAME:
             continue
         if not any(mark in file for mark in own):
             os.dup2(null, int(name), inheritable=False)

@@ -53,6 +53,8 @@ __all__ = [
 ]
 
 _ABSENT = object()
+#: Variable in which the node tells its workers what ports raylet was given.
+RAYLET_PORTS = "RAYSANDBOX_RAYLET_PORTS"
 
 
 class SealedArgument:
@@ -659,7 +661,13 @@ def _port(address: str) -> int:
 
 
 def _raylet_options() -> dict[str, str]:
-    """Return what raylet was started with: it is our parent."""
+    """Return what raylet was started with: it is our parent.
+
+    Behind the node's wall it can't be seen; then the wall tells.
+    """
+    told = os.environ.get(RAYLET_PORTS)
+    if told is not None:
+        return {str(key): str(value) for key, value in json.loads(told).items()}
     try:
         with open(f"/proc/{os.getppid()}/cmdline", "rb") as file:
             words = os.fsdecode(file.read()).split("\0")
@@ -667,6 +675,22 @@ def _raylet_options() -> dict[str, str]:
         return {}
     pairs = (word[2:].split("=", 1) for word in words if word.startswith("--"))
     return {pair[0]: pair[1] for pair in pairs if len(pair) == 2}
+
+
+def job_of(gcs_client: Any, job_id: str) -> tuple[str, dict[str, str]] | None:
+    """Return a job's namespace and metadata from the GCS's job table, or None.
+
+    The job configuration of this process is no source: it came with the task.
+    """
+    table = gcs_client.get_all_job_info(
+        job_or_submission_id=job_id,
+        skip_submission_job_info_field=True,
+        skip_is_running_tasks_field=True,
+    )
+    for found, data in table.items():
+        if found.hex() == job_id:
+            return data.config.ray_namespace, dict(data.config.metadata)
+    return None
 
 
 def global_worker() -> Any:
