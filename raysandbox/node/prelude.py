@@ -188,7 +188,7 @@ def main(argv: list[str]) -> None:
         if working:
             plan.add(_CHDIR, _text(working))
     if preload:
-        plan.set("RAYSANDBOX_PRELOAD", preload)
+        plan.set("__RAYSANDBOX_PRELOAD", preload)
     fd = os.memfd_create("plan", 0)
     os.write(fd, plan.encode())
     os.execv(launcher, [launcher, f"--plan-fd={fd}", wrapper, *arguments])

@@ -8,6 +8,7 @@ Three doors to the same thing: `raysandbox start` (`start`), a local cluster of
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -102,8 +103,9 @@ def _local_policy() -> policies.Policy:
     for name in profiles.names():
         try:
             profiles.load(name)
-        except ProfileError:
-            continue  # whoever asks for it is told that no node has it
+        except ProfileError as error:
+            warnings.warn(f"profile {name!r} is not offered: {error}", stacklevel=2)
+            continue
         offered.append(name)
     return policies.Policy(
         description="a local cluster of the one who started it",

@@ -44,15 +44,14 @@ from raysandbox.launch import worker_ids
 from raysandbox.plan import Plan, State
 from raysandbox.probe import Host
 from raysandbox.profile import Profile
+from raysandbox.worker.gate import SEALED
 
-__all__ = ["HOOK", "SEALED", "SECRETS", "USER_PATH", "Session", "Wall", "compile"]
+__all__ = ["HOOK", "SECRETS", "USER_PATH", "Session", "Wall", "compile"]
 
 #: What Ray runs in a worker before its first task.
 HOOK = "raysandbox.worker_hook"
 #: Where the worker finds token and keys.
 SECRETS = "/run/raysandbox/secrets"
-#: Where the worker finds the node's policy (`raysandbox.worker.gate`).
-SEALED = "/run/raysandbox/node"
 #: Variable with directories of a runtime_env that go to jails alone.
 USER_PATH = "RAYSANDBOX_USER_PATH"
 HOOK_VARIABLE = "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR"
