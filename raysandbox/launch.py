@@ -107,6 +107,12 @@ def _split_range() -> tuple[IdRange, IdRange]:
     return IdRange(first, launches), IdRange(first + launches, count // 4)
 
 
+def is_worker_id(number: int) -> bool:
+    """Say whether a host id is one that a single Ray worker has for itself."""
+    ids = _split_range()[1]
+    return ids.first <= number < ids.first + ids.count
+
+
 def worker_ids() -> tuple[IdRange, str]:
     """Return the host ids of Ray workers, and the file that says whose they are.
 
@@ -157,7 +163,7 @@ def lease_ids() -> IdLease:
         return IdLease(IdRange(start_id, _IDS_PER_LAUNCH), fd)
     raise SetupError(
         step="lease_ids",
-        detail=f"all {count} ids from {first} are in use; set RAYSANDBOX_UID_RANGE",
+        detail=f"all {ids.count} ids from {ids.first} are in use; set RAYSANDBOX_UID_RANGE",
     )
 
 

@@ -55,6 +55,11 @@ _PROC_FILES = (
     "/proc/version",
 )
 _SYS_DIRECTORIES = ("/sys/devices/system/cpu", "/sys/devices/system/node")
+# What even a launcher leaves to a worker.
+_RAYS_OWN = {
+    "pid": "raylet signals its workers by their pids, so they keep its namespace",
+    "network": "Ray's own connections start in the worker",
+}
 # Each thread's rules are a copy of its own in the kernel, 64 bytes each: 40 MB
 # for twenty threads with as many as this.
 _MOST_PORTS = 32768
@@ -71,7 +76,9 @@ class Surroundings:
         own_proc: The worker's own directory of /proc.
         ports: TCP ports that Ray may connect to here.
         loose_ports: Why they are more than Ray's own, or ``""``.
-        tcp_is_walled: Somebody limits TCP already (the launcher).
+        launched: The worker was started by the node's launcher: it has all
+            namespaces but two, a root and a /tmp of its own.
+        own_user: It has a host user of its own.
     """
 
     python: Sequence[str]
@@ -80,7 +87,8 @@ class Surroundings:
     working_dirs: Sequence[str] = ()
     ports: frozenset[int] = frozenset()
     loose_ports: str = ""
-    tcp_is_walled: bool = False
+    launched: bool = False
+    own_user: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,10 +151,13 @@ def plan_walls(profile: Profile, host: Host, around: Surroundings) -> Walls:
             reason='only boundary = "worker" runs in a worker',
         )
     report = _Report(profile)
-    _namespaces(report)
+    _namespaces(report, around)
     paths = _paths(profile, around)
     governed, ports = _landlock(report, host, around)
-    report.say("own host user", State.OFF, "Ray's workers of a node share one user")
+    if around.own_user:
+        report.say("own host user", State.ENFORCED)
+    else:
+        report.say("own host user", State.OFF, "the worker has no host user to itself")
     report.say("no new privileges", State.ENFORCED)
     report.say("no capabilities", State.ENFORCED)
     report.say("resource limits", State.ENFORCED)
@@ -156,16 +167,26 @@ def plan_walls(profile: Profile, host: Host, around: Surroundings) -> Walls:
     )
 
 
-def _namespaces(report: _Report) -> None:
+def _namespaces(report: _Report, around: Surroundings) -> None:
     wanted, files = report.profile.namespaces, report.profile.filesystem
     why = "a process with threads can't enter one; a launcher around the worker can"
     remedy = "start the node with raysandbox, or say required = false, with why"
     for name in ("user", "pid", "mount", "network", "ipc", "uts", "cgroup"):
-        if getattr(wanted, name):
-            full = f"{name} namespace"
-            report.lacking(full, why, remedy, required=wanted.required)
+        full = f"{name} namespace"
+        if not getattr(wanted, name):
+            report.say(full, State.OFF, "not in the profile")
+        elif around.launched and name in _RAYS_OWN:
+            remedy = "say required = false, with why"
+            report.lacking(full, _RAYS_OWN[name], remedy, required=wanted.required)
+        elif around.launched:
+            report.say(full, State.ENFORCED)
         else:
-            report.say(f"{name} namespace", State.OFF, "not in the profile")
+            report.lacking(full, why, remedy, required=wanted.required)
+    if around.launched:
+        report.say("root file system", State.ENFORCED)
+        reason = "the size of the worker's own /tmp, which is not the profile's"
+        report.say("scratch quota", State.DEGRADED, reason)
+        return
     reason = "paths that are not in the view can be seen, not opened (Landlock)"
     report.say("root file system", State.DEGRADED, reason)
     why = "needs a mount of its own"
@@ -268,9 +289,6 @@ def _ports(
 ) -> tuple[int, ...]:
     """Return the ports to allow; none if TCP is not governed here."""
     name, required = "network ports", report.profile.network.required
-    if around.tcp_is_walled:
-        report.say(name, State.ENFORCED, "by the launcher")
-        return ()
     if not governed.net:
         have = "a kernel without Landlock's TCP rules (ABI 4)"
         report.lacking(name, have, "boot Linux 6.7 or later", required=required)

@@ -195,7 +195,7 @@ class JailExecutor(seams.Executor):
 
     def _enter(self, profile: profiles.Profile) -> None:
         """Raise the profile's walls around this process, then take the seals off."""
-        names = profiles.names()
+        boundaries = _boundaries(self._gate.node)
         log = EventLog(self._log_directory())
         ports, loose = seams.ray_ports()
         about = {
@@ -207,6 +207,7 @@ class JailExecutor(seams.Executor):
         entered = inside.enter(
             profile,
             inside.Worker(
+                launched=self._gate.launched,
                 python_path=[path for path in self._trusted if path],
                 working_dirs=self._user_directories(),
                 variables=self._variables(),
@@ -220,7 +221,7 @@ class JailExecutor(seams.Executor):
         self._inside = profile
         marker = client.marker_of(self._worker.runtime_env)
         self._leaves = marker != profile.name and self._worker.actor_id.is_nil()
-        client.remember({profile.name: True, **_boundaries(names)})
+        client.remember({**boundaries, profile.name: True})
         log.write(
             "worker_entered",
             **about,
@@ -232,6 +233,10 @@ class JailExecutor(seams.Executor):
         )
         log.close()
         seams.unseal()
+        # The job's own set-up, which the walls had to come before.
+        problem = seams.run_setup_hook(self._worker.runtime_env)
+        if problem:
+            seams.leave(problem)
 
     def guarded(self, info: Any) -> Any:
         """See :class:`seams.Executor`."""
@@ -645,10 +650,12 @@ def _shown(protections: Sequence[plan.Protection]) -> dict[str, str]:
     }
 
 
-def _boundaries(names: Sequence[str]) -> dict[str, bool]:
+def _boundaries(node: policy.Node | None) -> dict[str, bool]:
     """Say of each profile whether it is a worker's own boundary."""
+    if node is not None:
+        return {name: it.boundary == "worker" for name, it in node.profiles.items()}
     found = {}
-    for name in names:
+    for name in profiles.names():
         try:
             found[name] = profiles.load(name).boundary == "worker"
         except ProfileError:

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from raysandbox import plan, walls
+from raysandbox import launch, plan, walls
 from raysandbox.errors import ProfileError, SetupError
 from raysandbox.kernel import cgroup, landlock
 from raysandbox.kernel.threads import restrict_threads
@@ -44,6 +44,7 @@ class Worker:
     """What :func:`enter` must know of this Ray worker.
 
     Attributes:
+        launched: The node's launcher started it.
         python_path: Its module search path; nothing of a user's.
         working_dirs: Directories of the runtime environment.
         variables: The runtime environment's own variables.
@@ -54,6 +55,7 @@ class Worker:
         event: What events say about this worker.
     """
 
+    launched: bool
     python_path: Sequence[str]
     working_dirs: Sequence[str]
     variables: Mapping[str, str]
@@ -114,6 +116,8 @@ def enter(profile: Profile, worker: Worker) -> Entered:
                 own_proc=f"/proc/{os.getpid()}",
                 ports=worker.ports,
                 loose_ports=worker.loose_ports,
+                launched=worker.launched,
+                own_user=worker.launched and _has_own_user(),
             ),
         )
         _check_canary(profile, canary, ready.paths)
@@ -144,6 +148,13 @@ def enter(profile: Profile, worker: Worker) -> Entered:
         raise NotRestrictedError(step=step, detail=str(error)) from error
     protections = (*ready.protections, *_of_group(group))
     return Entered(scratch, threads, protections, time.monotonic() - begun)
+
+
+def _has_own_user() -> bool:
+    """Whether the launcher gave this worker an id out of the range for that."""
+    with open("/proc/self/uid_map") as file:
+        lines = [[int(word) for word in line.split()] for line in file]
+    return len(lines) == 1 and lines[0][2] == 1 and launch.is_worker_id(lines[0][1])
 
 
 def _furnish(own: str) -> tuple[str, str]:

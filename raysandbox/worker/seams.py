@@ -622,6 +622,18 @@ def setup_hook_of(variables: Mapping[str, Any]) -> dict[str, str]:
     return {"code": base64.b64encode(info.function).decode()}
 
 
+def run_setup_hook(runtime_env: str) -> str:
+    """Run a runtime_env's own setup hook here, as stock Ray does.
+
+    Only in a worker that is its own boundary. Returns what went wrong, or ``""``.
+    """
+    variables = json.loads(runtime_env or "{}").get("env_vars") or {}
+    hook = variables.get(ray_constants.WORKER_PROCESS_SETUP_HOOK_ENV_VAR)
+    if not isinstance(hook, str) or hook == HOOK:
+        return ""
+    return setup_hook.load_and_execute_setup_hook(hook) or ""
+
+
 def runtime_resources() -> str:
     """Return where Ray unpacks what runtime environments bring."""
     return str(ray_worker.global_worker.node.get_runtime_env_dir_path())

@@ -1,4 +1,8 @@
-"""``boundary = "worker"``: all of Ray, and walls around the worker itself."""
+"""``boundary = "worker"``: all of Ray, and walls around the worker itself.
+
+On a cluster that has the hook alone: nothing but what a running worker can do to
+itself stands here. `test_worker_boundary_wall` is the other kind of node.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +26,8 @@ import ray
 
 import raysandbox
 from tests.ray.events import events
+
+pytestmark = pytest.mark.usefixtures("hook_alone")
 
 TRUSTED = raysandbox.tag("trusted")
 INSIDE = raysandbox.tag("inside")
