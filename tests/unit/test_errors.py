@@ -44,8 +44,10 @@ EXAMPLES: list[tuple[errors.RaysandboxError, str]] = [
             remedy="boot Linux 6.7",
             profile="strict",
         ),
-        "profile 'strict' requires landlock: need ABI 4 or later, have ABI 2. Nothing "
-        "was started. To fix: boot Linux 6.7",
+        (
+            "profile 'strict' requires landlock: need ABI 4 or later, have ABI 2. Nothing "
+            "was started. To fix: boot Linux 6.7"
+        ),
     ),
     (
         errors.UnsupportedError(feature="x", need="a", have="b", remedy="c"),
@@ -53,8 +55,10 @@ EXAMPLES: list[tuple[errors.RaysandboxError, str]] = [
     ),
     (
         errors.SetupError(step="mount_proc", errno=1, detail="/proc"),
-        "jail set-up failed at step 'mount_proc': Operation not permitted (errno 1) "
-        "[/proc]; the task never started",
+        (
+            "jail set-up failed at step 'mount_proc': Operation not permitted (errno 1) "
+            "[/proc]; the task never started"
+        ),
     ),
     (
         errors.SetupError(step="launch"),
@@ -66,19 +70,25 @@ EXAMPLES: list[tuple[errors.RaysandboxError, str]] = [
     ),
     (
         errors.TaskOutOfMemory(**FULL),
-        "task 'count' under profile 'strict' ran out of memory and was killed; "
-        "limits.memory allows 1 GiB; seen: 2 GiB; denied on the way: socket(); to fix: "
-        "use less",
+        (
+            "task 'count' under profile 'strict' ran out of memory and was killed; "
+            "limits.memory allows 1 GiB; seen: 2 GiB; denied on the way: socket(); to fix: "
+            "use less"
+        ),
     ),
     (
         errors.TaskTimedOut(**TASK, limit="limits.wall_time", allowed="600 s"),
-        "task 'count' under profile 'strict' ran out of time and was killed; "
-        "limits.wall_time allows 600 s",
+        (
+            "task 'count' under profile 'strict' ran out of time and was killed; "
+            "limits.wall_time allows 600 s"
+        ),
     ),
     (
         errors.TaskDenied(**TASK, limit="syscalls.action"),
-        "task 'count' under profile 'strict' was killed by the system-call filter; "
-        "syscalls.action",
+        (
+            "task 'count' under profile 'strict' was killed by the system-call filter; "
+            "syscalls.action"
+        ),
     ),
     (
         errors.TaskQuotaExceeded(**TASK, seen="2 bytes"),
@@ -90,12 +100,17 @@ EXAMPLES: list[tuple[errors.RaysandboxError, str]] = [
     ),
     (
         errors.TaskUnsupported(**TASK),
-        "task 'count' under profile 'strict' asked for something that a jail does not "
-        "have",
+        (
+            "task 'count' under profile 'strict' asked for something that a jail does not "
+            "have"
+        ),
     ),
     (
         errors.JailProtocolError(**TASK),
-        "task 'count' under profile 'strict' sent a reply that breaks the jail protocol",
+        (
+            "task 'count' under profile 'strict' sent a reply that breaks the jail "
+            "protocol"
+        ),
     ),
     (errors.TaskError(**TASK), "task 'count' under profile 'strict' failed"),
 ]

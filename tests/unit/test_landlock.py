@@ -105,8 +105,8 @@ def _pairs(tmp_path: Path) -> dict[str, Callable[[], object]]:
         directory.mkdir()
         (directory / "file").write_text("x")
     return {
-        "read inside": lambda: (inside / "file").read_text(),
-        "read outside": lambda: (outside / "file").read_text(),
+        "read inside": (inside / "file").read_text,
+        "read outside": (outside / "file").read_text,
         "write inside": lambda: (inside / "file").write_text("y"),
         "list outside": lambda: os.listdir(outside),
         "truncate outside": lambda: os.truncate(outside / "file", 0),
