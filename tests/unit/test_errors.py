@@ -45,8 +45,8 @@ EXAMPLES: list[tuple[errors.RaysandboxError, str]] = [
             profile="strict",
         ),
         (
-            "profile 'strict' requires landlock: need ABI 4 or later, have ABI 2. Nothing "
-            "was started. To fix: boot Linux 6.7"
+            "profile 'strict' requires landlock: need ABI 4 or later, have ABI 2. "
+            "Nothing was started. To fix: boot Linux 6.7"
         ),
     ),
     (
@@ -56,8 +56,8 @@ EXAMPLES: list[tuple[errors.RaysandboxError, str]] = [
     (
         errors.SetupError(step="mount_proc", errno=1, detail="/proc"),
         (
-            "jail set-up failed at step 'mount_proc': Operation not permitted (errno 1) "
-            "[/proc]; the task never started"
+            "jail set-up failed at step 'mount_proc': Operation not permitted "
+            "(errno 1) [/proc]; the task never started"
         ),
     ),
     (
@@ -72,8 +72,8 @@ EXAMPLES: list[tuple[errors.RaysandboxError, str]] = [
         errors.TaskOutOfMemory(**FULL),
         (
             "task 'count' under profile 'strict' ran out of memory and was killed; "
-            "limits.memory allows 1 GiB; seen: 2 GiB; denied on the way: socket(); to fix: "
-            "use less"
+            "limits.memory allows 1 GiB; seen: 2 GiB; denied on the way: socket(); "
+            "to fix: use less"
         ),
     ),
     (
@@ -101,8 +101,8 @@ EXAMPLES: list[tuple[errors.RaysandboxError, str]] = [
     (
         errors.TaskUnsupported(**TASK),
         (
-            "task 'count' under profile 'strict' asked for something that a jail does not "
-            "have"
+            "task 'count' under profile 'strict' asked for something that a jail "
+            "does not have"
         ),
     ),
     (
