@@ -113,7 +113,7 @@ def find(name: str) -> Path:
     """
     if not is_name(name):
         raise ProfileError(
-            source="<profile name>",
+            source="profile name",
             value=name,
             reason="must be of a-z, 0-9, _ and -, and start with a letter",
         )
@@ -129,7 +129,7 @@ def find(name: str) -> Path:
     known = names()
     others = _meant(name, known) or f"there are {', '.join(known)}"
     raise ProfileError(
-        source="<profile name>", value=name, reason=f"no such profile; {others}"
+        source="profile name", value=name, reason=f"no such profile; {others}"
     )
 
 
@@ -371,10 +371,13 @@ def _check_owner(path: Path, real: str, there: os.stat_result) -> int:
 def _check_writers(path: Path, real: str, there: os.stat_result) -> None:
     allowed = _check_owner(path, real, there)
     if there.st_mode & (stat.S_IWGRP | stat.S_IWOTH) & ~allowed:
+        remedy = f"chmod go-w {path}"
+        if there.st_mode & stat.S_ISVTX:  # /tmp must stay as it is
+            remedy = "keep profiles elsewhere"
         raise ProfileError(
             source=str(path),
             reason=f"mode {stat.S_IMODE(there.st_mode):04o}: group or others can "
-            f"write it (chmod go-w {path})",
+            f"write it ({remedy})",
         )
 
 

@@ -36,7 +36,7 @@ from raysandbox.jail.zygote import receive_message, send_message
 from raysandbox.kernel import cgroup, seccomp_notify
 from raysandbox.probe import probe
 from raysandbox.profile import Profile
-from raysandbox.run import cgroup_limits
+from raysandbox.run import cgroup_limits, limit_protections
 from raysandbox.worker.output import Output, Pump
 
 __all__ = ["Environment", "Jail", "Pool"]
@@ -178,7 +178,10 @@ class Pool:
                     cgroup_clean=self._owned(),
                 ),
             )
-            self.protections = compiled.protections
+            self.protections = (
+                *limit_protections(self._groups.support(cgroup_limits(profile))),
+                *compiled.protections,
+            )
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             with theirs:
                 self._launched = launch.start(
@@ -351,7 +354,9 @@ class Pool:
         if self._groups is not None:
             self._group_number += 1
             slot.group = self._groups.create(
-                f"{self._tag}{self._group_number}", cgroup_limits(self.profile)
+                f"{self._tag}{self._group_number}",
+                cgroup_limits(self.profile),
+                required=self.profile.limits.required,
             )
             fds = slot.group.procs_fds()
         message = {"op": "slot", "slot": slot.number, "dir": False}
