@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import select
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from raysandbox.errors import ProfileError, SetupError
+from raysandbox.errors import ProfileError, SetupError, UnsupportedError
 from raysandbox.native import library_path
 from raysandbox.plan import IdRange, Plan
 
@@ -69,51 +70,75 @@ def _configured_range() -> tuple[int, int]:
     text = os.environ.get("RAYSANDBOX_UID_RANGE")
     if not text:
         return _DEFAULT_RANGE
-    first, _, count = text.partition(":")
-    if first.isdigit() and count.isdigit():
-        numbers = int(first), int(count)
+    match = re.fullmatch(r"([0-9]{1,10}):([0-9]{1,10})", text)
+    if match is not None:
+        first, count = int(match[1]), int(match[2])
         # Never ids of people or of the system, whatever was configured.
-        if numbers[0] >= 65536 and 0 < numbers[1] <= 0xFFFFFFFE - numbers[0]:
-            return numbers
+        if first >= 65536 and _IDS_PER_LAUNCH <= count <= 0xFFFFFFFE - first:
+            return first, count
     raise ProfileError(
         source="RAYSANDBOX_UID_RANGE",
         value=text,
-        reason="must be FIRST:COUNT with FIRST of at least 65536",
+        reason="must be FIRST:COUNT with FIRST of at least 65536 and COUNT of at "
+        f"least {_IDS_PER_LAUNCH}",
     )
+
+
+def _refuse_unmapped(first: int, count: int) -> None:
+    """Refuse ids that this user namespace does not have; see user_namespaces(7)."""
+    for name in ("uid_map", "gid_map"):
+        with open(f"/proc/self/{name}") as file:
+            ranges = [tuple(map(int, line.split())) for line in file]
+        if not any(
+            start <= first and first + count <= start + length
+            for start, _, length in ranges
+        ):
+            shown = ", ".join(f"{r[0]} to {r[0] + r[2] - 1}" for r in ranges)
+            raise UnsupportedError(
+                feature="own host user",
+                need=f"ids {first} to {first + count - 1} for jails",
+                have=f"only {shown} in this user namespace ({name})",
+                remedy="set RAYSANDBOX_UID_RANGE to some of those, map more ids, or "
+                "start as an ordinary user",
+            )
 
 
 def lease_ids() -> IdLease:
     """Take host ids for one launch: its root's and its jails'.
 
     Raises:
-        SetupError: All of the range is in use, or the lock directory can't be
-            made.
+        SetupError: All of the range is in use, or the locks can't be made.
+        ProfileError: ``RAYSANDBOX_UID_RANGE`` is no range.
+        UnsupportedError: We are root of a user namespace without these ids.
     """
     if os.geteuid() != 0:
         return IdLease(IdRange(os.geteuid(), 1))
     first, count = _configured_range()
+    _refuse_unmapped(first, count)
     try:
         os.makedirs(_LOCK_DIR, mode=0o700, exist_ok=True)
+        for start_id in range(
+            first, first + count - _IDS_PER_LAUNCH + 1, _IDS_PER_LAUNCH
+        ):
+            fd = os.open(
+                f"{_LOCK_DIR}/{start_id}",
+                os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW,
+                0o600,
+            )
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(fd)
+                continue
+            return IdLease(IdRange(start_id, _IDS_PER_LAUNCH), fd)
     except OSError as error:
         raise SetupError(
             step="lease_ids", errno=error.errno or 0, detail=_LOCK_DIR
         ) from error
-    for block in range(count // _IDS_PER_LAUNCH):
-        start_id = first + block * _IDS_PER_LAUNCH
-        fd = os.open(
-            f"{_LOCK_DIR}/{start_id}",
-            os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW,
-            0o600,
-        )
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(fd)
-            continue
-        return IdLease(IdRange(start_id, _IDS_PER_LAUNCH), fd)
     raise SetupError(
         step="lease_ids",
-        detail=f"all {count} ids from {first} are in use; set RAYSANDBOX_UID_RANGE",
+        detail=f"all {count} host ids from {first} are in use by other jails; set "
+        "RAYSANDBOX_UID_RANGE to a larger range",
     )
 
 
@@ -252,12 +277,19 @@ def start(
         stdin: Descriptor, as for subprocess; None to inherit.
         stdout: As stdin.
         stderr: As stdin.
+
+    Raises:
+        SetupError: The launcher is missing or can't be started.
     """
-    plan_fd = os.memfd_create("raysandbox-plan", os.MFD_CLOEXEC)
-    status_read, status_write = os.pipe()
-    life_read, life_write = os.pipe()
+    fds: list[int] = []
     try:
+        plan_fd = os.memfd_create("raysandbox-plan", os.MFD_CLOEXEC)
+        fds.append(plan_fd)
         os.write(plan_fd, plan.encode())
+        status_read, status_write = os.pipe()
+        fds += [status_read, status_write]
+        life_read, life_write = os.pipe()
+        fds += [life_read, life_write]
         arguments = [
             launcher_path(),
             f"--plan-fd={plan_fd}",
@@ -280,12 +312,14 @@ def start(
             stderr=stderr,
             close_fds=True,
         )
-    except BaseException:
-        os.close(status_read)
-        os.close(life_write)
-        raise
+        fds.remove(status_read)
+        fds.remove(life_write)
+    except OSError as error:
+        # No descriptor, no process, no memory left for us: the host's business.
+        raise SetupError(
+            step="start_launcher", errno=error.errno or 0, detail=error.filename or ""
+        ) from error
     finally:
-        os.close(plan_fd)
-        os.close(status_write)
-        os.close(life_read)
+        for fd in fds:
+            os.close(fd)
     return Launched(process, status_read, life_write, zygote)

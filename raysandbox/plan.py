@@ -386,7 +386,8 @@ class _Builder:
                         source=self.profile.name,
                         where=where,
                         value=path,
-                        reason="does not exist on this host",
+                        reason="does not exist on this host"
+                        + (f" ({entry})" if entry != path else ""),
                     )
         for path in _outermost(paths):
             flags = _BIND_READ_ONLY if read_only else 0

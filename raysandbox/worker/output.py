@@ -37,11 +37,15 @@ class Output:
         self.write_fds: list[int] = []
         self._line_start = [True, True]
         self._lock = threading.Lock()
-        for index in range(2):
-            read_end, write_end = os.pipe2(os.O_CLOEXEC)
-            os.set_blocking(read_end, False)
-            self._fds[read_end] = index
-            self.write_fds.append(write_end)
+        try:
+            for index in range(2):
+                read_end, write_end = os.pipe2(os.O_CLOEXEC)
+                os.set_blocking(read_end, False)
+                self._fds[read_end] = index
+                self.write_fds.append(write_end)
+        except OSError:
+            self.close()
+            raise
 
     @property
     def over_limit(self) -> bool:
@@ -85,12 +89,7 @@ class Output:
             if (number or self._line_start[index]) and line.startswith(_MAGIC):
                 lines[number] = b" " + line
         self._line_start[index] = chunk.endswith((b"\n", b"\r"))
-        sink = self._sinks[index]
-        try:
-            sink.write(b"".join(lines).decode("utf-8", "replace"))
-            sink.flush()
-        except (OSError, ValueError):
-            return  # the worker's own log is gone; the task is not to blame
+        _write(self._sinks[index], b"".join(lines).decode("utf-8", "replace"))
 
     def finish(self) -> int:
         """Forward the rest of a jail that is gone; return what it printed.
@@ -102,7 +101,7 @@ class Output:
             for index, sink in enumerate(self._sinks):
                 if not self._line_start[index]:
                     self._line_start[index] = True
-                    sink.write("\n")
+                    _write(sink, "\n")
             seen, self.seen_bytes = self.seen_bytes, 0
         return seen
 
@@ -113,6 +112,14 @@ class Output:
                 os.close(fd)
             self._fds.clear()
             self.write_fds.clear()
+
+
+def _write(sink: IO[str], text: str) -> None:
+    try:
+        sink.write(text)
+        sink.flush()
+    except (OSError, ValueError):
+        return  # the worker's own log is gone or full; the task is not to blame
 
 
 class Pump:
@@ -129,17 +136,23 @@ class Pump:
         self._thread: threading.Thread | None = None
 
     def add(self, fd: int, handler: Callable[[], bool]) -> None:
-        """Call ``handler`` when ``fd`` is readable, until it returns False."""
+        """Call ``handler`` when ``fd`` is readable, until it returns False.
+
+        Raises:
+            OSError: The descriptor can't be waited for.
+            RuntimeError: No thread can be started.
+        """
         known = fd in self._handlers
         self._handlers[fd] = handler
         if known:
             return
         self._epoll.register(fd, select.EPOLLIN)
         if self._thread is None:
-            self._thread = threading.Thread(
+            thread = threading.Thread(
                 target=self._run, name="raysandbox-pump", daemon=True
             )
-            self._thread.start()
+            thread.start()
+            self._thread = thread
 
     def remove(self, fd: int) -> None:
         """Forget a descriptor; must be called before it is closed."""

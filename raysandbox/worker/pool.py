@@ -182,7 +182,7 @@ class Pool:
                 *limit_protections(self._groups.support(cgroup_limits(profile))),
                 *compiled.protections,
             )
-            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            ours, theirs = _pair()
             with theirs:
                 self._launched = launch.start(
                     compiled,
@@ -326,10 +326,11 @@ class Pool:
     def _spawn(self) -> Jail:
         while not self._free_slots:
             self._handle(*self._receive(_READY_S))
-        slot = self._free_slots.pop(0)
+        slot = self._free_slots[0]
         self._furnish(slot)
+        ours, theirs = _pair()
+        self._free_slots.pop(0)  # from here on it is the jail's
         self._next_id += 1
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         jail = Jail(self._next_id, slot, ours)
         self._jails[jail.jail_id] = jail
         user = slot.number if self._mapped > 1 else 0
@@ -343,10 +344,7 @@ class Pool:
         if slot.output is not None and (slot.group is None or slot.group.reset()):
             return
         if slot.output is None:
-            limit = self.profile.limits.output_bytes
-            slot.output = output = Output(limit, (sys.stdout, sys.stderr))
-            for fd in output.read_fds:
-                self._pump.add(fd, functools.partial(output.drain, fd))
+            slot.output = self._new_output()
         if slot.group is not None:
             slot.group.remove()
             slot.group = None
@@ -365,6 +363,23 @@ class Pool:
         finally:
             for fd in fds:
                 os.close(fd)
+
+    def _new_output(self) -> Output:
+        try:
+            output = Output(self.profile.limits.output_bytes, (sys.stdout, sys.stderr))
+            try:
+                for fd in output.read_fds:
+                    self._pump.add(fd, functools.partial(output.drain, fd))
+            except BaseException:
+                for fd in output.read_fds:
+                    self._pump.remove(fd)
+                output.close()
+                raise
+        except (OSError, RuntimeError) as error:
+            # RuntimeError: no process was left for the pump's thread.
+            number = getattr(error, "errno", None) or errno.EAGAIN
+            raise SetupError(step="output", errno=number, detail=str(error)) from error
+        return output
 
     def _strip(self, slot: Slot) -> None:
         """Take a slot's pipes and group away."""
@@ -630,6 +645,13 @@ def _groups() -> cgroup.Cgroups:
     groups = cgroup.discover()
     groups.sweep()
     return groups
+
+
+def _pair() -> tuple[socket.socket, socket.socket]:
+    try:
+        return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    except OSError as error:
+        raise SetupError(step="socketpair", errno=error.errno or 0) from error
 
 
 def _is_readable(sock: socket.socket) -> bool:
