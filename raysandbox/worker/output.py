@@ -11,6 +11,7 @@ import os
 import select
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from typing import IO
 
@@ -130,6 +131,15 @@ def _write(sink: IO[str], text: str) -> None:
         return  # the worker's own log is gone or full; the task is not to blame
 
 
+def _safely(act: Callable[[], bool | None]) -> bool:
+    """Whether it went well: without the pump every later jail would hang."""
+    try:
+        return bool(act())
+    except Exception:  # noqa: BLE001 - whatever it is, others are waiting
+        traceback.print_exc()
+        return False
+
+
 class Pump:
     """One thread that waits for all descriptors that jails write to.
 
@@ -176,8 +186,8 @@ class Pump:
             for fd, events in self._epoll.poll(_TICK_S):
                 handler = self._handlers.get(fd)
                 # Hung up alone: nothing to read, now or later.
-                if not events & select.EPOLLIN or (handler and not handler()):
+                if not events & select.EPOLLIN or (handler and not _safely(handler)):
                     self.remove(fd)
             if time.monotonic() >= next_tick:
-                self._on_tick()
+                _safely(self._on_tick)
                 next_tick = time.monotonic() + _TICK_S
