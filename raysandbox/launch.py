@@ -237,12 +237,12 @@ class Launched:
             os.close(self.life_fd)
             self.life_fd = -1
 
-    def kill(self) -> None:
-        """End the inside; the monitor cleans up after it and exits."""
+    def kill(self, number: int = signal.SIGTERM) -> None:
+        """End the inside; the monitor cleans up after it and exits 128+number."""
         if self.is_zygote:
             self.release()
         elif self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
+            self.process.send_signal(number)
 
     def close(self) -> None:
         """Close our ends; an inside that still runs is ended by that."""

@@ -155,7 +155,7 @@ def _run(
             if reason:
                 launched.kill()
         except KeyboardInterrupt:
-            launched.kill()
+            launched.kill(signal.SIGINT)
     usage = group.usage()
     launched.release()
     outcome = launched.wait()

@@ -59,9 +59,13 @@ def list_(as_json: AsJson = False) -> None:
     else:
         table = Table("profile", "boundary", "description", "file", box=None)
         for row in rows:
-            shown = row["description"] or row.get("error", "")
+            shown = "can't be used, see below" if "error" in row else row["description"]
             table.add_row(row["name"], row["boundary"], shown, row["file"])
-        Console().print(table)
+        console = Console(highlight=False)
+        console.print(table)
+        for row in rows:
+            if "error" in row:
+                console.print(row["error"], markup=False, soft_wrap=True)
     raise typer.Exit(1 if broken else 0)
 
 

@@ -26,7 +26,8 @@ def _used(usage: Usage) -> str:
 
 
 @app.command(
-    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False}
+    # What stands behind the command is its own, also if it looks like an option.
+    context_settings={"allow_interspersed_args": False}
 )
 def run(
     command: Annotated[

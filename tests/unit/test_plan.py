@@ -59,7 +59,7 @@ def records(made: plan.Plan, kind: int) -> list[bytes]:
     return [payload for each, payload in made.records if each == kind]
 
 
-# --- pure --------------------------------------------------------------------------
+# --- pure ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["strict", "standard", "fast"])
@@ -110,7 +110,7 @@ def test_the_encoding_is_what_the_launcher_reads() -> None:
     assert (offset, seen) == (length, count)
 
 
-# --- what is recorded ----------------------------------------------------------------
+# --- what is recorded ----------------------------------------------------------
 
 
 def test_a_full_host_enforces_all() -> None:
@@ -252,7 +252,7 @@ def test_limits_are_recorded_in_the_profiles_words() -> None:
     assert found["limits.oom_group"].state is State.DEGRADED
 
 
-# --- what is refused --------------------------------------------------------------------
+# --- what is refused -----------------------------------------------------------
 
 
 @pytest.mark.parametrize("key", ["read", "write"])
@@ -292,7 +292,7 @@ def test_a_device_that_is_none_is_refused() -> None:
         compiled(broken)
 
 
-# --- what is in it -----------------------------------------------------------------------
+# --- what is in it -------------------------------------------------------------
 
 
 def test_the_environment_is_chosen_by_name() -> None:
