@@ -258,6 +258,7 @@ class JailExecutor(seams.Executor):
         job = self._worker.current_job_id.hex()
         if self._job_jail is not None:
             known_job, known_pool, jail = self._job_jail
+            known_pool.look()  # it may have ended meanwhile
             if known_job == job and known_pool is pool and jail.status is None:
                 return jail, True
             self._job_jail = None

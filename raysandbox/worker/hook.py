@@ -39,7 +39,9 @@ def worker_hook() -> None:
 def _install() -> None:
     from raysandbox.worker import seams
     from raysandbox.worker.executor import JailExecutor
+    from raysandbox.worker.output import lose_what_does_not_fit
 
+    lose_what_does_not_fit()
     trusted = seams.TrustedPath.of_worker(sys.path)
     seams.install(JailExecutor(trusted))
     sys.path = trusted

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import os
 import select
+import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
-from typing import IO
+from collections.abc import Callable, Iterable
+from typing import IO, Any, TextIO, cast
 
-__all__ = ["Output", "Pump"]
+__all__ = ["Lossy", "Output", "Pump", "lose_what_does_not_fit"]
 
 _CHUNK = 64 << 10
 _TICK_S = 0.2
@@ -28,6 +29,40 @@ def _is_magic(line: bytes) -> bool:
     A task can write a prefix in two pieces: what could still become one counts.
     """
     return line.startswith(_MAGIC) or any(magic.startswith(line) for magic in _MAGIC)
+
+
+class Lossy:
+    """A worker's stdout or stderr, which loses what a full disk does not take.
+
+    Ray itself writes markers there around each task, and a worker in which that
+    fails ends, with the task's answer in its hands.
+    """
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write what can be written; always as if all of it was."""
+        try:
+            self._stream.write(text)
+        except OSError:
+            return len(text)
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        """As :meth:`write`, for each."""
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        """Write what waits, or lose it."""
+        try:
+            self._stream.flush()
+        except OSError:
+            return
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 class Output:
@@ -129,6 +164,12 @@ def _write(sink: IO[str], text: str) -> None:
         sink.flush()
     except (OSError, ValueError):
         return  # the worker's own log is gone or full; the task is not to blame
+
+
+def lose_what_does_not_fit() -> None:
+    """Keep a full disk from ending this process; see :class:`Lossy`."""
+    sys.stdout = cast(TextIO, Lossy(sys.stdout))
+    sys.stderr = cast(TextIO, Lossy(sys.stderr))
 
 
 def _safely(act: Callable[[], bool | None]) -> bool:

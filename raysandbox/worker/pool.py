@@ -45,8 +45,9 @@ _START_S = 60.0
 _READY_S = 30.0
 _SLICE_S = 0.1
 _CHECK_S = 0.25
-# Between the end of a dying jail's socket and the word of its end.
-_DYING_S = 0.5
+# Between the end of a dying jail's socket and the word of its end: the kernel takes
+# its mounts down in between, which on a busy host takes its time.
+_DYING_S = 3.0
 # One jail works, one is ready, one is on its way out.
 _SLOTS = 3
 # What every call needs; msgpack comes with Ray.
@@ -315,6 +316,9 @@ class Pool:
         Raises:
             SetupError: It could not be made; nothing was run.
         """
+        # The one that waits, or its zygote, may have died meanwhile: nothing of a
+        # task was in it, so another one takes its place.
+        self.look()
         if self._socket is None:
             self.start()
         jail, self._spare = self._spare or self._spawn(), None
