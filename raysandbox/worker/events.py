@@ -11,7 +11,7 @@ __all__ = ["FILE_NAME", "EventLog"]
 
 FILE_NAME = "raysandbox_events.jsonl"
 
-_FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+_FLAGS = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
 class EventLog:
@@ -28,8 +28,12 @@ class EventLog:
             if self._fd < 0:
                 self._fd = os.open(self.path, _FLAGS, 0o640)
             data = json.dumps(line, default=str).encode() + b"\n"
-            if 0 <= os.write(self._fd, data) < len(data):
-                # The disk became full within it: whoever comes next starts a line.
-                os.write(self._fd, b"\n")
+            os.write(self._fd, self._end_of_cut_line() + data)
         except OSError:
             return
+
+    def _end_of_cut_line(self) -> bytes:
+        """Return what ends the line before ours, if a full disk has cut it."""
+        size = os.fstat(self._fd).st_size
+        whole = size == 0 or os.pread(self._fd, 1, size - 1) == b"\n"
+        return b"" if whole else b"\n"

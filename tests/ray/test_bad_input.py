@@ -150,9 +150,11 @@ def test_a_full_disk_fails_no_task(name, cases) -> None:
 
 
 def test_events_go_on_after_a_full_disk(cases) -> None:
-    """Every line of the log is whole, and later ones are there."""
+    """Later ones are there, each on a line of its own; one may have been cut."""
     assert "value" in cases["space again"], cases["space again"]
-    assert cases["events"].get("value", 0) > 0, cases["events"]
+    before, after, cut = cases["events"]["value"]
+    assert after > before
+    assert cut <= 1
 
 
 @pytest.mark.parametrize(
@@ -169,7 +171,7 @@ def test_what_dies_while_nothing_runs_is_replaced(name, met, cases) -> None:
     """At most the next task fails, with an error of ours, and the one after it runs."""
     first, _, then = cases[name].get("value", "").partition(" then ")
     assert then == "ran", cases[name]
-    assert first in met
+    assert first in met, cases[name]
 
 
 def test_the_workers_are_still_the_same(cases) -> None:

@@ -357,6 +357,14 @@ def test_the_end_is_none_and_silence_is_not(pair) -> None:
     assert receive(worker) is None
 
 
+def test_an_end_with_a_call_unread_is_the_end_too(pair) -> None:
+    """A jail that died before it read its call broke no protocol."""
+    jail, worker = pair
+    wire.send(worker, wire.CALL, 1, [b"never read"])
+    jail.close()
+    assert receive(worker) is None
+
+
 def test_parts_outlive_the_frame(pair) -> None:
     """A view keeps its mapping, and gives it up when it goes."""
     jail, worker = pair
