@@ -106,6 +106,8 @@ class Jail:
     status: int | None = None
     calls: int = 0
     timed_out: str = ""
+    # When its present call was sent.
+    called: float = field(default_factory=time.monotonic)
     tasks: list[str] = field(default_factory=list)
     outcome: str = ""
     # Its end is being looked into: the event waits for the finding.
@@ -113,6 +115,11 @@ class Jail:
     usage: cgroup.Usage = field(default_factory=cgroup.Usage)
     output_bytes: int = 0
     started: float = field(default_factory=time.monotonic)
+
+    @property
+    def running_s(self) -> float:
+        """For how long its present call has been running."""
+        return time.monotonic() - self.called
 
     @property
     def over_output(self) -> bool:
@@ -491,7 +498,7 @@ class Pool:
     def wait(self, jail: Jail, task: str, number: int) -> wire.Frame:
         """Wait for the reply to call ``number``; see :meth:`call`."""
         limits, store = self.profile.limits, self.profile.object_store
-        now = time.monotonic()
+        now = jail.called = time.monotonic()
         deadline = None if limits.wall_time_s is None else now + limits.wall_time_s
         next_check = now + _CHECK_S
         poll = select.poll()
@@ -586,9 +593,11 @@ class Pool:
         if jail.timed_out:
             wall = jail.timed_out == "limits.wall_time"
             allowed = limits.wall_time_s if wall else limits.cpu_time_s
+            seen = jail.running_s if wall else usage.cpu_time_s
             return TaskTimedOut(
                 limit=jail.timed_out,
                 allowed=f"{allowed:g} s",
+                seen=_seconds(seen) + ("" if wall else " of CPU"),
                 remedy="make it faster, or ask for a profile with a larger limit",
                 **common,
             )
@@ -625,7 +634,13 @@ class Pool:
             and usage.cpu_time_s is not None
             and usage.cpu_time_s >= cpu
         ):
-            return TaskTimedOut(limit="limits.cpu_time", allowed=f"{cpu:g} s", **common)
+            return TaskTimedOut(
+                limit="limits.cpu_time",
+                allowed=f"{cpu:g} s",
+                seen=f"{_seconds(usage.cpu_time_s)} of CPU",
+                remedy="make it faster, or ask for a profile with a larger limit",
+                **common,
+            )
         how = (
             f"signal {killer} ({signal.Signals(killer).name})"
             if killer
@@ -660,6 +675,10 @@ def _pair() -> tuple[socket.socket, socket.socket]:
 
 def _is_readable(sock: socket.socket) -> bool:
     return bool(select.select([sock], [], [], 0)[0])
+
+
+def _seconds(duration_s: float | None) -> str:
+    return "unknown" if duration_s is None else f"{duration_s:.1f} s"
 
 
 def _mebibytes(size: int | None) -> str:

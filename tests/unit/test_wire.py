@@ -39,7 +39,7 @@ def no_descriptor_stays(pair: tuple[socket.socket, socket.socket]) -> Iterator[N
     """Whatever was received, all that came with it is closed again."""
     before = set(os.listdir("/proc/self/fd"))
     yield
-    assert set(os.listdir("/proc/self/fd")) == before
+    assert set(os.listdir("/proc/self/fd")) <= before
 
 
 def receive(worker: socket.socket, limit: int = LIMIT) -> wire.Frame | None:
