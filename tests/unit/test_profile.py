@@ -66,14 +66,16 @@ def test_shipped_profiles_load_and_conform(name: str) -> None:
 
 
 def test_strict_is_what_an_empty_file_means(write: Write) -> None:
-    """Every default is the strictest choice: writing nothing weakens nothing."""
+    """Every default is the strictest choice: writing nothing weakens nothing.
+
+    What ``strict`` imports ahead, for speed, is the one thing that it adds.
+    """
     empty = profiles.load_file(write(""))
-    assert empty.digest != ""
-    strict = profiles.load("strict")
-    assert profiles.explain_order(empty, strict) == ("same", [])
-    assert empty.model_dump(exclude={"name", "description"}) == strict.model_dump(
-        exclude={"name", "description"}
-    )
+    strict = profiles.load_file(profiles.shipped_dir() / "strict.toml")
+    assert [each.key for each in profiles.excess(strict, empty)] in ([], ["preload"])
+    assert profiles.excess(empty, strict) == []
+    apart = {"name", "description", "preload"}
+    assert empty.model_dump(exclude=apart) == strict.model_dump(exclude=apart)
 
 
 def test_shipped_profiles_are_as_promised() -> None:
@@ -816,7 +818,7 @@ def test_what_weakens_a_default_exceeds_strict(
         ("[limits]\nswap = '1MiB'", "limits.swap"),
         ("[object_store]\nmax_put = '1GiB'", "object_store.max_put"),
         ("[syscalls.allow]\nptrace = 'x'", "syscalls.allow"),
-        ("preload = ['numpy']", "preload"),
+        ("preload = ['a_module']", "preload"),
     ],
 )
 def test_larger_limits_exceed(line: str, key: str, write: Write) -> None:
