@@ -84,7 +84,14 @@ def search_path() -> list[Path]:
             raise ProfileError(
                 source=ENV, value=entry, reason="must be absolute directories"
             )
-        if not os.path.isdir(entry):
+        try:
+            is_directory = stat.S_ISDIR(os.stat(entry).st_mode)
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or str(error)
+            raise ProfileError(
+                source=ENV, value=entry, reason=f"can't be used: {why}"
+            ) from error
+        if not is_directory:
             raise ProfileError(source=ENV, value=entry, reason="is not a directory")
         found.append(Path(entry))
     return [*found, Path(SITE_DIR), shipped_dir()]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -83,13 +85,14 @@ class Cli:
 
 
 @pytest.fixture
-def cli(tmp_path: Path) -> Cli:
+def cli() -> Iterator[Cli]:
     """The command line; profiles and their way are open to every reader."""
-    site = tmp_path / "site"
-    site.mkdir()
-    for directory in (site, tmp_path, tmp_path.parent, tmp_path.parent.parent):
-        directory.chmod(0o755)
-    return Cli(site)
+    place = Path(tempfile.mkdtemp(prefix="rsx-cli-", dir="/var/tmp"))
+    place.chmod(0o755)
+    site = place / "site"
+    site.mkdir(mode=0o755)
+    yield Cli(site)
+    shutil.rmtree(place)
 
 
 def python(code: str) -> list[str]:
@@ -222,8 +225,8 @@ def test_a_bad_search_path_is_told(cli) -> None:
     code, _, err = cli("run", "--", "true", extra=extra)
     assert code == 125
     assert err == (
-        'raysandbox: RAYSANDBOX_PROFILE_PATH = "/no/such/directory": is not a '
-        "directory\n"
+        'raysandbox: RAYSANDBOX_PROFILE_PATH = "/no/such/directory": can\'t be used: '
+        "No such file or directory\n"
     )
 
 
@@ -384,9 +387,9 @@ def test_a_profile_that_does_not_validate_runs_nothing(run) -> None:
     assert (code, out, len(err.splitlines())) == (125, "", 2)
 
 
-def test_variables_and_directories(run, tmp_path) -> None:
+def test_variables_and_directories(run) -> None:
     """What is asked for is there; what is not is absent."""
-    given = tmp_path / "given"
+    given = run.cli.site / "given"
     given.mkdir()
     (given / "file").write_text("content")
     given.chmod(0o755)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -167,24 +168,21 @@ def test_search_path_must_be_directories(
 
 
 @pytest.mark.root
-def test_a_directory_that_is_closed_to_us_is_an_error(tmp_path: Path) -> None:
+def test_a_directory_that_is_closed_to_us_is_an_error() -> None:
     """A profile that can't be looked up is not taken for one that isn't there."""
-    closed = tmp_path / "closed"
-    closed.mkdir(mode=0o700)
-    (closed / "strict.toml").write_text("[limits]\npids = 32\n")
-    for directory in (tmp_path, *tmp_path.parents):
-        if directory.owner() == "root" and str(directory).startswith("/tmp/pytest"):
-            directory.chmod(0o755)
+    with tempfile.TemporaryDirectory(prefix="rsx-closed-", dir="/var/tmp") as closed:
+        Path(closed, "strict.toml").write_text("[limits]\npids = 32\n")
 
-    def attempt() -> str:
-        os.environ[ENV] = str(closed)
-        try:
-            return profiles.load("strict").source
-        except ProfileError as error:
-            return f"refused: {error}"
+        def attempt() -> str:
+            os.environ[ENV] = closed
+            try:
+                return profiles.load("strict").source
+            except ProfileError as error:
+                return f"refused: {error}"
 
-    place = f"{closed}/strict.toml"
-    assert as_user(attempt) == f"refused: {place}: can't be read: Permission denied"
+        place = f"{closed}/strict.toml"
+        told = f"refused: {place}: can't be read: Permission denied"
+        assert as_user(attempt) == told
 
 
 def as_user(attempt: Callable[[], str], uid: int = 54321) -> str:
