@@ -239,6 +239,8 @@ def _chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:
                 raise ProfileError(source="", reason="must be one profile's name")
             path = find(base)
         except ProfileError as error:
+            if error.source == ENV:
+                raise
             raise ProfileError(
                 source=str(chain[-1][0]),
                 where="extends",
