@@ -7,6 +7,7 @@ ended becomes one of the errors of :mod:`raysandbox.errors`.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import itertools
@@ -191,7 +192,8 @@ class Pool:
                 *compiled.protections,
             )
             ours, theirs = _pair()
-            with theirs:
+            with theirs, contextlib.ExitStack() as undo:
+                undo.enter_context(ours)
                 self._launched = launch.start(
                     compiled,
                     [
@@ -209,12 +211,16 @@ class Pool:
                     keep_fds=[theirs.fileno()],
                     stdin=subprocess.DEVNULL,
                 )
+                undo.pop_all()
         finally:
             lease.close()
         self._socket = ours
         self._slots = [Slot(number) for number in range(1, 1 + _SLOTS)]
         self._free_slots = list(self._slots)
-        self._configure(compiled.encode())
+        try:
+            self._configure(compiled.encode())
+        except OSError as error:
+            raise self._lost() from error
 
     def _discover_groups(self) -> cgroup.Cgroups:
         groups, limits = _groups(), cgroup_limits(self.profile)
@@ -268,11 +274,17 @@ class Pool:
         for jail in list(self._jails.values()):
             jail.status = signal.SIGKILL
             self._forget(jail, "lost")
-        if launched is not None:
-            launched.kill()
-            outcome = launched.wait(_READY_S)
-            detail = f"the zygote ended with status {outcome.exit_code}"
-        self._strip_all()
+        try:
+            if launched is not None:
+                launched.kill()
+                outcome = launched.wait(_READY_S)
+                detail = f"the zygote ended with status {outcome.exit_code}"
+        except SetupError as error:
+            return error  # the launcher says which step it was
+        except subprocess.TimeoutExpired:
+            detail = "the zygote does not end"
+        finally:
+            self._strip_all()
         return SetupError(step="zygote", detail=detail)
 
     def stop(self) -> None:
@@ -348,8 +360,19 @@ class Pool:
         user = slot.number if self._mapped > 1 else 0
         request = {"op": "spawn", "id": jail.jail_id, "slot": slot.number, "user": user}
         with theirs:
-            send_message(self._control, request, [theirs.fileno()])
+            self._send(request, [theirs.fileno()])
         return jail
+
+    def _send(self, message: dict[str, Any], fds: list[int]) -> None:
+        """Send a request to the zygote.
+
+        Raises:
+            SetupError: It is gone; the next call starts another one.
+        """
+        try:
+            send_message(self._control, message, fds)
+        except OSError as error:
+            raise self._lost() from error
 
     def _furnish(self, slot: Slot) -> None:
         """Give a slot its pipes, once, and a group that counts from zero."""
@@ -371,7 +394,7 @@ class Pool:
             fds = slot.group.procs_fds()
         message = {"op": "slot", "slot": slot.number, "dir": False}
         try:
-            send_message(self._control, message, [*slot.output.write_fds, *fds])
+            self._send(message, [*slot.output.write_fds, *fds])
         finally:
             for fd in fds:
                 os.close(fd)
@@ -458,7 +481,9 @@ class Pool:
     def kill(self, jail: Jail) -> None:
         """Ask the zygote to end a jail; ``end`` waits for it."""
         if self._socket is not None and jail.status is None:
-            send_message(self._control, {"op": "kill", "id": jail.jail_id})
+            # A zygote that is gone took the jail along; its end is seen elsewhere.
+            with contextlib.suppress(OSError):
+                send_message(self._control, {"op": "kill", "id": jail.jail_id})
 
     def end(self, jail: Jail, *, wait: bool = False) -> None:
         """End a jail; its outcome is handled when the zygote says it is gone."""
