@@ -118,7 +118,9 @@ def doctor(
     except SetupError as error:
         launcher, problem = "", error.detail
     found = [examine(name) for name in profile or profiles.names()]
-    fine = not problem and all(each["usable"] for each in found)
+    if problem:
+        found = [{**each, "usable": False} for each in found]
+    fine = all(each["usable"] for each in found) and not problem
     if as_json:
         report = {
             "host": {
@@ -171,7 +173,7 @@ def _print(host: Host, launcher: str, found: Sequence[dict[str, Any]]) -> None:
     remedies: dict[str, None] = {}
     told = set()
     for each in found:
-        if not each["usable"] and not each["walls"]:
+        if each["problem"] and not each["problem"].startswith("missing: "):
             _say(console, f"{each['profile']}: {each['problem']}")
         for wall in each["walls"]:
             line = f"{wall['wall']}: {wall['state']}: {wall['reason']}"

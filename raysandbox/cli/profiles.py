@@ -117,7 +117,9 @@ def check(
             }
             for name, problems in found.items()
         ]
-        print(json.dumps(rows, indent=2, default=str))
+        # TOML has dates, nan and inf; JSON has none of them.
+        plain = json.loads(json.dumps(rows, default=str), parse_constant=str)
+        print(json.dumps(plain, indent=2))
     else:
         for name, problems in found.items():
             print("\n".join(map(str, problems)) or f"{name}: fine")

@@ -203,6 +203,9 @@ def test_check(cli) -> None:
     assert code == 1
     good_row, bad_row = json.loads(out)
     assert good_row == {"name": "good", "problems": []}
+    cli.write("nan", "[limits]\ncpu = nan\n")
+    (nan_row,) = json.loads(cli("profiles", "check", "--json", "nan")[1])
+    assert nan_row["problems"][0]["value"] == "NaN"
     assert bad_row["problems"][0] == {
         "file": str(bad),
         "key": "limits.pids",
@@ -294,8 +297,11 @@ def test_doctor_names_every_lack(cli) -> None:
     """A kernel that no one has yet, and a profile that is none."""
     cli.write("future", "[landlock]\nmin_abi = 99\n")
     cli.write("bad", "[limits]\npids = 1\n")
-    code, out, _ = cli("doctor", "-p", "future", "-p", "bad", "-p", "nothing")
+    cli.write("nowhere", '[filesystem]\nread = ["/no/such"]\nwhy = "x"\n')
+    names = ("future", "bad", "nothing", "nowhere")
+    code, out, _ = cli("doctor", *(word for name in names for word in ("-p", name)))
     assert code == 1
+    assert 'nowhere: filesystem.read = "/no/such": does not exist on this host' in out
     assert "landlock: missing: need ABI 99 or later, have ABI" in out
     assert "to fix: boot Linux" in out
     assert "limits.pids = 1: must be at least 8" in out
@@ -571,6 +577,7 @@ def test_a_missing_launcher_is_told(cli, tmp_path) -> None:
     code, out, _ = cli("doctor", "-p", "strict", **options)
     assert code == 1
     assert "is missing: install the raysandbox wheel" in out
+    assert "usable" not in out
     code, out, _ = cli("doctor", "-p", "strict", "--json", **options)
     report = json.loads(out)
     assert (code, report["usable"], report["launcher"]) == (1, False, "")
