@@ -20,7 +20,8 @@ from raysandbox.errors import ProfileError, SetupError, UnsupportedError
 from raysandbox.native import library_path
 from raysandbox.plan import IdRange, Plan
 
-__all__ = ["IdLease", "Launched", "Outcome", "launcher_path", "lease_ids", "start"]
+__all__ = ["IdLease", "Launched", "Outcome"]
+__all__ += ["is_readable", "launcher_path", "lease_ids", "start"]
 
 EXIT_SETUP = 125
 
@@ -208,7 +209,7 @@ class Launched:
         """Read what the launcher says up to its end; False if time is up first."""
         while True:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            if not select.select([self.status_fd], [], [], left)[0]:
+            if not is_readable(self.status_fd, left):
                 return False
             chunk = os.read(self.status_fd, 4096)
             if not chunk:
@@ -223,7 +224,7 @@ class Launched:
         deadline = time.monotonic() + timeout_s
         while b"ended\n" not in self._status:
             left = max(0.0, deadline - time.monotonic())
-            if not select.select([self.status_fd], [], [], left)[0]:
+            if not is_readable(self.status_fd, left):
                 return False
             chunk = os.read(self.status_fd, 4096)
             if not chunk:
@@ -251,6 +252,17 @@ class Launched:
             if fd >= 0:
                 os.close(fd)
                 setattr(self, name, -1)
+
+
+def is_readable(fd: int, timeout_s: float | None) -> bool:
+    """Wait until something can be read, or the time is up; None waits for ever.
+
+    Not select(2), which can't see a descriptor above 1023, and a busy worker has
+    thousands.
+    """
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(None if timeout_s is None else timeout_s * 1000))
 
 
 def start(

@@ -252,7 +252,7 @@ class Pool:
         return self.profile.preload if self.environment.preload else ()
 
     def _receive(self, timeout_s: float) -> tuple[dict[str, Any], list[int]]:
-        if not select.select([self._control], [], [], timeout_s)[0]:
+        if not launch.is_readable(self._control.fileno(), timeout_s):
             self.stop()
             raise SetupError(step="zygote", errno=errno.ETIMEDOUT)
         try:
@@ -318,7 +318,9 @@ class Pool:
     def look(self) -> None:
         """Take in what the zygote has said meanwhile; between calls only."""
         try:
-            while self._socket is not None and _is_readable(self._socket):
+            while self._socket is not None and launch.is_readable(
+                self._socket.fileno(), 0
+            ):
                 self._handle(*self._receive(0))
         except SetupError:
             return  # the next take() says why
@@ -576,7 +578,7 @@ class Pool:
         until = time.monotonic() + _DYING_S
         while jail.status is None:
             left = until - time.monotonic()
-            if left <= 0 or not select.select([self._control], [], [], left)[0]:
+            if left <= 0 or not launch.is_readable(self._control.fileno(), left):
                 return False
             self._handle(*self._receive(0))
         return True
@@ -697,10 +699,6 @@ def _pair() -> tuple[socket.socket, socket.socket]:
         return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     except OSError as error:
         raise SetupError(step="socketpair", errno=error.errno or 0) from error
-
-
-def _is_readable(sock: socket.socket) -> bool:
-    return bool(select.select([sock], [], [], 0)[0])
 
 
 def _seconds(duration_s: float | None) -> str:
