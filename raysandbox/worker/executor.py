@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -27,12 +29,13 @@ from raysandbox.errors import (
 )
 from raysandbox.jail import runner
 from raysandbox.kernel import cgroup
+from raysandbox.observe import state
 from raysandbox.sealed import SealedError
 from raysandbox.worker import hints, seams
 from raysandbox.worker.events import EventLog
 from raysandbox.worker.gate import Gate
 from raysandbox.worker.output import Pump
-from raysandbox.worker.pool import Environment, Jail, Pool
+from raysandbox.worker.pool import Environment, Jail, Pool, groups_of_process
 
 __all__ = ["JailExecutor"]
 
@@ -57,12 +60,32 @@ class JailExecutor(seams.Executor):
         self._resource_paths: dict[str, bool] = {}
         self._runtime_env: tuple[str, dict[str, str]] = ("", {})
         self._events: EventLog | None = None
+        self._board = self._open_board()
         # The jail whose answer Ray has not taken in yet, and its pool.
         self._pending: tuple[Pool, Jail, bool] | None = None
         self._job_jail: tuple[str, Pool, Jail] | None = None
         self._actor: tuple[Pool, Jail] | None = None
         self._actor_end = ""
         self._lock = threading.RLock()
+
+    def _open_board(self) -> state.Board | None:
+        """Make the file in which ``raysandbox ps`` sees this worker.
+
+        Without it tasks run all the same, and the worker's log says so.
+        """
+        policy_ = self._gate.policy
+        about = {
+            "worker": self._worker.worker_id.hex(),
+            "node": self._worker.current_node_id.hex(),
+            "started": time.time(),
+            "policy": policy_.digest if policy_ is not None else "",
+        }
+        try:
+            about["bases"] = groups_of_process().described()
+            return state.Board(seams.session_log_dir(), about["worker"], about)
+        except (OSError, ValueError, RaysandboxError) as error:
+            sys.stderr.write(f"raysandbox: ps can't see this worker: {error}\n")
+            return None
 
     # -- what the seams call --------------------------------------------------
 
@@ -251,6 +274,9 @@ class JailExecutor(seams.Executor):
 
     def _record(self, jail: Jail, pool: Pool, usage: cgroup.Usage) -> None:
         """Write the event of a jail's end."""
+        if jail.place is not None:
+            jail.place.free()
+            jail.place = None
         self._log(
             "jail_ended",
             profile=pool.profile.name,
@@ -262,7 +288,8 @@ class JailExecutor(seams.Executor):
             forks_refused=usage.pids_denied,
             output_bytes=jail.output_bytes,
             denied=jail.denials,
-            denied_count=jail.notify.count if jail.notify is not None else 0,
+            denied_count=jail.denied_count,
+            **({"ended_by": jail.ended_by} if jail.ended_by else {}),
             protections={
                 wall.name: wall.state.value
                 if not wall.reason
@@ -379,6 +406,7 @@ class JailExecutor(seams.Executor):
         parts: list[Any],
     ) -> seams.SealedResult:
         jail.tasks.append(task)
+        self._show(pool, jail, task)
         try:
             # The next jail is forked while this one works.
             ahead = None if self._keeps(jail) else pool.prepare
@@ -387,9 +415,40 @@ class JailExecutor(seams.Executor):
             # Cancelled, or the jail is gone: in both cases nobody answers.
             self._abandon(pool, jail, error)
             raise
+        if jail.place is not None and self._keeps(jail):
+            jail.place.idle(jail.denied_count)
         if frame.kind == wire.ERROR:
             self._raise(pool, jail, task, frame)
         return self._result(pool, jail, task, meta, frame)
+
+    def _show(self, pool: Pool, jail: Jail, task: str) -> None:
+        """Write down for whoever looks that this jail has a call now."""
+        if jail.place is None:
+            if self._board is None:
+                return
+            jail.place = self._board.take()
+            if jail.place is None:
+                return
+            jail.first_call = time.time()
+        group, worker, actor = jail.slot.group, self._worker, self._worker.actor_id
+        before = group.before if group is not None else cgroup.Usage()
+        jail.place.write(
+            running=True,
+            calls=len(jail.tasks),
+            denials=jail.denied_count,
+            started=jail.first_call,
+            job=worker.current_job_id.binary(),
+            task=worker.current_task_id.binary(),
+            actor=b"" if actor.is_nil() else actor.binary(),
+            profile=pool.profile.name,
+            name=task,
+            group=group.leaf if group is not None else "",
+            before=(
+                before.cpu_time_s or 0.0,
+                before.oom_kills or 0,
+                before.pids_denied or 0,
+            ),
+        )
 
     def _keeps(self, jail: Jail) -> bool:
         """Whether this jail outlives its call."""

@@ -34,12 +34,13 @@ from raysandbox.errors import (
 )
 from raysandbox.jail.zygote import receive_message, send_message
 from raysandbox.kernel import cgroup, seccomp_notify
+from raysandbox.observe import state
 from raysandbox.probe import probe
 from raysandbox.profile import Profile
 from raysandbox.run import cgroup_limits
 from raysandbox.worker.output import Output, Pump
 
-__all__ = ["Environment", "Jail", "Pool"]
+__all__ = ["Environment", "Jail", "Pool", "groups_of_process"]
 
 _START_S = 60.0
 _READY_S = 30.0
@@ -105,13 +106,16 @@ class Jail:
     status: int | None = None
     calls: int = 0
     timed_out: str = ""
+    # Its record for whoever looks, and who asked for its end.
+    place: state.Place | None = None
+    ended_by: str = ""
     tasks: list[str] = field(default_factory=list)
     outcome: str = ""
     # Its end is being looked into: the event waits for the finding.
     inquest: bool = False
     usage: cgroup.Usage = field(default_factory=cgroup.Usage)
     output_bytes: int = 0
-    started: float = field(default_factory=time.monotonic)
+    first_call: float = 0.0
 
     @property
     def over_output(self) -> bool:
@@ -126,6 +130,19 @@ class Jail:
     def denials(self) -> list[str]:
         """System calls that were denied so far, described."""
         return list(self.notify.denials) if self.notify is not None else []
+
+    @property
+    def denied_count(self) -> int:
+        """How many system calls were denied so far."""
+        return self.notify.count if self.notify is not None else 0
+
+    def is_asked_to_end(self) -> bool:
+        """Tell the record what changed; see whether somebody wants us gone."""
+        if self.place is None:
+            return False
+        self.place.denied(self.denied_count)
+        self.ended_by = self.ended_by or self.place.asked_to_end() or ""
+        return bool(self.ended_by)
 
 
 class Pool:
@@ -205,7 +222,7 @@ class Pool:
         self._configure(compiled.encode())
 
     def _discover_groups(self) -> cgroup.Cgroups:
-        groups, limits = _groups(), cgroup_limits(self.profile)
+        groups, limits = groups_of_process(), cgroup_limits(self.profile)
         if self.profile.limits.required:
             groups.require(limits, profile=self.profile.name)
         return groups
@@ -293,6 +310,10 @@ class Pool:
 
     def look(self) -> None:
         """Take in what the zygote has said meanwhile; between calls only."""
+        for jail in list(self._jails.values()):
+            if jail.place is not None and jail.is_asked_to_end():
+                jail.outcome = "TaskKilled"
+                self.kill(jail)
         try:
             while self._socket is not None and _is_readable(self._socket):
                 self._handle(*self._receive(0))
@@ -491,6 +512,8 @@ class Pool:
             if now >= next_check:
                 next_check = now + _CHECK_S
                 self._check_usage(jail, task)
+                if jail.is_asked_to_end():
+                    raise self._post_mortem(jail, task, "")
         try:
             frame = wire.receive(
                 jail.call,
@@ -559,6 +582,12 @@ class Pool:
         self.end(jail, wait=True)
         common = {"task": task, "profile": self.profile.name, "hint": self.hint(jail)}
         status = jail.status if jail.status is not None else 0
+        if jail.ended_by:
+            return TaskKilled(
+                seen=f"ended by the operator ({jail.ended_by})",
+                remedy="ask whoever runs this node",
+                **common,
+            )
         if jail.timed_out:
             wall = jail.timed_out == "limits.wall_time"
             allowed = limits.wall_time_s if wall else limits.cpu_time_s
@@ -620,7 +649,7 @@ class Pool:
 
 
 @functools.cache
-def _groups() -> cgroup.Cgroups:
+def groups_of_process() -> cgroup.Cgroups:
     """Look for the groups of this process once; remove those of dead ones."""
     groups = cgroup.discover()
     groups.sweep()
