@@ -91,8 +91,8 @@ def cluster(profile_dir: Path) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def by_value(request: pytest.FixtureRequest) -> None:
     """Functions of the test modules travel by value: jails don't see our files."""
-    if request.module.__name__.endswith("test_sealed"):
-        return  # drivers of its own
+    if request.module.__name__.endswith(("test_sealed", "test_policy", "test_observe")):
+        return  # drivers of their own
     request.getfixturevalue("cluster")
     module = sys.modules[request.module.__name__]
     ray.cloudpickle.register_pickle_by_value(module)

@@ -24,7 +24,12 @@ import ray
 options = json.loads(sys.argv[1])
 ray.init(include_dashboard=False, logging_level="ERROR", log_to_driver=False, **options)
 node = ray._private.worker._global_node
-print(json.dumps({"address": node.gcs_address, "session": node.get_session_dir_path()}))
+found = {
+    "address": node.gcs_address,
+    "session": node.get_session_dir_path(),
+    "node": node.node_id,
+}
+print(json.dumps(found))
 sys.stdout.flush()
 sys.stdin.read()
 ray.shutdown()
@@ -56,13 +61,20 @@ def told(run):
 def ask(tag=None, **options):
     "Run a task with a tag and say which profile it found itself under."
     resources = {f"sandbox:{tag}": 1} if tag else {}
-    return told(lambda: ray.get(where.options(resources=resources, **options).remote(), timeout=60))
+    task = where.options(resources=resources, **options)
+    return told(lambda: ray.get(task.remote(), timeout=60))
 
 
 @ray.remote(max_retries=0)
 def where():
-    import os
-    return os.environ.get("RAYSANDBOX_PROFILE", "ran")
+    from raysandbox.jail.ray_facade import context
+    return context["profile"]
+
+
+def spoken(word):
+    "Tell the test something; wait until it answers."
+    print(json.dumps(word), flush=True)
+    sys.stdin.readline()
 """
 
 
@@ -72,6 +84,7 @@ class Policed:
     Attributes:
         address: Of its GCS.
         session: Ray's session directory.
+        node: Ray's id of the node.
     """
 
     def __init__(
@@ -104,6 +117,7 @@ class Policed:
         assert self._keeper.stdout is not None
         told = json.loads(self._keeper.stdout.readline())
         self.address, self.session = told["address"], Path(told["session"])
+        self.node = told["node"]
 
     def drive(
         self,
@@ -114,6 +128,22 @@ class Policed:
         runtime_env: dict[str, Any] | None = None,
     ) -> Any:
         """Run a driver; return what ``body`` left in ``result``."""
+        with self.driver(
+            body, namespace=namespace, metadata=metadata, runtime_env=runtime_env
+        ) as driver:
+            out, err = driver.communicate(timeout=100)
+        assert driver.returncode == 0, err
+        return json.loads(out.splitlines()[-1])
+
+    def driver(
+        self,
+        body: str,
+        *,
+        namespace: str = "",
+        metadata: dict[str, str] | None = None,
+        runtime_env: dict[str, Any] | None = None,
+    ) -> subprocess.Popen[str]:
+        """Start a driver; it prints ``result`` at its end."""
         environment = {
             "worker_process_setup_hook": "raysandbox.worker_hook",
             **(runtime_env or {}),
@@ -127,15 +157,14 @@ class Policed:
         script = _DRIVER + textwrap.dedent(body) + "\nprint(json.dumps(result))\n"
         variables = dict(self._environment)
         variables.pop("RAYSANDBOX_POLICY")
-        done = subprocess.run(
+        return subprocess.Popen(
             [sys.executable, "-c", script, json.dumps(options)],
-            capture_output=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=100,
             env=variables,
         )
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout.splitlines()[-1])
 
     def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run a raysandbox command against this node."""
