@@ -33,6 +33,7 @@ from raysandbox.observe import state
 from raysandbox.sealed import SealedError
 from raysandbox.worker import hints, seams
 from raysandbox.worker.events import EventLog
+from raysandbox.worker.figures import Figures
 from raysandbox.worker.gate import Gate
 from raysandbox.worker.output import Pump
 from raysandbox.worker.pool import Environment, Jail, Pool, groups_of_process
@@ -61,6 +62,7 @@ class JailExecutor(seams.Executor):
         self._runtime_env: tuple[str, dict[str, str]] = ("", {})
         self._events: EventLog | None = None
         self._board = self._open_board()
+        self._figures = Figures()
         # The jail whose answer Ray has not taken in yet, and its pool.
         self._pending: tuple[Pool, Jail, bool] | None = None
         self._job_jail: tuple[str, Pool, Jail] | None = None
@@ -153,7 +155,7 @@ class JailExecutor(seams.Executor):
             raise self._unsupported(profile, name, "an actor with max_concurrency > 1")
         layout, parts = self._arguments(profile, name, args, kwargs)
         pool = self._pool(profile)
-        jail = pool.take()
+        jail = self._take(pool)
         self._actor = (pool, jail)
         meta = self._meta(profile, info, "new", layout)
         self._pending = (pool, jail, True)
@@ -194,6 +196,9 @@ class JailExecutor(seams.Executor):
         try:
             return self._gate.profile(self._worker, task)
         except TaskRefused as error:
+            self._figures.policy_refused(error.limit)
+            # A worker without jails has no pump that would do it.
+            self._figures.flush()
             self._log("task_refused", task=task, rule=error.limit, reason=error.seen)
             raise
 
@@ -245,7 +250,7 @@ class JailExecutor(seams.Executor):
     def _jail_for(self, pool: Pool) -> tuple[Jail, bool]:
         """Return a jail, and whether it outlives the call."""
         if pool.profile.boundary != "job":
-            return pool.take(), False
+            return self._take(pool), False
         job = self._worker.current_job_id.hex()
         if self._job_jail is not None:
             known_job, known_pool, jail = self._job_jail
@@ -253,9 +258,18 @@ class JailExecutor(seams.Executor):
                 return jail, True
             self._job_jail = None
             known_pool.end(jail, wait=True)
-        jail = pool.take()
+        jail = self._take(pool)
         self._job_jail = (job, pool, jail)
         return jail, True
+
+    def _take(self, pool: Pool) -> Jail:
+        """Return a jail that is ready for its first call."""
+        asked = time.monotonic()
+        jail = pool.take()
+        self._figures.jail_started(
+            pool.profile.name, time.monotonic() - asked, pool.walls
+        )
+        return jail
 
     def _settle(self) -> None:
         """Let go of the jail of the last call."""
@@ -265,6 +279,7 @@ class JailExecutor(seams.Executor):
 
     def _look(self) -> None:
         """Between calls: take in the ends of jails. Runs in the pump's thread."""
+        self._figures.flush()
         if self._lock.acquire(blocking=False):
             try:
                 for pool in self._pools.values():
@@ -277,6 +292,9 @@ class JailExecutor(seams.Executor):
         if jail.place is not None:
             jail.place.free()
             jail.place = None
+        self._figures.jail_ended(pool.profile.name, jail.outcome, jail.denied_count)
+        if jail.outcome == TaskQuotaExceeded.__name__:
+            self._figures.quota_refused(pool.profile.name, "limits.output")
         self._log(
             "jail_ended",
             profile=pool.profile.name,
@@ -329,6 +347,7 @@ class JailExecutor(seams.Executor):
             metadata, data = _sealed_parts(value)
             size = memoryview(data).nbytes
             if size > limit:
+                self._figures.quota_refused(profile.name, "object_store.max_argument")
                 shown = layout[index] or f"number {index + 1}"
                 raise TaskQuotaExceeded(
                     task=task,
@@ -520,6 +539,7 @@ class JailExecutor(seams.Executor):
         )
         jail.outcome = f"exception: {name}"
         if kind == runner.ERROR_QUOTA:
+            self._figures.quota_refused(profile.name, "object_store.max_result")
             raise TaskQuotaExceeded(
                 task=task,
                 profile=profile.name,

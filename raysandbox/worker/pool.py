@@ -157,6 +157,8 @@ class Pool:
     ) -> None:
         self.profile, self.environment = profile, environment
         self.protections: tuple[plan.Protection, ...] = ()
+        #: Name and state of each of them.
+        self.walls: tuple[tuple[str, str], ...] = ()
         self._pump, self._on_end = pump, on_end
         self._launched: launch.Launched | None = None
         self._socket: socket.socket | None = None
@@ -196,6 +198,7 @@ class Pool:
                 ),
             )
             self.protections = compiled.protections
+            self.walls = tuple((w.name, w.state.value) for w in self.protections)
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             with theirs:
                 self._launched = launch.start(
