@@ -88,7 +88,11 @@ class Policed:
     """
 
     def __init__(
-        self, policy: str, resources: dict[str, float], profiles: dict[str, str]
+        self,
+        policy: str,
+        resources: dict[str, float],
+        profiles: dict[str, str],
+        variables: dict[str, str] | None = None,
     ) -> None:
         # Not in /tmp: who may write there could replace the directory.
         self.home = Path(tempfile.mkdtemp(prefix="rsx-policy-", dir=Path.home()))
@@ -105,6 +109,7 @@ class Policed:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(16),
             "PYTHONPATH": str(Path(__file__).parents[2]),
+            **(variables or {}),
         }
         options = {"num_cpus": 2, "resources": resources, "_temp_dir": self.temporary}
         self._keeper = subprocess.Popen(
@@ -126,10 +131,15 @@ class Policed:
         namespace: str = "",
         metadata: dict[str, str] | None = None,
         runtime_env: dict[str, Any] | None = None,
+        hook: bool = True,
     ) -> Any:
         """Run a driver; return what ``body`` left in ``result``."""
         with self.driver(
-            body, namespace=namespace, metadata=metadata, runtime_env=runtime_env
+            body,
+            namespace=namespace,
+            metadata=metadata,
+            runtime_env=runtime_env,
+            hook=hook,
         ) as driver:
             out, err = driver.communicate(timeout=100)
         assert driver.returncode == 0, err
@@ -142,12 +152,12 @@ class Policed:
         namespace: str = "",
         metadata: dict[str, str] | None = None,
         runtime_env: dict[str, Any] | None = None,
+        hook: bool = True,
     ) -> subprocess.Popen[str]:
         """Start a driver; it prints ``result`` at its end."""
-        environment = {
-            "worker_process_setup_hook": "raysandbox.worker_hook",
-            **(runtime_env or {}),
-        }
+        environment = dict(runtime_env or {})
+        if hook:
+            environment["worker_process_setup_hook"] = "raysandbox.worker_hook"
         options = {
             "address": self.address,
             "namespace": namespace or "anonymous",
