@@ -28,7 +28,7 @@ _KINDS: dict[str, tuple[str, int]] = {
     "image": ("image", 600),
     "ray": ("ray", 300),
     "cluster": ("cluster", 300),
-    "qemu": ("qemu", 1200),
+    "qemu": ("qemu", 1500),
 }
 _LAST = list(_KINDS)
 

@@ -204,7 +204,8 @@ class Pool:
                 self._launched = launch.start(
                     compiled,
                     [
-                        sys.executable,
+                        # Not a virtual environment's, which may be the job's own.
+                        os.path.realpath(sys.executable),
                         "-I",
                         "-S",
                         "-c",

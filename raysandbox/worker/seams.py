@@ -155,15 +155,14 @@ class TrustedPath(list):  # type: ignore[type-arg]
     def of_worker(cls, entries: Iterable[str]) -> TrustedPath:
         """Take over a worker's path without what its runtime_env put there.
 
-        Ray's agent passes those directories by ``PYTHONPATH``; all of them lie
-        below the session's ``runtime_resources``.
+        All of that lies below the session's ``runtime_resources``: what Ray's
+        agent passes by ``PYTHONPATH``, and the packages of a pip environment.
         """
         root = os.path.realpath(runtime_resources()) + "/"
-        variables = os.environ.get("PYTHONPATH", "").split(":")
         user = [
             entry
             for entry in dict.fromkeys(entries)
-            if entry in variables and os.path.realpath(entry).startswith(root)
+            if entry and os.path.realpath(entry).startswith(root)
         ]
         made = cls(entry for entry in entries if entry and entry not in user)
         made.refused = user
