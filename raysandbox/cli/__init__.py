@@ -26,7 +26,7 @@ _COMMANDS = {
     "events": ("ps", "events_app", "What became of jails; filter, follow."),
     "kill": ("ps", "kill_app", "End a jail or a worker."),
     "demo": ("demo", "app", "The same attacks on stock Ray and in the sandbox."),
-    "start": ("cluster", "start_app", "Start a node of a hardened cluster."),
+    "start": ("start", "app", "Start a node: `ray start`, every worker behind a wall."),
     "cluster": ("cluster", "app", "A hardened cluster: identities, guard, nodes."),
     "audit": ("cluster", "audit_app", "Query and verify the audit log."),
 }

@@ -58,6 +58,8 @@ from raysandbox.kernel.cgroup_find import (
     Missing,
     make_v1_base,
     make_v2_base,
+    parse_mounts,
+    read,
     read_or_none,
     rmdir_quietly,
     write,
@@ -329,12 +331,56 @@ class Cgroups:
             if c not in ("cpuacct", "freezer")
         }
 
+    def places(self) -> list[tuple[int, str, str]]:
+        """Return version, base and mount point of each hierarchy in use.
+
+        For a launcher that makes a group itself, and shows it to what it
+        starts as the root of the hierarchy.
+        """
+        mounts = [m.path for m in parse_mounts(read("/proc/self/mountinfo"))]
+        return [
+            (
+                base.version,
+                base.path,
+                max((m for m in mounts if base.path.startswith(f"{m}/")), key=len),
+            )
+            for base in self._bases
+        ]
+
+    def writes(self, limits: CgroupLimits) -> dict[str, list[tuple[str, bytes]]]:
+        """Return what to write into the files of a new group, by base."""
+        found: dict[str, list[tuple[str, bytes]]] = {}
+        for step in self._plan(limits).writes:
+            found.setdefault(step.base.path, []).append((step.file, step.value))
+        return found
+
     def _base_for(self, limit: str) -> Base | None:
         v1, v2 = _CONTROLLER[limit]
         base = self._by_controller.get(v2)
         if base is not None and (base.version == 2 or v1 == v2):
             return base
         return self._by_controller.get(v1)
+
+    def describe(self, group: Cgroup) -> dict[str, Any]:
+        """Return plain data from which `adopt` makes the group again elsewhere."""
+        return {
+            "name": group.name,
+            "bases": [
+                [base.version, base.path, sorted(base.controllers), base.owned]
+                for base in self._bases
+            ],
+            "dirs": [[self._bases.index(base), path] for base, path in group.dirs],
+        }
+
+    @classmethod
+    def adopt(cls, description: Mapping[str, Any]) -> Cgroup:
+        """Take over a group that another process made, to end and remove it."""
+        bases = [
+            Base(version, path, frozenset(controllers), owned)
+            for version, path, controllers, owned in description["bases"]
+        ]
+        dirs = [(bases[index], path) for index, path in description["dirs"]]
+        return Cgroup(cls(bases, []), description["name"], dirs, {})
 
     def support(self, limits: CgroupLimits) -> dict[str, Status]:
         """Say what would become of each limit, without making a group.
@@ -772,6 +818,21 @@ class Cgroup:
                 os.close(fd)
             raise _setup_error("cgroup_open", error, path) from None
         return fds
+
+    def move(self, pid: int) -> None:
+        """Bring a running process in with all its threads, at 10 to 20 ms each.
+
+        What it has allocated before stays charged to where it was.
+
+        Raises:
+            SetupError: The kernel refused (``cgroup_move``); it may be in some
+                hierarchies and not in others then.
+        """
+        for _, path in self.dirs:
+            try:
+                write(f"{path}/cgroup.procs", str(pid).encode())
+            except OSError as error:
+                raise _setup_error("cgroup_move", error, path) from None
 
     def dir_fd(self) -> int | None:
         """Open the version 2 directory for ``CLONE_INTO_CGROUP``.
