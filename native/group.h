@@ -28,7 +28,9 @@ unsigned long long start_time(pid_t pid);
  * and enter it; the caller must have one thread.  Its name tells the worker's
  * pid namespace, pid and start time, and which raylet's it is:
  *
- *     raysandbox-<namespace>-<pid>-<start>-w<raylet's pid> */
+ *     raysandbox-<namespace>-<pid>-<start>-w<raylet's pid>
+ *
+ * What the worker sees, and is in, is the group "inner" in it. */
 void groups_enter(struct worker_groups *groups, const struct plan *plan, uid_t owner);
 
 /* In version 2 a group with children holds no process itself: move into a leaf.
