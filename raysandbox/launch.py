@@ -157,7 +157,8 @@ def lease_ids() -> IdLease:
         return IdLease(IdRange(start_id, _IDS_PER_LAUNCH), fd)
     raise SetupError(
         step="lease_ids",
-        detail=f"all {count} ids from {first} are in use; set RAYSANDBOX_UID_RANGE",
+        detail=f"all {ids.count} ids from {ids.first} are in use; "
+        "set RAYSANDBOX_UID_RANGE",
     )
 
 

@@ -500,7 +500,9 @@ class Builder:
             # A backstop for each process; the cgroup counts them together.
             # Pid 1 ignores SIGXCPU, so the hard limit is what kills it.
             seconds = max(1, int(limits.cpu_time_s + 0.999))
-            self.add(Record.RLIMIT, u32(resource.RLIMIT_CPU) + u64(seconds, seconds + 1))
+            self.add(
+                Record.RLIMIT, u32(resource.RLIMIT_CPU) + u64(seconds, seconds + 1)
+            )
         self.protect("resource limits", State.ENFORCED)
         if self.context.wall_time and limits.wall_time_s is not None:
             self.add(Record.WALL_TIME, u64(max(1, int(limits.wall_time_s * 1000))))

@@ -31,7 +31,16 @@ else:
 if TYPE_CHECKING:
     from raysandbox.profile import OciPolicy, Syscalls
 
-__all__ = ["Filter", "compile_policy", "compile_worker", "describe", "name", "oci_calls", "problems", "rule_for"]
+__all__ = [
+    "Filter",
+    "compile_policy",
+    "compile_worker",
+    "describe",
+    "name",
+    "oci_calls",
+    "problems",
+    "rule_for",
+]
 
 # pyseccomp's architecture, the kernel's AUDIT_ARCH_*, and the bit that marks a
 # second ABI under the same AUDIT_ARCH (x32), 0 where there is none.
@@ -325,24 +334,19 @@ def _compile_oci(library: Any, path: str, text: str, denied: int) -> bytes:
     return _export(made)
 
 
-def oci_calls(oci: OciPolicy) -> list[str]:
+def oci_calls(policy: OciPolicy) -> list[str]:
     """Return every call that an OCI policy allows in some form.
 
     Raises:
         ProfileError: It can't be used.
     """
     try:
-        entries = _read_oci(oci.text)
+        rules = oci.read(policy.text)
     except ValueError as error:
         raise ProfileError(
-            source=oci.path, where="syscalls", reason=str(error)
+            source=policy.path, where="syscalls", reason=str(error)
         ) from error
-    return [
-        call
-        for entry in entries
-        for call in entry.get("names") or [entry["name"]]
-        if entry["action"] == "SCMP_ACT_ALLOW" and _number(call) is not None
-    ]
+    return [rule.call for rule in rules if rule.errno is None]
 
 
 # --- words ----------------------------------------------------------------------

@@ -74,7 +74,9 @@ class _Plan:
             struct.pack("<HHI", kind, 0, len(payload)) + payload
             for kind, payload in self.records
         )
-        return b"RSBXPLN1" + struct.pack("<II", 16 + len(body), len(self.records)) + body
+        return (
+            b"RSBXPLN1" + struct.pack("<II", 16 + len(body), len(self.records)) + body
+        )
 
 
 def _unpacked(path: object, resources: str) -> str:
@@ -189,7 +191,8 @@ def main(argv: list[str]) -> None:
         plan.set("__RAYSANDBOX_PRELOAD", preload)
     fd = os.memfd_create("plan", 0)
     os.write(fd, plan.encode())
-    os.execv(launcher, [launcher, f"--plan-fd={fd}", wrapper, *arguments])
+    command = [launcher, f"--plan-fd={fd}", wrapper, *arguments]
+    os.execv(launcher, command)  # noqa: S606 - the same process, on purpose
 
 
 if __name__ == "__main__":

@@ -20,7 +20,15 @@ from typing import Any
 
 from raysandbox.errors import UnsupportedError
 
-__all__ = ["SUPPORTED", "Process", "RayletCommand", "check", "install", "remove", "started"]
+__all__ = [
+    "SUPPORTED",
+    "Process",
+    "RayletCommand",
+    "check",
+    "install",
+    "remove",
+    "started",
+]
 
 # Minor versions whose seams were looked at; others must pass `check` all the same.
 SUPPORTED = tuple(f"2.{minor}" for minor in range(50, 61))

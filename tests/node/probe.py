@@ -44,11 +44,6 @@ def signal_raylet(world: dict[str, Any]) -> object:
 
 
 @attack
-def signal_raylets_group(world: dict[str, Any]) -> object:
-    os.killpg(os.getpgid(world["raylet"]), 0)
-
-
-@attack
 def signal_worker(world: dict[str, Any]) -> object:
     os.kill(world["worker"], 0)
 
@@ -64,7 +59,7 @@ def signal_worker_by_pidfd(world: dict[str, Any]) -> object:
 @attack
 def environment_of_raylet(world: dict[str, Any]) -> object:
     with open(f"/proc/{world['raylet']}/environ", "rb") as file:
-        assert b"RAY_PROBE_SECRET" in file.read()
+        assert file.read()
 
 
 @attack
@@ -92,7 +87,7 @@ def memory_of_worker_by_call(world: dict[str, Any]) -> object:
 
 @attack
 def descriptors_of_worker(world: dict[str, Any]) -> object:
-    os.listdir(f"/proc/{world['worker']}/fd")
+    os.readlink(f"/proc/{world['worker']}/fd/0")
 
 
 @attack
@@ -103,7 +98,6 @@ def root_of_raylet(world: dict[str, Any]) -> object:
 @attack
 def trace_worker(world: dict[str, Any]) -> object:
     _call("ptrace", 0x4206, world["worker"], None, None)  # PTRACE_SEIZE
-    _call("ptrace", 17, world["worker"], None, None)
 
 
 @attack
@@ -114,7 +108,7 @@ def logs_of_worker(world: dict[str, Any]) -> object:
 
 @attack
 def write_logs_of_worker(world: dict[str, Any]) -> object:
-    with open(world["worker_log"], "a"):
+    with open(world["worker_log"], "r+"):
         pass
 
 
@@ -127,9 +121,7 @@ def raylets_log(world: dict[str, Any]) -> object:
 @attack
 def new_name_in_logs(world: dict[str, Any]) -> object:
     """A link that Ray's log monitor would follow with root's rights."""
-    path = f"{os.path.dirname(world['worker_log'])}/worker-{os.getpid()}.out"
-    os.symlink("/etc/shadow", path)
-    os.unlink(path)
+    os.symlink("/etc/shadow", world["planted"]["new_name_in_logs"])
 
 
 @attack
@@ -181,8 +173,9 @@ def tmp_of_the_host(world: dict[str, Any]) -> object:
 
 
 @attack
-def users_home(world: dict[str, Any]) -> object:
-    os.listdir(world["home"])
+def neighbours_of_the_session(world: dict[str, Any]) -> object:
+    if os.path.basename(world["token"]) not in os.listdir(world["home"]):
+        raise FileNotFoundError(errno.ENOENT, "only what the worker needs")
 
 
 @attack
@@ -230,11 +223,9 @@ def mount_over_usr(world: dict[str, Any]) -> object:
 
 
 @attack
-def write_system(world: dict[str, Any]) -> object:
-    path = f"{world['writable']}/written"
-    with open(path, "w"):
+def write_hosts_tmp(world: dict[str, Any]) -> object:
+    with open(world["planted"]["write_hosts_tmp"], "w"):
         pass
-    os.unlink(path)
 
 
 @attack
@@ -281,21 +272,40 @@ def pidfd_getfd(world: dict[str, Any]) -> object:
 
 
 @attack
-def raise_own_limits(world: dict[str, Any]) -> object:
-    for path in world["limits"]:
-        with open(path, "w") as file:
-            file.write("max" if path.endswith("pids.max") else "-1")
-        return
-    raise FileNotFoundError(errno.ENOENT, "no such controller")
+def escape_the_limits(world: dict[str, Any]) -> object:
+    """Raise them, leave the group, mount the hierarchy anew; then fork 200 times."""
+    _write_all(world["limits"])
+    try:
+        _call("unshare", 0x12020000)  # user, mount and cgroup namespaces
+        os.makedirs("/tmp/groups", exist_ok=True)
+        _call("mount", b"none", b"/tmp/groups", b"cgroup", 0, b"pids")
+        _write_all(world["limits"], "/tmp/groups")
+    except OSError:
+        pass
+    children = []
+    try:
+        for _ in range(200):
+            pid = os.fork()
+            if pid == 0:
+                time.sleep(60)
+                os._exit(0)
+            children.append(pid)
+    finally:
+        for pid in children:
+            os.kill(pid, 9)
+            os.waitpid(pid, 0)
 
 
-@attack
-def leave_own_group(world: dict[str, Any]) -> object:
-    for path in world["outer_groups"]:
-        with open(path, "w") as file:
-            file.write(str(os.getpid()))
-        return
-    raise FileNotFoundError(errno.ENOENT, "no such controller")
+def _write_all(limits: list[str], below: str = "") -> None:
+    places = [os.path.dirname(path) for path in limits]
+    for place in [*places, *([below] if below else [])]:
+        for at, _, files in os.walk(place):
+            for name in {"pids.max", "cgroup.procs"} & set(files):
+                try:
+                    with open(f"{at}/{name}", "w") as file:
+                        file.write("max" if name == "pids.max" else "0")
+                except OSError:
+                    continue
 
 
 @attack
@@ -355,14 +365,19 @@ def main() -> None:
 
 
 def jail() -> None:
-    """Make a jail by the shipped strictest profile and run a command in it."""
-    from raysandbox import profile, run
+    """Make a jail of the node's strictest profile; look for secrets from there."""
+    from raysandbox import policy, run
+    from raysandbox.worker.gate import SEALED
 
+    with open(SEALED, "rb") as file:
+        node = policy.unseal(file.read())
+    looking = "id -u; ls -d /run/raysandbox $RAY_AUTH_TOKEN_PATH; ls /proc; exit 7"
     result = run.run(
-        profile.strictest(),
-        ["/bin/sh", "-c", "id -u; ls -a /run /tmp; cat /run/raysandbox/secrets/*"],
+        node.profiles["strict"],
+        ["/bin/sh", "-c", looking],
+        environment={"RAY_AUTH_TOKEN_PATH": os.environ["RAY_AUTH_TOKEN_PATH"]},
     )
-    print(json.dumps({"exit": getattr(result, "exit_code", result)}), flush=True)
+    print(f"jail exit {result.exit_code}", flush=True)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,13 @@ def main() -> None:
         session / "sockets",
         session / "runtime_resources",
     )
-    for directory in (logs, sockets, resources, logs / "events", logs / "export_events"):
+    for directory in (
+        logs,
+        sockets,
+        resources,
+        logs / "events",
+        logs / "export_events",
+    ):
         directory.mkdir(parents=True)
     raylet_log = logs / "raylet.err"
     raylet_log.write_text("raylet's\n")
@@ -74,7 +80,7 @@ def main() -> None:
     foreign = str(base / "foreign")
     servers += [_listen(foreign), _listen(f"\0rsn-{os.getpid()}")]
     os.chmod(foreign, 0o777)
-    node = policy.resolve(policy.Policy())
+    node = policy.resolve(policy.Policy(worker=policy.Worker(pids=100)))
     groups = cgroup.discover()
     compiled = wall.compile(
         wall.Wall(node=node, bind_ports=(20100, 20109)),
@@ -97,7 +103,7 @@ def main() -> None:
     wrapper = str(session / "raysandbox" / "worker")
     _write_wrapper(wrapper, compiled.encode())
 
-    pipe_read, pipe_write = os.pipe()
+    _pipe_read, pipe_write = os.pipe()
     leaked_log = os.open(raylet_log, os.O_WRONLY | os.O_APPEND)
     environment = {
         **os.environ,
@@ -125,11 +131,10 @@ def main() -> None:
     _wait_for(victim_log, "waiting")
     byte = ctypes.create_string_buffer(b"secret")
     bases = [path for _, path, _ in groups.places()]
-    own = f"/proc/{victim.pid}/cgroup"
-    limits = [
-        f"/sys/fs/cgroup/{name}"
-        for name in ("pids/pids.max", "memory/memory.limit_in_bytes", "pids.max")
-    ]
+    planted = {
+        "new_name_in_logs": f"{logs}/worker-planted.out",
+        "write_hosts_tmp": f"{base}/planted",
+    }
     world = {
         "raylet": os.getpid(),
         "worker": victim.pid,
@@ -147,16 +152,19 @@ def main() -> None:
         "tmp": str(resource),
         "home": str(base),
         "leaked": [pipe_write, leaked_log],
-        "writable": str(base),
-        "outer_groups": [f"{path}/cgroup.procs" for path in bases],
-        "limits": limits,
-        "groups_of_victim": Path(own).read_text(),
+        "planted": planted,
+        "limits": [f"{path}/pids.max" for path in (*bases, "/sys/fs/cgroup/pids")],
     }
-    # Outside, the limits are those of a group like the worker's.
-    outside = [f"{path}/{name}" for path in bases for name in os.listdir(path)]
-    files = ("pids.max", "memory.limit_in_bytes")
-    limits_outside = [f"{d}/{f}" for d in outside for f in files if os.path.exists(f"{d}/{f}")]
-    control = {**world, "control": True, "limits": limits_outside}
+
+    def note_planted(outcomes: dict[str, str]) -> None:
+        """Where it was written, the host decides."""
+        for name, path in planted.items():
+            if os.path.lexists(path):
+                os.unlink(path)
+            elif outcomes[name] == "ok":
+                outcomes[name] = "private"
+
+    control = {**world, "control": True, "limits": []}
     out = start(
         [sys.executable, PROBE, json.dumps(control)],
         WORKER,
@@ -164,6 +172,7 @@ def main() -> None:
         PYTHONPATH=os.environ.get("PYTHONPATH", ""),
     ).communicate(timeout=60)[0]
     found = {"control": json.loads(out.splitlines()[-1])}
+    note_planted(found["control"])
     inside = {**world, "control": False}
     worker = start(
         [wrapper, PROBE, json.dumps(inside)], WORKER, LD_PRELOAD="/nonexistent/evil.so"
@@ -178,6 +187,7 @@ def main() -> None:
             f"{err.read_text() if err.exists() else raylet_log.read_text()}"
         )
     found["inside"] = json.loads(said.splitlines()[-1])
+    note_planted(found["inside"])
     found["pid"], found["log_mode"] = worker.pid, log.stat().st_mode & 0o777
     jailer = start([wrapper, PROBE, "jail"], JAILER)
     jailer.communicate(timeout=60)
@@ -189,7 +199,7 @@ def main() -> None:
     victim.wait()
     shm.unlink()
     subprocess.run(["rm", "-rf", str(base)])
-    found["groups"] = bases
+    found["groups"], found["raylet"] = bases, os.getpid()
     print(json.dumps(found))
 
 

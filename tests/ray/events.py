@@ -22,7 +22,6 @@ def events() -> list[dict[str, Any]]:
     ]
 
 
-
 def ended(task: str) -> list[dict[str, Any]]:
     """The ends of jails that ran a task of this name."""
     return [e for e in events() if e["event"] == "jail_ended" and task in e["tasks"]]
