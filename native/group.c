@@ -228,9 +228,35 @@ groups_sweep(const struct plan *plan, pid_t raylet)
                 left++;
         }
         closedir(dir);
-        const char *name = strrchr(base, '/');
-        if (left == 0 && name != NULL && strcmp(name, "/raysandbox") == 0)
-            rmdir(base);
     }
     return left;
+}
+
+/* Remove a directory if it is one of ours, of this name, and empty by now. */
+static void
+remove_own(const char *directory, const char *name)
+{
+    const char *last = strrchr(directory, '/');
+
+    if (last != NULL && strncmp(last + 1, name, strlen(name)) == 0)
+        rmdir(directory);
+}
+
+void
+groups_remove_bases(const struct plan *plan)
+{
+    const struct record *record;
+    char parent[PATH_MAX];
+
+    for (size_t cursor = 0;
+         (record = plan_next(plan, R_CGROUP_BASE, &cursor));) {
+        const char *base = field_str(record, 4), *last = strrchr(base, '/');
+        if (last == NULL || (size_t)(last - base) >= sizeof parent)
+            continue;
+        /* The node's own group, or what all nodes share. */
+        remove_own(base, "raysandbox");
+        memcpy(parent, base, (size_t)(last - base));
+        parent[last - base] = '\0';
+        remove_own(parent, "raysandbox");
+    }
 }

@@ -41,4 +41,7 @@ void groups_enter_leaf(const struct worker_groups *groups);
  * raylet, that raylet's workers' groups too, living or not.  How many stay. */
 int groups_sweep(const struct plan *plan, pid_t raylet);
 
+/* Remove the directories in which the groups were, if nobody else's are there. */
+void groups_remove_bases(const struct plan *plan);
+
 #endif
