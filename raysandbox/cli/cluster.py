@@ -45,6 +45,7 @@ def _fail(error: RaysandboxError) -> NoReturn:
 
 
 def open_cluster(path: Path) -> Any:
+    """Open a cluster's directory, or say why not and leave."""
     from raysandbox.cluster.settings import ClusterDir
 
     try:
