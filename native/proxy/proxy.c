@@ -22,7 +22,7 @@
  *
  *   raysandbox-store-proxy --plasma=SOCKET --raylet=SOCKET --directory=DIR
  *       [--job-bytes=N] [--job-objects=N] [--worker-bytes=N]
- *       [--worker-objects=N] [--spin-us=N] [--parent=PID] [--bind-first-use]
+ *       [--worker-objects=N] [--parent=PID] [--bind-first-use]
  *
  * Writes "ready" to stdout, then one line of JSON there for each link that is
  * ended and each creation that is refused.  Ends when raylet does; the links
@@ -95,7 +95,6 @@ struct link {
 
 static struct {
     const char *plasma, *raylet, *directory;
-    int64_t spin_us;
     pid_t parent;
 } options;
 
@@ -1115,8 +1114,6 @@ parse_arguments(char **argv)
             options.raylet = value;
         else if (strncmp(*at, "--directory=", 12) == 0)
             options.directory = value;
-        else if (strncmp(*at, "--spin-us=", 10) == 0)
-            options.spin_us = (int64_t)(number(value, *at) & INT32_MAX);
         else if (strncmp(*at, "--parent=", 9) == 0)
             options.parent = (pid_t)(number(value, *at) & INT32_MAX);
         else if (strcmp(*at, "--bind-first-use") == 0)
@@ -1131,15 +1128,6 @@ parse_arguments(char **argv)
         errno = EINVAL;
         die("need --plasma, --raylet and --directory");
     }
-}
-
-static int64_t
-now_us(void)
-{
-    struct timespec now;
-
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (int64_t)now.tv_sec * 1000000 + now.tv_nsec / 1000;
 }
 
 static void
@@ -1174,25 +1162,15 @@ static _Noreturn void
 serve(void)
 {
     struct epoll_event events[MOST_EVENTS];
-    int64_t last = 0;
 
     for (;;) {
-        int wait = tick();
-        /* Who asked is likely to ask again at once, and to wake up costs more
-         * than to stay awake that long. */
-        if (options.spin_us > 0 && now_us() - last < options.spin_us)
-            wait = 0;
-        int count = epoll_wait(epoll_fd, events, MOST_EVENTS, wait);
+        int count = epoll_wait(epoll_fd, events, MOST_EVENTS, tick());
         if (count < 0 && errno != EINTR)
             die("epoll_wait");
         for (int i = 0; i < count; i++)
             dispatch(events[i].data.ptr, events[i].events);
-        if (count > 0) {
-            if (options.spin_us > 0)
-                last = now_us();
-            bury();
-            jobs_forget();
-        }
+        bury();
+        jobs_forget();
     }
 }
 
