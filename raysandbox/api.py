@@ -12,7 +12,6 @@ __all__ = ["HOOK", "init", "tag"]
 #: For ``runtime_env={"worker_process_setup_hook": HOOK}`` on any cluster.
 HOOK = "raysandbox.worker_hook"
 
-_TAG_PREFIX = "sandbox:"
 # How many sandboxed tasks of one profile a local node runs at once: CPUs bound
 # it, not this.
 _LOCAL_TAGS = 1_000_000
@@ -33,6 +32,7 @@ def tag(profile: str = "strict", amount: float = 1) -> dict[str, float]:
             above 0: such a task would run without its tag.
     """
     from raysandbox import profile as profiles
+    from raysandbox.policy import TAG_PREFIX
 
     if not isinstance(profile, str) or not profiles.is_name(profile):
         raise ProfileError(
@@ -42,7 +42,7 @@ def tag(profile: str = "strict", amount: float = 1) -> dict[str, float]:
         )
     if not amount > 0:
         raise ProfileError(source="<tag>", value=amount, reason="must be above 0")
-    return {f"{_TAG_PREFIX}{profile}": amount}
+    return {f"{TAG_PREFIX}{profile}": amount}
 
 
 def init(*args: Any, **options: Any) -> Any:
@@ -60,6 +60,7 @@ def init(*args: Any, **options: Any) -> Any:
 
     from raysandbox import launch
     from raysandbox import profile as profiles
+    from raysandbox.policy import TAG_PREFIX
 
     launch.launcher_path()
     environment = dict(options.pop("runtime_env", None) or {})
@@ -74,6 +75,6 @@ def init(*args: Any, **options: Any) -> Any:
     options["runtime_env"] = environment
     address = args[0] if args else options.get("address")
     if address in (None, "local") and not os.environ.get("RAY_ADDRESS"):
-        tags = {f"{_TAG_PREFIX}{name}": _LOCAL_TAGS for name in profiles.names()}
+        tags = {f"{TAG_PREFIX}{name}": _LOCAL_TAGS for name in profiles.names()}
         options["resources"] = {**tags, **(options.get("resources") or {})}
     return ray.init(*args, **options)

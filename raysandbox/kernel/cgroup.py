@@ -428,7 +428,68 @@ class Cgroups:
         plan = self._plan(limits)
         if required:
             _refuse(limits, plan.report, "")
-        leaf = f"{PREFIX}-{self._owner}-{name}"
+        return self._create(
+            f"{PREFIX}-{self._owner}-{name}", name, limits, plan, required
+        )
+
+    def create_parent(
+        self, leaf: str, limits: CgroupLimits, *, required: bool = False
+    ) -> Cgroup:
+        """Make a group in which other processes make theirs.
+
+        They find it by ``RAYSANDBOX_CGROUP``, set to its ``paths`` with ``:``
+        between. It is in every hierarchy, and `sweep` leaves it alone: it
+        outlives its maker until somebody removes it.
+
+        Args:
+            leaf: Its directories' name.
+            limits: What all groups in it may use together.
+            required: As in `create`.
+
+        Raises:
+            UnsupportedError: As in `create`, or a controller can't be passed on
+                to the groups in it; nothing is left behind.
+            SetupError: As in `create`.
+        """
+        if not _NAME.fullmatch(leaf):
+            raise ValueError(f"cgroup name {leaf!r}: not of the form {_NAME.pattern}")
+        plan = self._plan(limits)
+        if required:
+            _refuse(limits, plan.report, "")
+        # The kernel would kill all of them when they run out of memory together.
+        writes = [step for step in plan.writes if step.limit != "oom_group"]
+        report = {k: v for k, v in plan.report.items() if k != "oom_group"}
+        whole = _Plan(self._bases, writes, report)
+        group = self._create(leaf, leaf, limits, whole, required)
+        for base, path in group.dirs:
+            if base.version == 2:
+                got, problem = make_v2_base(path, base.controllers, False)
+                if got != base.controllers:
+                    group.remove()
+                    raise UnsupportedError(
+                        feature="cgroup",
+                        need=f"{', '.join(sorted(base.controllers))} in {path}",
+                        have=problem,
+                        remedy=f"leave no process in {base.path} itself",
+                    )
+        return group
+
+    def attach(self, leaf: str) -> Cgroup | None:
+        """Return a group that somebody else made in these bases; None if gone."""
+        if not _NAME.fullmatch(leaf):
+            return None
+        dirs = [(base, f"{base.path}/{leaf}") for base in self._bases]
+        there = [(base, path) for base, path in dirs if os.path.isdir(path)]
+        return Cgroup(self, leaf, there, {}) if there else None
+
+    def _create(
+        self,
+        leaf: str,
+        name: str,
+        limits: CgroupLimits,
+        plan: _Plan,
+        required: bool,
+    ) -> Cgroup:
         made: list[tuple[Base, str]] = []
         report = dict(plan.report)
         try:

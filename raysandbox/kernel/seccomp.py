@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import errno
 import functools
-import json
-import os
 import platform
 import struct
 import sys
@@ -23,6 +21,7 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from raysandbox.errors import ProfileError, UnsupportedError
+from raysandbox.kernel import oci
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -118,7 +117,7 @@ def problems(syscalls: Syscalls) -> list[tuple[str, object, str]]:
             found.append(("allow", call, _table()["absent"][call]))
     if syscalls.oci is not None:
         try:
-            _read_oci(syscalls.oci.text)
+            oci.read(syscalls.oci.text)
         except ValueError as error:
             found.append(("oci", syscalls.oci.path, str(error)))
     return found
@@ -272,117 +271,26 @@ def _export(made: Any) -> bytes:
 
 # --- OCI ------------------------------------------------------------------------
 
-_OCI_DEFAULTS = ("SCMP_ACT_ERRNO", "SCMP_ACT_KILL", "SCMP_ACT_KILL_PROCESS")
-_OCI_OPERATORS = {
-    "SCMP_CMP_NE": "NE",
-    "SCMP_CMP_LT": "LT",
-    "SCMP_CMP_LE": "LE",
-    "SCMP_CMP_EQ": "EQ",
-    "SCMP_CMP_GE": "GE",
-    "SCMP_CMP_GT": "GT",
-    "SCMP_CMP_MASKED_EQ": "MASKED_EQ",
-}
-_OCI_KEYS = {
-    "names", "name", "action", "args", "errnoRet", "comment", "includes", "excludes"
-}  # fmt: skip
-
-
-def _read_oci(text: str) -> list[dict[str, Any]]:
-    """Return the entries of an OCI policy that apply to a jail.
-
-    Raises:
-        ValueError: It says something that is not understood, or allows what it
-            does not name.
-    """
-    try:
-        policy = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"is not JSON: {error}") from error
-    if not isinstance(policy, dict):
-        raise ValueError("must be a JSON object")
-    if policy.get("defaultAction") not in _OCI_DEFAULTS:
-        raise ValueError(
-            f"defaultAction = {policy.get('defaultAction')!r}: must be one of "
-            f"{', '.join(_OCI_DEFAULTS)}: what is not named must be denied"
-        )
-    entries = policy.get("syscalls") or []
-    if not isinstance(entries, list):
-        raise ValueError("syscalls must be a list")
-    found = []
-    for index, entry in enumerate(entries):
-        place = f"syscalls[{index}]"
-        if not isinstance(entry, dict) or not set(entry) <= _OCI_KEYS:
-            raise ValueError(f"{place} has keys that are not understood")
-        names = entry.get("names") or ([entry["name"]] if "name" in entry else [])
-        if not names or not all(isinstance(each, str) for each in names):
-            raise ValueError(f"{place}.names must be names")
-        if entry.get("action") not in (*_OCI_DEFAULTS, "SCMP_ACT_ALLOW"):
-            raise ValueError(f"{place}.action = {entry.get('action')!r}: not supported")
-        for argument in entry.get("args") or []:
-            if argument.get("op") not in _OCI_OPERATORS:
-                raise ValueError(f"{place}.args: unknown op {argument.get('op')!r}")
-        if _applies(entry, place):
-            found.append({**entry, "names": names})
-    return found
-
-
-def _applies(entry: Mapping[str, Any], place: str) -> bool:
-    """Whether an entry counts for a process without capabilities here."""
-    includes, excludes = entry.get("includes") or {}, entry.get("excludes") or {}
-    for conditions in (includes, excludes):
-        unknown = set(conditions) - {"caps", "arches", "minKernel"}
-        if unknown:
-            raise ValueError(f"{place}: unknown condition {', '.join(sorted(unknown))}")
-    machine = {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), "")
-    if includes.get("caps") or machine in excludes.get("arches", ()):
-        return False
-    if includes.get("arches") and machine not in includes["arches"]:
-        return False
-    least = includes.get("minKernel")
-    return not least or _kernel() >= tuple(int(n) for n in least.split(".")[:2])
-
-
-def _kernel() -> tuple[int, ...]:
-    parts = os.uname().release.split("-")[0].split(".")[:2]
-    return tuple(int(part) for part in parts if part.isdigit())
-
 
 def _compile_oci(library: Any, path: str, text: str, denied: int) -> bytes:
     try:
-        entries = _read_oci(text)
-        made = _new(library, denied)
-        for entry in entries:
-            action = library.ALLOW
-            if entry["action"] != "SCMP_ACT_ALLOW":
-                number = int(entry.get("errnoRet", errno.EPERM))
-                action = library.ERRNO(number)
-                if action == denied or number == errno.EPERM:
-                    continue  # as what is not named
-            for call in entry["names"]:
-                for arguments in _alternatives(library, entry.get("args") or []):
-                    _add(library, made, action, call, *arguments)
-        return _export(made)
-    except (ValueError, KeyError, TypeError, OSError) as error:
+        rules = oci.read(text)
+    except ValueError as error:
         raise ProfileError(
             source=path, where="syscalls", reason=f"can't be compiled: {error}"
         ) from error
-
-
-def _alternatives(library: Any, args: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
-    """All conditions at once; one at a time where an argument is named twice."""
-    made = [
-        library.Arg(
-            int(a["index"]),
-            getattr(library, _OCI_OPERATORS[a["op"]]),
-            int(a["value"]),
-            int(a.get("valueTwo", 0)),
-        )
-        for a in args
-    ]
-    indexes = [a["index"] for a in args]
-    if len(set(indexes)) < len(indexes):
-        return [[each] for each in made]
-    return [made]
+    made = _new(library, denied)
+    for rule in rules:
+        action = library.ALLOW if rule.errno is None else library.ERRNO(rule.errno)
+        # EPERM is what a call that is not named gets, as the profile has it.
+        if rule.errno == errno.EPERM:
+            continue
+        arguments = [
+            library.Arg(each.index, getattr(library, each.op), each.value, each.second)
+            for each in rule.conditions
+        ]
+        _add(library, made, action, rule.call, *arguments)
+    return _export(made)
 
 
 # --- words ----------------------------------------------------------------------

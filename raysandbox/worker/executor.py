@@ -7,24 +7,22 @@ to, and turns what comes back into what Ray stores.
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import os
-import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import ray
 
-from raysandbox import datacodec, wire
+from raysandbox import datacodec, policy, wire
 from raysandbox import profile as profiles
 from raysandbox.errors import (
     JailProtocolError,
-    ProfileError,
     RaysandboxError,
     TaskKilled,
     TaskQuotaExceeded,
+    TaskRefused,
     TaskUnsupported,
 )
 from raysandbox.jail import runner
@@ -32,44 +30,15 @@ from raysandbox.kernel import cgroup
 from raysandbox.sealed import SealedError
 from raysandbox.worker import hints, seams
 from raysandbox.worker.events import EventLog
+from raysandbox.worker.gate import Gate
 from raysandbox.worker.output import Pump
 from raysandbox.worker.pool import Environment, Jail, Pool
 
-__all__ = ["TAG_PREFIX", "JailExecutor", "profile_of"]
+__all__ = ["JailExecutor"]
 
-#: A resource of this prefix names the profile.
-TAG_PREFIX = "sandbox:"
-
-# Ray's names for resources that a placement group reserved.
-_IN_GROUP = re.compile(r"(.+?)_group_(?:\d+_)?[0-9a-f]{16,}")
 # A zygote costs memory: those of the profiles used last stay.
 _MOST_POOLS = 2
-# Environment variables that are Ray's or ours, never a task's.
-_RESERVED_VARIABLES = ("RAY_*", "RAYSANDBOX_*", "__RAY_*")
 _ERROR_PARTS = 6
-
-
-def profile_of(resources: Mapping[str, Any]) -> profiles.Profile:
-    """Return the profile that a task's resources name; untagged: the strictest.
-
-    Raises:
-        ProfileError: Two tags, or a tag that names no usable profile.
-    """
-    names = set()
-    for resource in resources:
-        match = _IN_GROUP.fullmatch(resource)
-        plain = match[1] if match else resource
-        if plain.startswith(TAG_PREFIX):
-            names.add(plain.removeprefix(TAG_PREFIX))
-    if not names:
-        return profiles.strictest()
-    if len(names) > 1:
-        raise ProfileError(
-            source="<tags>",
-            value=", ".join(sorted(names)),
-            reason="a task takes one sandbox tag",
-        )
-    return profiles.load(names.pop())
 
 
 class JailExecutor(seams.Executor):
@@ -80,14 +49,13 @@ class JailExecutor(seams.Executor):
             comes, since a prestarted worker does not know its job before.
     """
 
-    def __init__(self, trusted: seams.TrustedPath) -> None:
-        self._trusted, self._pump = trusted, Pump(self._look)
+    def __init__(self, trusted: seams.TrustedPath, gate: Gate) -> None:
+        self._trusted, self._pump, self._gate = trusted, Pump(self._look), gate
         self._worker: Any = seams.global_worker()
         self._resources_root = os.path.realpath(seams.runtime_resources()) + "/"
         self._pools: dict[str, Pool] = {}
         self._resource_paths: dict[str, bool] = {}
         self._runtime_env: tuple[str, dict[str, str]] = ("", {})
-        self._profiles: dict[frozenset[str], profiles.Profile] = {}
         self._events: EventLog | None = None
         # The jail whose answer Ray has not taken in yet, and its pool.
         self._pending: tuple[Pool, Jail, bool] | None = None
@@ -107,7 +75,8 @@ class JailExecutor(seams.Executor):
         """Run a function in a jail of its profile; see :class:`seams.Executor`."""
         with self._lock:
             self._settle()
-            profile, name = self._profile(), str(self._worker.current_task_name)
+            name = str(self._worker.current_task_name)
+            profile = self._profile(name)
             if profile.boundary == "worker":
                 raise self._unsupported(profile, name, 'boundary = "worker"')
             layout, parts = self._arguments(profile, name, args, kwargs)
@@ -133,7 +102,7 @@ class JailExecutor(seams.Executor):
             if self._actor is None or self._actor[1].status is not None:
                 raise TaskKilled(
                     task=name,
-                    profile=self._profile().name,
+                    profile=self._profile(name).name,
                     seen=f"the actor's jail has ended: {self._actor_end or 'unknown'}",
                     remedy="make the actor again",
                 )
@@ -151,7 +120,7 @@ class JailExecutor(seams.Executor):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> None:
-        profile = self._profile()
+        profile = self._profile(name)
         core = self._worker.core_worker
         if profile.boundary == "worker":
             raise self._unsupported(profile, name, 'boundary = "worker"')
@@ -198,13 +167,12 @@ class JailExecutor(seams.Executor):
 
     # -- profiles, pools and jails ----------------------------------------------
 
-    def _profile(self) -> profiles.Profile:
-        resources = self._worker.core_worker.resource_ids()
-        key = frozenset(resources)
-        found = self._profiles.get(key)
-        if found is None:
-            found = self._profiles[key] = profile_of(resources)
-        return found
+    def _profile(self, task: str) -> profiles.Profile:
+        try:
+            return self._gate.profile(self._worker, task)
+        except TaskRefused as error:
+            self._log("task_refused", task=task, rule=error.limit, reason=error.seen)
+            raise
 
     def _pool(self, profile: profiles.Profile) -> Pool:
         pool = self._pools.pop(profile.name, None)
@@ -283,14 +251,9 @@ class JailExecutor(seams.Executor):
 
     def _record(self, jail: Jail, pool: Pool, usage: cgroup.Usage) -> None:
         """Write the event of a jail's end."""
-        if self._events is None:
-            self._events = EventLog(seams.session_log_dir())
-        self._events.write(
+        self._log(
             "jail_ended",
             profile=pool.profile.name,
-            node=self._worker.current_node_id.hex(),
-            worker=self._worker.worker_id.hex(),
-            job=self._worker.current_job_id.hex(),
             tasks=jail.tasks,
             outcome=jail.outcome,
             memory_peak_bytes=usage.memory_peak_bytes,
@@ -306,6 +269,21 @@ class JailExecutor(seams.Executor):
                 else f"{wall.state.value}: {wall.reason}"
                 for wall in pool.protections
             },
+        )
+
+    def _log(self, event: str, **fields: Any) -> None:
+        if self._events is None:
+            chosen = self._gate.policy
+            directory = chosen.audit.directory if chosen is not None else "session"
+            if directory == "session":
+                directory = seams.session_log_dir()
+            self._events = EventLog(directory)
+        self._events.write(
+            event,
+            node=self._worker.current_node_id.hex(),
+            worker=self._worker.worker_id.hex(),
+            job=self._worker.current_job_id.hex(),
+            **fields,
         )
 
     # -- one call ----------------------------------------------------------------
@@ -384,11 +362,7 @@ class JailExecutor(seams.Executor):
         text = self._worker.runtime_env
         if text != self._runtime_env[0]:
             variables = json.loads(text).get("env_vars") or {}
-            chosen = {
-                str(name): str(value)
-                for name, value in variables.items()
-                if not any(fnmatch.fnmatchcase(name, p) for p in _RESERVED_VARIABLES)
-            }
+            chosen = policy.jail_variables(self._gate.policy, variables)
             self._runtime_env = (text, chosen)
         return self._runtime_env[1]
 

@@ -39,9 +39,11 @@ def worker_hook() -> None:
 def _install() -> None:
     from raysandbox.worker import seams
     from raysandbox.worker.executor import JailExecutor
+    from raysandbox.worker.gate import Gate
 
     trusted = seams.TrustedPath.of_worker(sys.path)
-    seams.install(JailExecutor(trusted))
+    # The gate first: it takes out of the environment what a client put there.
+    seams.install(JailExecutor(trusted, Gate()))
     sys.path = trusted
 
 

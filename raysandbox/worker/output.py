@@ -21,6 +21,14 @@ _TICK_S = 0.2
 _MAGIC = (b":job_id:", b":task_name:", b":actor_name:")
 
 
+def _is_magic(line: bytes) -> bool:
+    """Whether a line is one of Ray's own, or may become one.
+
+    A task can write a prefix in two pieces: what could still become one counts.
+    """
+    return line.startswith(_MAGIC) or any(magic.startswith(line) for magic in _MAGIC)
+
+
 class Output:
     """The stdout and stderr of jails that run one after the other.
 
@@ -82,7 +90,7 @@ class Output:
             return
         lines = chunk.splitlines(keepends=True)
         for number, line in enumerate(lines):
-            if (number or self._line_start[index]) and line.startswith(_MAGIC):
+            if (number or self._line_start[index]) and _is_magic(line):
                 lines[number] = b" " + line
         self._line_start[index] = chunk.endswith((b"\n", b"\r"))
         sink = self._sinks[index]

@@ -524,6 +524,22 @@ def session_log_dir() -> str:
     return str(os.path.join(node.get_session_dir_path(), "logs"))
 
 
+def job_of(gcs_client: Any, job_id: str) -> tuple[str, dict[str, str]] | None:
+    """Return a job's namespace and metadata from the GCS's job table, or None.
+
+    The job configuration of this process is no source: it came with the task.
+    """
+    table = gcs_client.get_all_job_info(
+        job_or_submission_id=job_id,
+        skip_submission_job_info_field=True,
+        skip_is_running_tasks_field=True,
+    )
+    for found, data in table.items():
+        if found.hex() == job_id:
+            return data.config.ray_namespace, dict(data.config.metadata)
+    return None
+
+
 def global_worker() -> Any:
     """Return Ray's object for this process."""
     return ray_worker.global_worker
