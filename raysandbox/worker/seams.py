@@ -518,6 +518,27 @@ def runtime_resources() -> str:
     return str(ray_worker.global_worker.node.get_runtime_env_dir_path())
 
 
+def session_dir() -> str:
+    """Return Ray's directory of this session."""
+    return str(ray_worker.global_worker.node.get_session_dir_path())
+
+
+def is_stored(object_id: bytes) -> bool:
+    """Return whether the object is in this node's store, in memory."""
+    # No reference is added: one would keep the object, or ask for its owner.
+    ref = ray.ObjectRef(object_id, skip_adding_local_ref=True)
+    core = ray_worker.global_worker.core_worker
+    return bool(core.object_exists(ref, memory_store_can_have=False))
+
+
+def live_jobs(gcs_client: Any) -> set[str]:
+    """Return the jobs that have not ended, as hex."""
+    table = gcs_client.get_all_job_info(
+        skip_submission_job_info_field=True, skip_is_running_tasks_field=True
+    )
+    return {job.hex() for job, data in table.items() if not data.is_dead}
+
+
 def session_log_dir() -> str:
     """Return Ray's log directory of this session."""
     node = ray_worker.global_worker.node
