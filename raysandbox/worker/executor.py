@@ -28,7 +28,7 @@ from raysandbox.errors import (
 from raysandbox.jail import runner
 from raysandbox.kernel import cgroup
 from raysandbox.sealed import SealedError
-from raysandbox.worker import hints, quota, seams
+from raysandbox.worker import hints, quota, seams, store
 from raysandbox.worker.events import EventLog
 from raysandbox.worker.gate import Gate
 from raysandbox.worker.output import Pump
@@ -65,7 +65,7 @@ class JailExecutor(seams.Executor):
         self._lock = threading.RLock()
         self._quotas = quota.Quotas(
             os.path.join(seams.session_dir(), "raysandbox_quota"),
-            seams.is_stored,
+            lambda ids: store.which_stored(seams.store_socket(), ids),
             lambda: seams.live_jobs(self._worker.gcs_client),
         )
 
@@ -304,25 +304,25 @@ class JailExecutor(seams.Executor):
         layout = [*(None for _ in args), *kwargs]
         parts: list[Any] = []
         sizes: list[int] = []
-        store = profile.object_store
+        own = profile.object_store
         for index, value in enumerate((*args, *kwargs.values())):
             metadata, data = _sealed_parts(value)
             size = memoryview(data).nbytes
-            if size > store.max_argument_bytes:
+            if size > own.max_argument_bytes:
                 shown = layout[index] or f"number {index + 1}"
                 raise self._over(
                     profile,
                     task,
                     "object_store.max_argument",
-                    f"{store.max_argument_bytes} bytes",
+                    f"{own.max_argument_bytes} bytes",
                     f"argument {shown} of {size} bytes",
                     "pass less, or ask for a profile with a larger limit",
                 )
             sizes.append(size)
             parts += [metadata, data]
         for seen, limit, key, unit in (
-            (sum(sizes), store.max_arguments_bytes, "max_arguments", "bytes"),
-            (len(sizes), store.max_argument_objects, "max_argument_objects", "objects"),
+            (sum(sizes), own.max_arguments_bytes, "max_arguments", "bytes"),
+            (len(sizes), own.max_argument_objects, "max_argument_objects", "objects"),
         ):
             if limit is not None and seen > limit:
                 raise self._over(
@@ -392,8 +392,8 @@ class JailExecutor(seams.Executor):
     ) -> None:
         """Count what Ray is about to store; in the order of the return values."""
         profile, sizes = pool.profile, _sizes(frame)
-        store, chosen = profile.object_store, self._gate.policy
-        most_bytes, most = _least(store.max_put_bytes), store.max_put_objects
+        own, chosen = profile.object_store, self._gate.policy
+        most_bytes, most = _least(own.max_put_bytes), own.max_put_objects
         if chosen is not None:
             most_bytes = _least(most_bytes, chosen.object_store.max_task_bytes)
             most = _least(most, chosen.object_store.max_task_objects)

@@ -29,7 +29,15 @@ from typing import NamedTuple
 
 from raysandbox.errors import SetupError
 
-__all__ = ["INLINE_BYTES", "JobFile", "Limits", "Quotas", "Refusal", "Usage"]
+__all__ = [
+    "INLINE_BYTES",
+    "JobFile",
+    "Limits",
+    "Quotas",
+    "Refusal",
+    "Usage",
+    "usage_of",
+]
 
 #: Ray's max_direct_call_object_size: smaller results travel in the reply.
 INLINE_BYTES = 100 << 10
@@ -58,6 +66,8 @@ _GRACE_S = 3.0
 _RECOUNT_S = 0.25
 # A result that was just counted may not be in the store yet.
 _YOUNG_S, _COPY_BYTES_PER_S = 1.0, 200e6
+
+WhichStored = Callable[[Sequence[bytes]], set[bytes]]
 
 
 class _Header(NamedTuple):
@@ -147,13 +157,6 @@ class JobFile:
         self._map.close()
         os.close(self._fd)
 
-    def usage(self) -> Usage:
-        """Return what is counted now."""
-        with self._locked():
-            now = self._header()
-            held = self._held()
-        return Usage(now.stored_bytes, now.entries, *held, now.refused)
-
     # -- arguments ------------------------------------------------------------
 
     def hold(self, limits: Limits, size: int, objects: int) -> Refusal | None:
@@ -192,10 +195,7 @@ class JobFile:
         )
 
     def _held(self) -> tuple[int, int]:
-        numbers = struct.unpack_from(
-            f"<{2 * self._header().slots}Q", self._map, _SLOTS_AT
-        )
-        return sum(numbers[::2]), sum(numbers[1::2])
+        return _sum_of_slots(self._map, self._header().slots)
 
     def _take_slot(self) -> int:
         for slot in range(_SLOTS):
@@ -242,7 +242,7 @@ class JobFile:
         self,
         limits: Limits,
         objects: Sequence[tuple[bytes, int]],
-        is_stored: Callable[[bytes], bool],
+        which_stored: WhichStored,
     ) -> Refusal | None:
         """Count objects that are about to be stored, as (id, bytes).
 
@@ -271,7 +271,7 @@ class JobFile:
                 return refusal
             since_s = time.monotonic() - now.recounted_s
             if since_s >= max(_RECOUNT_S, 4 * now.took_s):
-                self._recount(is_stored)
+                self._recount(which_stored)
             else:
                 time.sleep(_RECOUNT_S / 4)
 
@@ -293,16 +293,13 @@ class JobFile:
         # Last, so that an update that is cut short counts nothing twice.
         self._add(entries=len(objects), stored=sum(each for _, each in objects))
 
-    def _recount(self, is_stored: Callable[[bytes], bool]) -> None:
+    def _recount(self, which_stored: WhichStored) -> None:
         """Ask the store, without the lock; then drop what is gone."""
         begun = time.monotonic()
         with self._locked():
             known = list(self._entries())
-        gone = {
-            object_id
-            for object_id, at, size in known
-            if not _is_young(at, size) and not is_stored(object_id)
-        }
+        asked = [each[0] for each in known if not _is_young(each[1], each[2])]
+        gone = set(asked) - which_stored(asked)
         now = time.monotonic()
         with self._locked():
             self._keep(
@@ -358,12 +355,34 @@ class JobFile:
         _HEADER.pack_into(self._map, 0, *new)
 
 
+def usage_of(path: str) -> Usage:
+    """Return what a job's file says now, without taking part.
+
+    Raises:
+        OSError: There is no such file.
+        SetupError: It is not one of ours.
+    """
+    with open(path, "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        data = file.read(_ENTRIES_AT)
+    if not data.startswith(_MAGIC) or len(data) < _ENTRIES_AT:
+        raise SetupError(step="quota_file", detail=f"{path} is not one of ours")
+    now = _Header(*_HEADER.unpack_from(data))
+    held = _sum_of_slots(data, now.slots)
+    return Usage(now.stored_bytes, now.entries, *held, now.refused)
+
+
+def _sum_of_slots(data: bytes | mmap.mmap, slots: int) -> tuple[int, int]:
+    numbers = struct.unpack_from(f"<{2 * slots}Q", data, _SLOTS_AT)
+    return sum(numbers[::2]), sum(numbers[1::2])
+
+
 class Quotas:
     """The quotas of one worker: of whichever job it serves now.
 
     Args:
         directory: Where the files are; made for its owner alone.
-        is_stored: Whether the node's store has an object, by its id.
+        which_stored: Which objects the node's store has, of those asked for by id.
         live_jobs: Which jobs run, as hex; asked when a new job's file is made, to
             remove those of jobs that have ended.
     """
@@ -371,11 +390,11 @@ class Quotas:
     def __init__(
         self,
         directory: str,
-        is_stored: Callable[[bytes], bool],
+        which_stored: WhichStored,
         live_jobs: Callable[[], set[str]],
     ) -> None:
         self._directory = directory
-        self._is_stored, self._live_jobs = is_stored, live_jobs
+        self._which_stored, self._live_jobs = which_stored, live_jobs
         self._job = ""
         self._file: JobFile | None = None
         self._holds = False
@@ -416,7 +435,7 @@ class Quotas:
         ]
         if not objects:
             return None
-        refusal = self._of(job).store(limits, objects, self._is_stored)
+        refusal = self._of(job).store(limits, objects, self._which_stored)
         if refusal is None:
             self._counted = [object_id for object_id, _ in objects]
         return refusal

@@ -523,12 +523,9 @@ def session_dir() -> str:
     return str(ray_worker.global_worker.node.get_session_dir_path())
 
 
-def is_stored(object_id: bytes) -> bool:
-    """Return whether the object is in this node's store, in memory."""
-    # No reference is added: one would keep the object, or ask for its owner.
-    ref = ray.ObjectRef(object_id, skip_adding_local_ref=True)
-    core = ray_worker.global_worker.core_worker
-    return bool(core.object_exists(ref, memory_store_can_have=False))
+def store_socket() -> str:
+    """Return the path of the node's object store's socket."""
+    return str(ray_worker.global_worker.node.plasma_store_socket_name)
 
 
 def live_jobs(gcs_client: Any) -> set[str]:
