@@ -300,6 +300,9 @@ plasma_request(struct client *client, int64_t type, const uint8_t *body,
 
     if (type == DISCONNECT_CLIENT)
         return end(client, NULL);
+    if (client->only_asks && type != CONTAINS_REQUEST &&
+        type != CONNECT_REQUEST)
+        return end(client, "more than a question on a second connection");
     if (flat_root(&table, body, size) != 0)
         return end(client, "malformed message");
     switch (type) {

@@ -22,11 +22,11 @@
  *
  *   raysandbox-store-proxy --plasma=SOCKET --raylet=SOCKET --directory=DIR
  *       [--job-bytes=N] [--job-objects=N] [--worker-bytes=N]
- *       [--worker-objects=N] [--parent=PID] [--bind-first-use]
+ *       [--worker-objects=N] [--parent=PID] [--bind-first-use] [--ready-fd=N]
  *
- * Writes "ready" to stdout, then one line of JSON there for each link that is
- * ended and each creation that is refused.  Ends when raylet does; the links
- * end with it: there is never another way to the real sockets.
+ * Writes one line of JSON to stdout for each link that is ended and each creation
+ * that is refused.  Ends when raylet does; the links end with it: there is never
+ * another way to the real sockets.
  */
 #define _GNU_SOURCE
 #include "session.h"
@@ -60,6 +60,8 @@ enum {
     SWEEP_EVERY_MS = 100,
     SWEEP_AHEAD = 64,       /* questions to the store without an answer */
     MOST_EVENTS = 64,
+    MOST_ASKING = 4,        /* further connections of a worker to the store */
+    LINES_PER_S = 50,       /* events that are written */
 };
 
 struct buffer {
@@ -96,7 +98,8 @@ struct link {
 static struct {
     const char *plasma, *raylet, *directory;
     pid_t parent;
-} options;
+    int ready_fd;
+} options = {.ready_fd = -1};
 
 static int epoll_fd;
 static struct link *links;
@@ -118,18 +121,34 @@ die(const char *step)
     _exit(125);
 }
 
-/* One line; a reader that does not read loses lines, and nobody waits. */
+/* One line of JSON, whose first field is the time.  A reader that does not read
+ * loses lines, and so does a flood; nobody waits. */
 static void
 event(const char *format, ...)
 {
-    char line[512];
+    static uint64_t second, lines;
+    char line[768];
+    struct timespec now;
     va_list args;
 
+    clock_gettime(CLOCK_REALTIME, &now);
+    if ((uint64_t)now.tv_sec != second) {
+        second = (uint64_t)now.tv_sec;
+        lines = 0;
+    }
+    if (lines++ >= LINES_PER_S) {
+        session.unwritten++;
+        return;
+    }
+    int start = snprintf(line, sizeof line, "{\"time\": %lld.%03ld, ",
+                         (long long)now.tv_sec, now.tv_nsec / 1000000);
     va_start(args, format);
-    int length = vsnprintf(line, sizeof line, format, args);
+    int length = vsnprintf(line + start, sizeof line - (size_t)start, format,
+                           args);
     va_end(args);
-    if (length > 0 && (size_t)length < sizeof line) {
-        ssize_t written = write(STDOUT_FILENO, line, (size_t)length);
+    if (length > 0 && (size_t)(start + length) < sizeof line) {
+        ssize_t written =
+            write(STDOUT_FILENO, line, (size_t)(start + length));
         (void)written;
     }
 }
@@ -291,7 +310,7 @@ end_link(struct link *link, const char *reason)
     link->dead = 1;
     if (reason != NULL) {
         session.ended++;
-        event("{\"event\": \"link_ended\", \"socket\": \"%s\", \"pid\": %d, "
+        event("\"event\": \"link_ended\", \"socket\": \"%s\", \"pid\": %d, "
               "\"job\": \"%s\", \"reason\": \"%s\"}\n",
               link->is_plasma ? "plasma_store" : "raylet", worker->pid,
               job_hex(worker->job), reason);
@@ -307,6 +326,7 @@ end_link(struct link *link, const char *reason)
     for (int i = 0; i < link->out_count; i++)
         close(link->out[i].fd);
     worker->connections--;
+    worker->only_asking -= link->state.only_asks;
     worker_release(worker);
 }
 
@@ -422,7 +442,7 @@ refused(const struct link *link)
     const struct worker *worker = link->state.worker;
     const struct job *job = worker->job;
 
-    event("{\"event\": \"quota_refused\", \"pid\": %d, \"job\": \"%s\", "
+    event("\"event\": \"quota_refused\", \"pid\": %d, \"job\": \"%s\", "
           "\"job_bytes\": [%llu, %llu], \"job_objects\": [%llu, %llu], "
           "\"worker_bytes\": [%llu, %llu], \"worker_objects\": [%llu, %llu]}\n",
           worker->pid, job_hex(job),
@@ -687,7 +707,7 @@ refuse(int fd, const char *socket_name, const char *reason)
 
     getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &size);
     session.ended++;
-    event("{\"event\": \"link_refused\", \"socket\": \"%s\", \"pid\": %d, "
+    event("\"event\": \"link_refused\", \"socket\": \"%s\", \"pid\": %d, "
           "\"reason\": \"%s\"}\n",
           socket_name, peer.pid, reason);
     close(fd);
@@ -738,10 +758,16 @@ accept_link(int listener, int is_plasma)
         return;
     }
     int *had = is_plasma ? &worker->had_plasma : &worker->had_raylet;
-    const char *reason = *had ? "a second connection"
-                         : is_plasma && !worker->registered
-                             ? "not registered with raylet"
-                             : NULL;
+    /* One for the worker's life, so that it can't begin anew; more to the
+     * store may ask what it has, as the worker's own count of quotas does. */
+    int only_asks = is_plasma && *had;
+    const char *reason =
+        is_plasma && !worker->registered ? "not registered with raylet"
+        : only_asks ? (worker->only_asking >= MOST_ASKING
+                           ? "too many connections"
+                           : NULL)
+        : *had ? "a second connection"
+               : NULL;
     int server = -1;
     if (reason == NULL) {
         server = connect_to(is_plasma ? options.plasma : options.raylet);
@@ -756,6 +782,8 @@ accept_link(int listener, int is_plasma)
     }
     *had = 1;
     worker->connections++;
+    worker->only_asking += only_asks;
+    link->state.only_asks = only_asks;
     link->is_plasma = is_plasma;
     link->state.worker = worker;
     link->client = (struct source){LINK_CLIENT, fd, 0, link};
@@ -828,8 +856,9 @@ print_stats(FILE *out)
 {
     const char *comma = "";
 
-    fprintf(out, "{\"ended\": %llu, \"jobs\": [",
-            (unsigned long long)session.ended);
+    fprintf(out, "{\"ended\": %llu, \"unwritten\": %llu, \"jobs\": [",
+            (unsigned long long)session.ended,
+            (unsigned long long)session.unwritten);
     for (struct job *job = session.jobs; job != NULL; job = job->next) {
         fprintf(out, "%s{\"job\": \"%s\", \"workers\": %d, \"refused\": %llu, ",
                 comma, job_hex(job), job->workers,
@@ -1049,13 +1078,8 @@ static int
 listen_at(const char *name, int type, mode_t mode)
 {
     struct sockaddr_un address = {.sun_family = AF_UNIX};
-    int length = snprintf(address.sun_path, sizeof address.sun_path, "%s/%s",
-                          options.directory, name);
 
-    if (length < 0 || (size_t)length >= sizeof address.sun_path) {
-        errno = ENAMETOOLONG;
-        die(name);
-    }
+    strcpy(address.sun_path, name); /* in the directory, whatever its length */
     int fd = socket(AF_UNIX, type | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
     if (fd < 0)
         die("socket");
@@ -1116,6 +1140,8 @@ parse_arguments(char **argv)
             options.directory = value;
         else if (strncmp(*at, "--parent=", 9) == 0)
             options.parent = (pid_t)(number(value, *at) & INT32_MAX);
+        else if (strncmp(*at, "--ready-fd=", 11) == 0)
+            options.ready_fd = (int)(number(value, *at) & INT32_MAX);
         else if (strcmp(*at, "--bind-first-use") == 0)
             session.bind_first_use = 1;
         else {
@@ -1194,6 +1220,8 @@ main(int argc, char **argv)
     }
     fcntl(STDOUT_FILENO, F_SETFL,
           fcntl(STDOUT_FILENO, F_GETFL) | O_NONBLOCK);
+    if (chdir(options.directory) != 0)
+        die("directory");
     epoll_fd = epoll_create1(EPOLL_CLOEXEC);
     if (epoll_fd < 0)
         die("epoll_create1");
@@ -1208,6 +1236,10 @@ main(int argc, char **argv)
     for (size_t i = 0; i < 4; i++)
         if (watch(&listeners[i], EPOLLIN) != 0)
             die("epoll_ctl");
-    event("ready\n");
+    if (options.ready_fd >= 0) {
+        if (write(options.ready_fd, "ready\n", 6) != 6)
+            die("ready");
+        close(options.ready_fd);
+    }
     serve();
 }

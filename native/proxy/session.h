@@ -58,7 +58,7 @@ struct worker {
     struct limits limits;
     struct count count;
     uint64_t refused, fetched_bytes, fetched_objects;
-    int connections;
+    int connections, only_asking;
     int had_plasma, had_raylet; /* each is had once in a life */
     int registered, announced, warmed_up;
     uint8_t warm_up[ID_SIZE]; /* the object of that */
@@ -75,6 +75,7 @@ struct client {
     struct objects held; /* see plasma.c */
     uint8_t answer[MOST_ANSWER];
     size_t answer_size;
+    int only_asks; /* may ask what the store has, and nothing else */
     const char *reason; /* of a refusal or an end, in words */
     uint64_t waited_ms; /* since the message at hand was parked */
 };
@@ -94,7 +95,8 @@ struct session {
     struct job *jobs;
     struct worker *workers;
     uint32_t last_serial;
-    uint64_t ended; /* connections that broke a rule */
+    uint64_t ended;     /* connections that broke a rule */
+    uint64_t unwritten; /* events of a flood */
 };
 
 extern struct session session;
