@@ -12,7 +12,7 @@
  * A connection is a link of two sockets.  Whole messages are read, looked at
  * (plasma.c, raylet.c) and passed on, with the descriptors that the store
  * sends; none is taken from a client.  A message that breaks a rule ends its
- * link and nothing else.  One thread, no blocking call but epoll_wait; what
+ * worker and nothing else.  One thread, no blocking call but epoll_wait; what
  * can't be sent on waits in its link, which is not read from meanwhile.
  *
  * Objects leave the store without a message here.  When a job is at its quota
@@ -45,6 +45,7 @@
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/un.h>
 #include <time.h>
 #include <unistd.h>
@@ -301,6 +302,22 @@ change_interest(struct source *source, uint32_t interest)
 /* -- links ---------------------------------------------------------------- */
 
 static void
+end_link(struct link *link, const char *reason);
+
+/* Who breaks a rule once is not served any further: without its connections a
+ * worker is of no use to Ray, but its code would go on. */
+static void
+end_worker(struct worker *worker)
+{
+    if (worker->pidfd >= 0)
+        syscall(SYS_pidfd_send_signal, worker->pidfd, SIGKILL, NULL, 0);
+    for (struct link *link = links; link != NULL; link = link->next)
+        if (link->state.worker == worker && !link->dead)
+            end_link(link, NULL);
+}
+
+/* With a reason, which is the client's fault, its worker ends as well. */
+static void
 end_link(struct link *link, const char *reason)
 {
     struct worker *worker = link->state.worker;
@@ -314,6 +331,7 @@ end_link(struct link *link, const char *reason)
               "\"job\": \"%s\", \"reason\": \"%s\"}\n",
               link->is_plasma ? "plasma_store" : "raylet", worker->pid,
               job_hex(worker->job), reason);
+        end_worker(worker);
     }
     if (link->parked)
         worker->job->parked--;

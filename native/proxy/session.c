@@ -3,7 +3,9 @@
 
 #include <stdlib.h>
 #include <string.h>
+#include <sys/syscall.h>
 #include <time.h>
+#include <unistd.h>
 
 const uint64_t RAY_COOKIE = 0x5241590000000000; /* "RAY" */
 
@@ -30,6 +32,7 @@ worker_of(pid_t pid)
     if (worker == NULL)
         return NULL;
     worker->pid = pid;
+    worker->pidfd = (int)syscall(SYS_pidfd_open, pid, 0);
     worker->serial = ++session.last_serial;
     worker->limits = session.worker_limits;
     worker->next = session.workers;
@@ -50,6 +53,8 @@ worker_release(struct worker *worker)
         }
     if (worker->job != NULL)
         worker->job->workers--;
+    if (worker->pidfd >= 0)
+        close(worker->pidfd);
     free(worker);
 }
 

@@ -52,6 +52,7 @@ enum worker_kind { KIND_UNKNOWN, KIND_WORKER, KIND_IO };
 struct worker {
     struct worker *next;
     pid_t pid;
+    int pidfd; /* -1: none */
     uint32_t serial;
     enum worker_kind kind;
     struct job *job; /* NULL: not bound yet */
