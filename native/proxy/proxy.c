@@ -842,8 +842,11 @@ bind_worker(int fd, const struct bind_message *message, ssize_t size)
             break;
     if (worker == NULL)
         return "not a worker";
-    if (worker->bound)
-        return "bound already";
+    if (worker->bound) /* the same once more changes nothing */
+        return memcmp(worker->job->id, message->job, JOB_SIZE) == 0 &&
+                       worker->actor_bound == (int)(message->flags & 1)
+                   ? "ok"
+                   : "bound already";
     if (worker_bind(worker, message->job, &message->job_limits,
                     &message->worker_limits) != 0)
         return "bound to another job";

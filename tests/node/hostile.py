@@ -88,21 +88,21 @@ def attack(name):
         "release of what it lacks": lambda: send(
             "plasma_store", message(10, about(nobody))
         ),
-        "seal of what it lacks": lambda: send("plasma_store", message(6, about(nobody))),
+        "seal of what it lacks": lambda: send(
+            "plasma_store", message(6, about(nobody))
+        ),
         "abort of what it lacks": lambda: send(
             "plasma_store", message(4, about(nobody))
         ),
         "short id": lambda: send("plasma_store", message(14, about(b"short"))),
-        "create again": lambda: send(
-            "plasma_store", message(2, about(nobody))
-        ),
+        "create again": lambda: send("plasma_store", message(2, about(nobody))),
         "delete": lambda: send("plasma_store", message(12, EMPTY)),
         "object of another job": lambda: send(
             "plasma_store",
             message(1, create(b"\x07" * 20 + b"\x63\0\0\0\x01\0\0\0", 1000)),
         ),
-        "half a message": lambda: half(),
-        "double release": lambda: double_release(),
+        "half a message": half,
+        "double release": double_release,
     }[name]()
 
 
