@@ -204,6 +204,20 @@ def actor() -> int:
     return int(total)
 
 
+def put_get(size: int, count: int) -> float:
+    """Return seconds for a put and a get of so many bytes, in a task."""
+
+    def work() -> float:
+        value = np.ones(size // 8) if size > 1 << 16 else b"x" * size
+        ray.get(ray.put(value))
+        begun = time.perf_counter()
+        for _ in range(count):
+            ray.get(ray.put(value))
+        return (time.perf_counter() - begun) / count
+
+    return float(_get(work))
+
+
 def stats() -> Any:
     """Return the proxy's."""
     return _proxies[0].stats()
