@@ -129,7 +129,8 @@ check(struct client *clients)
                 }
         }
         if (bytes != job->count.bytes || objects != job->count.objects ||
-            bytes > job->limits.bytes || objects > job->limits.objects)
+            bytes > session.job_limits.bytes ||
+            objects > session.job_limits.objects)
             abort();
     }
 }

@@ -167,7 +167,7 @@ create(struct client *client, const struct flat *table)
         if (memcmp(id + JOB_AT, worker->job->id, JOB_SIZE) != 0)
             return end(client, "create: an object of another job");
         if (!quota_fits(worker, size)) {
-            if (size <= worker->job->limits.bytes &&
+            if (size <= worker->job_limits.bytes &&
                 size <= worker->limits.bytes && client->waited_ms < GRACE_MS)
                 return PARK;
             worker->job->refused++;

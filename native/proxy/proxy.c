@@ -59,6 +59,7 @@ enum {
     MOST_UNREAD = 1 << 20,  /* bytes of replies that a client may leave */
     MOST_FDS = 64,          /* descriptors on their way to one client */
     SWEEP_EVERY_MS = 100,
+    RAYLET_MS = 120 * 1000, /* until raylet must be there */
     SWEEP_AHEAD = 64,       /* questions to the store without an answer */
     MOST_EVENTS = 64,
     MOST_ASKING = 4,        /* further connections of a worker to the store */
@@ -465,9 +466,9 @@ refused(const struct link *link)
           "\"worker_bytes\": [%llu, %llu], \"worker_objects\": [%llu, %llu]}\n",
           worker->pid, job_hex(job),
           (unsigned long long)job->count.bytes,
-          (unsigned long long)job->limits.bytes,
+          (unsigned long long)worker->job_limits.bytes,
           (unsigned long long)job->count.objects,
-          (unsigned long long)job->limits.objects,
+          (unsigned long long)worker->job_limits.objects,
           (unsigned long long)worker->count.bytes,
           (unsigned long long)worker->limits.bytes,
           (unsigned long long)worker->count.objects,
@@ -884,7 +885,7 @@ print_stats(FILE *out)
         fprintf(out, "%s{\"job\": \"%s\", \"workers\": %d, \"refused\": %llu, ",
                 comma, job_hex(job), job->workers,
                 (unsigned long long)job->refused);
-        print_count(out, &job->count, &job->limits);
+        print_count(out, &job->count, &session.job_limits);
         fputs("}", out);
         comma = ", ";
     }
@@ -1209,9 +1210,17 @@ static _Noreturn void
 serve(void)
 {
     struct epoll_event events[MOST_EVENTS];
+    uint64_t began = now_ms();
 
     for (;;) {
-        int count = epoll_wait(epoll_fd, events, MOST_EVENTS, tick());
+        int wait = tick();
+        /* From its first moment on, raylet's end is this one's. */
+        if (sweep.source.fd <= 0 && know_raylet() != 0) {
+            if (now_ms() - began > RAYLET_MS)
+                die("raylet did not come");
+            wait = SWEEP_EVERY_MS;
+        }
+        int count = epoll_wait(epoll_fd, events, MOST_EVENTS, wait);
         if (count < 0 && errno != EINTR)
             die("epoll_wait");
         for (int i = 0; i < count; i++)

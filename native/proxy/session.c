@@ -34,6 +34,7 @@ worker_of(pid_t pid)
     worker->pid = pid;
     worker->pidfd = (int)syscall(SYS_pidfd_open, pid, 0);
     worker->serial = ++session.last_serial;
+    worker->job_limits = session.job_limits;
     worker->limits = session.worker_limits;
     worker->next = session.workers;
     session.workers = worker;
@@ -79,7 +80,6 @@ job_of(const uint8_t *id)
     if (job == NULL)
         return NULL;
     memcpy(job->id, id, JOB_SIZE);
-    job->limits = session.job_limits;
     job->next = session.jobs;
     session.jobs = job;
     return job;
@@ -104,7 +104,7 @@ worker_bind(struct worker *worker, const uint8_t *id,
     if (worker->job == NULL)
         return -1;
     worker->job->workers++;
-    tighten(&worker->job->limits, job);
+    tighten(&worker->job_limits, job);
     tighten(&worker->limits, own);
     return 0;
 }
@@ -119,7 +119,7 @@ fits(const struct count *count, const struct limits *limits, uint64_t size)
 int
 quota_fits(const struct worker *worker, uint64_t size)
 {
-    return fits(&worker->job->count, &worker->job->limits, size) &&
+    return fits(&worker->job->count, &worker->job_limits, size) &&
            fits(&worker->count, &worker->limits, size);
 }
 

@@ -37,7 +37,6 @@ struct count {
 struct job {
     struct job *next;
     uint8_t id[JOB_SIZE];
-    struct limits limits;
     struct count count;
     struct objects stored; /* sealed: what a sweep asks the store for */
     uint64_t refused;
@@ -56,7 +55,7 @@ struct worker {
     uint32_t serial;
     enum worker_kind kind;
     struct job *job; /* NULL: not bound yet */
-    struct limits limits;
+    struct limits job_limits, limits; /* of its job and of itself */
     struct count count;
     uint64_t refused, fetched_bytes, fetched_objects;
     int connections, only_asking;
@@ -106,7 +105,8 @@ struct worker *worker_of(pid_t pid); /* NULL: out of memory */
 void worker_release(struct worker *worker);
 struct worker *worker_by_serial(uint32_t serial);
 struct job *job_of(const uint8_t *id);   /* the same */
-/* Bind once; -1 if the worker is another job's already. */
+/* Bind once; -1 if the worker is another job's already.  Limits are those of
+ * its profile, and lower what the session has: jobs have several profiles. */
 int worker_bind(struct worker *worker, const uint8_t *id,
                 const struct limits *job, const struct limits *own);
 
