@@ -19,7 +19,16 @@ from raysandbox.errors import ProfileError, SetupError
 from raysandbox.native import library_path
 from raysandbox.plan import IdRange, Plan
 
-__all__ = ["IdLease", "Launched", "Outcome", "launcher_path", "lease_ids", "start"]
+__all__ = [
+    "IdLease",
+    "Launched",
+    "Outcome",
+    "launcher_path",
+    "lease_ids",
+    "program_path",
+    "start",
+    "worker_ids",
+]
 
 EXIT_SETUP = 125
 
@@ -35,7 +44,16 @@ def launcher_path() -> str:
     Raises:
         SetupError: It is not installed: the wheel was built without it.
     """
-    path = os.path.join(os.path.dirname(library_path()), "raysandbox-launch")
+    return program_path("launch")
+
+
+def program_path(name: str) -> str:
+    """Return the path of one of our programs: launch, worker or node.
+
+    Raises:
+        SetupError: As `launcher_path`.
+    """
+    path = os.path.join(os.path.dirname(library_path()), f"raysandbox-{name}")
     for needed in (path, library_path()):
         if not os.access(needed, os.R_OK):
             raise SetupError(
@@ -82,6 +100,37 @@ def _configured_range() -> tuple[int, int]:
     )
 
 
+def _split_range() -> tuple[IdRange, IdRange]:
+    """Return the ids of launches and those of Ray workers: a quarter."""
+    first, count = _configured_range()
+    launches = count - count // 4
+    return IdRange(first, launches), IdRange(first + launches, count // 4)
+
+
+def worker_ids() -> tuple[IdRange, str]:
+    """Return the host ids of Ray workers, and the file that says whose they are.
+
+    Raises:
+        SetupError: The file's directory can't be made, or the range is too small.
+    """
+    ids = _split_range()[1]
+    if ids.count < 2:
+        raise SetupError(
+            step="worker_ids", detail="RAYSANDBOX_UID_RANGE has fewer than 8 ids"
+        )
+    _make_lock_dir()
+    return ids, f"{_LOCK_DIR}/workers-{ids.first}"
+
+
+def _make_lock_dir() -> None:
+    try:
+        os.makedirs(_LOCK_DIR, mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise SetupError(
+            step="lease_ids", errno=error.errno or 0, detail=_LOCK_DIR
+        ) from error
+
+
 def lease_ids() -> IdLease:
     """Take host ids for one launch: its root's and its jails'.
 
@@ -91,15 +140,10 @@ def lease_ids() -> IdLease:
     """
     if os.geteuid() != 0:
         return IdLease(IdRange(os.geteuid(), 1))
-    first, count = _configured_range()
-    try:
-        os.makedirs(_LOCK_DIR, mode=0o700, exist_ok=True)
-    except OSError as error:
-        raise SetupError(
-            step="lease_ids", errno=error.errno or 0, detail=_LOCK_DIR
-        ) from error
-    for block in range(count // _IDS_PER_LAUNCH):
-        start_id = first + block * _IDS_PER_LAUNCH
+    ids = _split_range()[0]
+    _make_lock_dir()
+    for block in range(ids.count // _IDS_PER_LAUNCH):
+        start_id = ids.first + block * _IDS_PER_LAUNCH
         fd = os.open(
             f"{_LOCK_DIR}/{start_id}",
             os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW,
@@ -113,7 +157,8 @@ def lease_ids() -> IdLease:
         return IdLease(IdRange(start_id, _IDS_PER_LAUNCH), fd)
     raise SetupError(
         step="lease_ids",
-        detail=f"all {count} ids from {first} are in use; set RAYSANDBOX_UID_RANGE",
+        detail=f"all {ids.count} ids from {ids.first} are in use; "
+        "set RAYSANDBOX_UID_RANGE",
     )
 
 

@@ -20,8 +20,9 @@ _COMMANDS = {
     "run": ("run", "app", "Run a command under a profile."),
     "doctor": ("doctor", "app", "What this host and user can enforce."),
     "profiles": ("profiles", "app", "List, show and check profiles."),
+    "policy": ("policy", "app", "What this node's operator allows, and to whom."),
     "demo": ("demo", "app", "The same attacks on stock Ray and in the sandbox."),
-    "start": ("cluster", "start_app", "Start a node of a hardened cluster."),
+    "start": ("start", "app", "Start a node: `ray start`, every worker behind a wall."),
     "cluster": ("cluster", "app", "A hardened cluster: identities, guard, nodes."),
     "audit": ("cluster", "audit_app", "Query and verify the audit log."),
 }

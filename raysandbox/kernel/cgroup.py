@@ -58,6 +58,8 @@ from raysandbox.kernel.cgroup_find import (
     Missing,
     make_v1_base,
     make_v2_base,
+    parse_mounts,
+    read,
     read_or_none,
     rmdir_quietly,
     write,
@@ -324,6 +326,29 @@ class Cgroups:
             for c, b in self._by_controller.items()
             if c not in ("cpuacct", "freezer")
         }
+
+    def places(self) -> list[tuple[int, str, str]]:
+        """Return version, base and mount point of each hierarchy in use.
+
+        For a launcher that makes a group itself, and shows it to what it
+        starts as the root of the hierarchy.
+        """
+        mounts = [m.path for m in parse_mounts(read("/proc/self/mountinfo"))]
+        return [
+            (
+                base.version,
+                base.path,
+                max((m for m in mounts if base.path.startswith(f"{m}/")), key=len),
+            )
+            for base in self._bases
+        ]
+
+    def writes(self, limits: CgroupLimits) -> dict[str, list[tuple[str, bytes]]]:
+        """Return what to write into the files of a new group, by base."""
+        found: dict[str, list[tuple[str, bytes]]] = {}
+        for step in self._plan(limits).writes:
+            found.setdefault(step.base.path, []).append((step.file, step.value))
+        return found
 
     def _base_for(self, limit: str) -> Base | None:
         v1, v2 = _CONTROLLER[limit]

@@ -29,9 +29,18 @@ else:
     import tomli as tomllib
 
 if TYPE_CHECKING:
-    from raysandbox.profile import Syscalls
+    from raysandbox.profile import OciPolicy, Syscalls
 
-__all__ = ["Filter", "compile_policy", "describe", "name", "problems", "rule_for"]
+__all__ = [
+    "Filter",
+    "compile_policy",
+    "compile_worker",
+    "describe",
+    "name",
+    "oci_calls",
+    "problems",
+    "rule_for",
+]
 
 # pyseccomp's architecture, the kernel's AUDIT_ARCH_*, and the bit that marks a
 # second ABI under the same AUDIT_ARCH (x32), 0 where there is none.
@@ -102,7 +111,7 @@ def problems(syscalls: Syscalls) -> list[tuple[str, object, str]]:
         Key of the section, value, and rule, for each problem.
     """
     found: list[tuple[str, object, str]] = []
-    known = _table()["groups"]
+    known = {k: v for k, v in _table()["groups"].items() if "internal" not in v}
     for group in syscalls.groups:
         if group not in known:
             found.append(
@@ -224,19 +233,52 @@ def _compile(syscalls: Syscalls, notify: bool) -> bytes:
     if syscalls.oci is not None:
         return _compile_oci(library, syscalls.oci.path, syscalls.oci.text, denied)
     made = _new(library, denied)
-    for call in _table()["absent"]:
+    absent = set(_table()["absent"])
+    for call in absent:
         _add(library, made, library.ERRNO(errno.ENOSYS), call)
-    left_out = {*syscalls.deny, *_table()["absent"]}
-    whole = set(syscalls.allow)
-    for group in syscalls.groups:
+    _allow(library, made, syscalls.groups, syscalls.allow, {*syscalls.deny, *absent})
+    return _export(made)
+
+
+def compile_worker(groups: Iterable[str], allow: Iterable[str]) -> Filter:
+    """Compile the filter of a Ray worker: that of its jails comes on top.
+
+    Args:
+        groups: Every group of every profile that the worker may have to serve,
+            and the internal ones.
+        allow: Further calls.
+
+    Raises:
+        UnsupportedError: No libseccomp, or an architecture without a table.
+    """
+    library = _pyseccomp()
+    made = _new(library, library.ERRNO(errno.EPERM))
+    _allow(library, made, [*dict.fromkeys(groups)], allow, set())
+    return Filter(_preamble() + _export(made))
+
+
+def _allow(
+    library: Any,
+    made: Any,
+    groups: Sequence[str],
+    allow: Iterable[str],
+    left_out: set[str],
+) -> None:
+    whole = set(allow)
+    for group in groups:
         whole.update(_calls(group))
     for call in sorted(whole - left_out):
         _add(library, made, library.ALLOW, call)
-    for group in syscalls.groups:
+    seen = set()
+    for group in groups:
         for condition in _conditions(group):
             if condition.call in left_out or condition.call in whole:
                 continue
             for value in condition.values.values():
+                rule = (condition.call, condition.arg, condition.mask, value)
+                if rule in seen:
+                    continue
+                seen.add(rule)
                 _add(
                     library,
                     made,
@@ -246,7 +288,6 @@ def _compile(syscalls: Syscalls, notify: bool) -> bytes:
                         condition.arg, library.MASKED_EQ, condition.mask, value
                     ),
                 )
-    return _export(made)
 
 
 def _new(library: Any, default: int) -> Any:
@@ -291,6 +332,21 @@ def _compile_oci(library: Any, path: str, text: str, denied: int) -> bytes:
         ]
         _add(library, made, action, rule.call, *arguments)
     return _export(made)
+
+
+def oci_calls(policy: OciPolicy) -> list[str]:
+    """Return every call that an OCI policy allows in some form.
+
+    Raises:
+        ProfileError: It can't be used.
+    """
+    try:
+        rules = oci.read(policy.text)
+    except ValueError as error:
+        raise ProfileError(
+            source=policy.path, where="syscalls", reason=str(error)
+        ) from error
+    return [rule.call for rule in rules if rule.errno is None]
 
 
 # --- words ----------------------------------------------------------------------

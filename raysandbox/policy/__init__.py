@@ -22,6 +22,7 @@ from raysandbox.policy.load import (
     load,
     load_node,
     lower,
+    resolve,
     sealed_variables,
     unseal,
 )
@@ -67,6 +68,7 @@ __all__ = [
     "load",
     "load_node",
     "lower",
+    "resolve",
     "runtime_env_refusals",
     "sealed_variables",
     "tag_of",

@@ -162,7 +162,15 @@ def _policy(tables: dict[str, Any], source: str) -> Policy:
 
 def load_node(path: str | os.PathLike[str]) -> Node:
     """Load a policy and every profile that it names; as `load` otherwise."""
-    policy = load(path)
+    return resolve(load(path))
+
+
+def resolve(policy: Policy) -> Node:
+    """Load every profile that a policy names.
+
+    Raises:
+        ProfileError: One of them can't be used, or not under this policy.
+    """
     found: dict[str, Profile] = {}
     problems: list[ProfileError] = []
     for name in policy.profiles():

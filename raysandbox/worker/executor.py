@@ -56,6 +56,7 @@ class JailExecutor(seams.Executor):
         self._pools: dict[str, Pool] = {}
         self._resource_paths: dict[str, bool] = {}
         self._runtime_env: tuple[str, dict[str, str]] = ("", {})
+        self._setup: dict[str, str] = {}
         self._events: EventLog | None = None
         # The jail whose answer Ray has not taken in yet, and its pool.
         self._pending: tuple[Pool, Jail, bool] | None = None
@@ -472,8 +473,14 @@ class JailExecutor(seams.Executor):
         if text != self._runtime_env[0]:
             variables = json.loads(text).get("env_vars") or {}
             chosen = policy.jail_variables(self._gate.policy, variables)
+            self._setup = seams.setup_hook_of(variables)
             self._runtime_env = (text, chosen)
         return self._runtime_env[1]
+
+    def _first(self) -> dict[str, Any]:
+        """What a jail does before its first call: the job's own set-up."""
+        modules = os.environ.get("__RAYSANDBOX_PRELOAD", "").split(",")
+        return {"setup": self._setup, "modules": [*filter(None, modules)]}
 
     def _working_directory(self) -> str | None:
         directory = os.getcwd()
@@ -487,6 +494,8 @@ class JailExecutor(seams.Executor):
         meta: dict[str, Any],
         parts: list[Any],
     ) -> seams.SealedResult:
+        if not jail.tasks:
+            meta.update(self._first())
         jail.tasks.append(task)
         try:
             # The next jail is forked while this one works.

@@ -18,6 +18,7 @@ stock worker (Ray 2.60) would unpickle or import something a user controls:
 
 from __future__ import annotations
 
+import base64
 import inspect
 import io
 import json
@@ -27,7 +28,7 @@ import sys
 import threading
 import traceback
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
 import ray
@@ -35,10 +36,12 @@ from google.protobuf.message import DecodeError
 from ray import exceptions
 from ray._private import function_manager, ray_constants, serialization
 from ray._private import worker as ray_worker
+from ray._private.runtime_env import setup_hook
 from ray.core.generated import common_pb2
 from ray.exceptions import RayTaskError
 
-from raysandbox.errors import UnsupportedError
+from raysandbox.api import HOOK
+from raysandbox.errors import ProfileError, UnsupportedError
 
 _raylet: Any = ray._raylet
 
@@ -166,7 +169,9 @@ class TrustedPath(list):  # type: ignore[type-arg]
             if entry in variables and os.path.realpath(entry).startswith(root)
         ]
         made = cls(entry for entry in entries if entry and entry not in user)
-        made.refused = user
+        # Behind the node's wall they come by another way, not into this path.
+        handed = os.environ.get("RAYSANDBOX_USER_PATH", "").split(":")
+        made.refused = [*user, *filter(None, handed)]
         return made
 
     def insert(self, index: Any, entry: str) -> None:
@@ -229,7 +234,7 @@ def install(executor: Executor) -> None:
 def _seal_functions(executor: Executor) -> None:
     manager = function_manager.FunctionActorManager
 
-    def fetch_registered_method(self: Any, key: bytes) -> Any:
+    def fetch_registered_method(self: Any, key: bytes, timeout: Any = None) -> Any:
         values = self._worker.gcs_client.internal_kv_get(
             key, ray_constants.KV_NAMESPACE_FUNCTION_TABLE
         )
@@ -511,6 +516,31 @@ def on_main_thread() -> bool:
 def signature_of(target: Any) -> str:
     """Return a callable's signature for messages."""
     return str(inspect.signature(target))
+
+
+def setup_hook_of(variables: Mapping[str, Any]) -> dict[str, str]:
+    """Return a runtime_env's own setup hook, unopened, for a jail to run.
+
+    Returns:
+        ``{}``, ``{"module": "a.b"}`` or ``{"code": base64 of the pickle}``.
+
+    Raises:
+        ProfileError: The GCS has no such function.
+    """
+    hook = variables.get(ray_constants.WORKER_PROCESS_SETUP_HOOK_ENV_VAR)
+    if not isinstance(hook, str) or hook == HOOK:
+        return {}
+    if not hook.startswith(setup_hook.RUNTIME_ENV_FUNC_IDENTIFIER):
+        return {"module": hook}
+    manager = ray_worker.global_worker.function_actor_manager
+    info = manager.fetch_registered_method(setup_hook._encode_function_key(hook))
+    if info is None:
+        raise ProfileError(
+            source="runtime_env",
+            where="worker_process_setup_hook",
+            reason="the GCS does not have the function",
+        )
+    return {"code": base64.b64encode(info.function).decode()}
 
 
 def runtime_resources() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -79,23 +80,31 @@ def profile_dir() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def cluster(profile_dir: Path) -> Iterator[None]:
-    """A local Ray whose workers are in the sandbox."""
+def cluster(profile_dir: Path) -> Iterator[str]:
+    """A local Ray whose workers are in the sandbox; what it warned of."""
     patch = pytest.MonkeyPatch()
     patch.setenv("RAYSANDBOX_PROFILE_PATH", str(profile_dir))
     patch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     temporary = tempfile.mkdtemp(prefix="rsx-ray-", dir="/tmp")
-    raysandbox.init(
-        num_cpus=2,
-        include_dashboard=False,
-        _temp_dir=temporary,
-        log_to_driver=True,
-        logging_level="ERROR",
-    )
-    yield
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        raysandbox.init(
+            num_cpus=2,
+            include_dashboard=False,
+            _temp_dir=temporary,
+            log_to_driver=True,
+            logging_level="ERROR",
+        )
+    yield " ".join(str(each.message) for each in caught)
     ray.shutdown()
     patch.undo()
     shutil.rmtree(temporary, ignore_errors=True)
+
+
+@pytest.fixture
+def offered(cluster: str) -> tuple[str, dict[str, float]]:
+    """What the node left out, and what it offers."""
+    return cluster, ray.cluster_resources()
 
 
 @pytest.fixture(autouse=True)
