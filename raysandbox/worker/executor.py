@@ -33,7 +33,7 @@ from raysandbox.jail import runner
 from raysandbox.kernel import cgroup
 from raysandbox.observe import state
 from raysandbox.sealed import SealedError
-from raysandbox.worker import hints, inside, seams
+from raysandbox.worker import hints, inside, quota, seams, store
 from raysandbox.worker.events import EventLog
 from raysandbox.worker.figures import Figures
 from raysandbox.worker.gate import Gate
@@ -78,6 +78,11 @@ class JailExecutor(seams.Executor):
         self._leaves = False
         self._refusal: RaysandboxError | None = None
         self._lock = threading.RLock()
+        self._quotas = quota.Quotas(
+            os.path.join(seams.session_dir(), "raysandbox_quota"),
+            lambda ids: store.which_stored(seams.store_socket(), ids),
+            lambda: seams.live_jobs(self._worker.gcs_client),
+        )
 
     def _open_board(self) -> state.Board | None:
         """Make the file in which ``raysandbox ps`` sees this worker.
@@ -383,7 +388,8 @@ class JailExecutor(seams.Executor):
         return jail
 
     def _settle(self) -> None:
-        """Let go of the jail of the last call."""
+        """Let go of the jail and of the arguments of the last call."""
+        self._quotas.let_go()
         pending, self._pending = self._pending, None
         if pending is not None and not pending[2]:
             pending[0].end(pending[1])
@@ -404,7 +410,7 @@ class JailExecutor(seams.Executor):
             jail.place.free()
             jail.place = None
         self._figures.jail_ended(pool.profile.name, jail.outcome, jail.denied_count)
-        if jail.outcome == TaskQuotaExceeded.__name__:
+        if jail.inquest and jail.outcome == TaskQuotaExceeded.__name__:
             self._figures.quota_refused(pool.profile.name, "limits.output")
         self._log(
             "jail_ended",
@@ -449,23 +455,126 @@ class JailExecutor(seams.Executor):
     ) -> tuple[list[str | None], list[Any]]:
         layout = [*(None for _ in args), *kwargs]
         parts: list[Any] = []
-        limit = profile.object_store.max_argument_bytes
+        sizes: list[int] = []
+        own = profile.object_store
         for index, value in enumerate((*args, *kwargs.values())):
             metadata, data = _sealed_parts(value)
             size = memoryview(data).nbytes
-            if size > limit:
-                self._figures.quota_refused(profile.name, "object_store.max_argument")
+            if size > own.max_argument_bytes:
                 shown = layout[index] or f"number {index + 1}"
-                raise TaskQuotaExceeded(
-                    task=task,
-                    profile=profile.name,
-                    limit="object_store.max_argument",
-                    allowed=f"{limit} bytes",
-                    seen=f"argument {shown} of {size} bytes",
-                    remedy="pass less, or ask for a profile with a larger limit",
+                raise self._over(
+                    profile,
+                    task,
+                    "object_store.max_argument",
+                    f"{own.max_argument_bytes} bytes",
+                    f"argument {shown} of {size} bytes",
+                    "pass less, or ask for a profile with a larger limit",
                 )
+            sizes.append(size)
             parts += [metadata, data]
+        for seen, limit, key, unit in (
+            (sum(sizes), own.max_arguments_bytes, "max_arguments", "bytes"),
+            (len(sizes), own.max_argument_objects, "max_argument_objects", "objects"),
+        ):
+            if limit is not None and seen > limit:
+                raise self._over(
+                    profile,
+                    task,
+                    f"object_store.{key}",
+                    f"{limit} {unit}",
+                    f"arguments of {seen} {unit} together",
+                    "pass less, or ask for a profile with a larger limit",
+                )
+        refusal = self._quotas.hold(self._job(), self._limits(profile), sizes)
+        if refusal is not None:
+            raise self._over_job(profile, task, refusal)
         return layout, parts
+
+    def _job(self) -> str:
+        return str(self._worker.current_job_id.hex())
+
+    def _limits(self, profile: profiles.Profile) -> quota.Limits:
+        """What the profile allows a job, or the node's policy if that is less."""
+        of_profile, chosen = profile.object_store, self._gate.policy
+        job_bytes, job_objects = of_profile.max_job_bytes, of_profile.max_job_objects
+        if chosen is not None:
+            job_bytes = _least(job_bytes, chosen.object_store.max_job_bytes)
+            job_objects = _least(job_objects, chosen.object_store.max_job_objects)
+        return quota.Limits(
+            stored_bytes=job_bytes,
+            stored_objects=job_objects,
+            argument_bytes=of_profile.max_job_arguments_bytes,
+            argument_objects=of_profile.max_job_argument_objects,
+        )
+
+    def _over(
+        self,
+        profile: profiles.Profile,
+        task: str,
+        limit: str,
+        allowed: str,
+        seen: str,
+        remedy: str,
+    ) -> TaskQuotaExceeded:
+        self._log("quota_refused", task=task, profile=profile.name, limit=limit)
+        self._figures.quota_refused(profile.name, limit)
+        return TaskQuotaExceeded(
+            task=task,
+            profile=profile.name,
+            limit=limit,
+            allowed=allowed,
+            seen=seen,
+            remedy=remedy,
+        )
+
+    def _over_job(
+        self, profile: profiles.Profile, task: str, refusal: quota.Refusal
+    ) -> TaskQuotaExceeded:
+        return self._over(
+            profile,
+            task,
+            refusal.limit,
+            refusal.allowed,
+            refusal.seen,
+            "drop references to objects that are no longer needed, or ask for a "
+            f"larger {refusal.limit} in the profile and the node's policy",
+        )
+
+    def _count_results(
+        self, pool: Pool, jail: Jail, task: str, frame: wire.Frame
+    ) -> None:
+        """Count what Ray is about to store; in the order of the return values."""
+        profile, sizes = pool.profile, _sizes(frame)
+        own, chosen = profile.object_store, self._gate.policy
+        most_bytes, most = _least(own.max_put_bytes), own.max_put_objects
+        if chosen is not None:
+            most_bytes = _least(most_bytes, chosen.object_store.max_task_bytes)
+            most = _least(most, chosen.object_store.max_task_objects)
+        try:
+            for seen, limit, key, unit in (
+                (sum(sizes), most_bytes, "max_put", "bytes"),
+                (len(sizes), most, "max_put_objects", "objects"),
+            ):
+                if limit is not None and seen > limit:
+                    raise self._over(
+                        profile,
+                        task,
+                        f"object_store.{key}",
+                        f"{limit} {unit}",
+                        f"results of {seen} {unit} together",
+                        "return less, or ask for a profile with a larger limit",
+                    )
+            refusal = self._quotas.store(
+                self._job(),
+                self._limits(profile),
+                self._worker.current_task_id.binary(),
+                sizes,
+            )
+            if refusal is not None:
+                raise self._over_job(profile, task, refusal)
+        except TaskQuotaExceeded:
+            jail.outcome = "TaskQuotaExceeded"
+            raise
 
     def _meta(
         self,
@@ -606,6 +715,7 @@ class JailExecutor(seams.Executor):
         self, pool: Pool, jail: Jail, task: str, meta: dict[str, Any], frame: wire.Frame
     ) -> seams.SealedResult:
         value = self._open(pool, jail, task, frame, most=1)[0]
+        self._count_results(pool, jail, task, frame)
         jail.outcome = jail.outcome or "ok"
 
         def split() -> list[Any]:
@@ -614,6 +724,7 @@ class JailExecutor(seams.Executor):
             if answer.kind == wire.ERROR:
                 self._raise(pool, jail, task, answer)
             values = self._open(pool, jail, task, answer, most=1 << 16)
+            self._count_results(pool, jail, task, answer)
             return [seams.SealedResult(each, _no_split) for each in values]
 
         return seams.SealedResult(value, split)
@@ -740,6 +851,20 @@ def _boundaries(node: policy.Node | None) -> dict[str, bool]:
         except ProfileError:
             continue  # whoever asks for it is told
     return found
+
+
+def _least(*limits: int | None) -> int | None:
+    """Return the smallest; None is no limit."""
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _sizes(frame: wire.Frame) -> list[int]:
+    """Return the bytes of each value of a RESULT frame that `_values` has checked."""
+    parts = iter(frame.parts[1:])
+    return [
+        sum(next(parts).nbytes for _ in range(count))
+        for _, _, _, count in runner.ENTRY.iter_unpack(frame.parts[0])
+    ]
 
 
 def _no_split() -> NoReturn:

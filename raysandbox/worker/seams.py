@@ -638,6 +638,24 @@ def runtime_resources() -> str:
     return str(ray_worker.global_worker.node.get_runtime_env_dir_path())
 
 
+def session_dir() -> str:
+    """Return Ray's directory of this session."""
+    return str(ray_worker.global_worker.node.get_session_dir_path())
+
+
+def store_socket() -> str:
+    """Return the path of the node's object store's socket."""
+    return str(ray_worker.global_worker.node.plasma_store_socket_name)
+
+
+def live_jobs(gcs_client: Any) -> set[str]:
+    """Return the jobs that have not ended, as hex."""
+    table = gcs_client.get_all_job_info(
+        skip_submission_job_info_field=True, skip_is_running_tasks_field=True
+    )
+    return {job.hex() for job, data in table.items() if not data.is_dead}
+
+
 def session_log_dir() -> str:
     """Return Ray's log directory of this session."""
     node = ray_worker.global_worker.node

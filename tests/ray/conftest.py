@@ -43,6 +43,16 @@ PROFILES = {
         max_result = "1MiB"
         max_put = "1536KiB"
         """,
+    "frugal": """
+        extends = "standard"
+        [object_store]
+        max_arguments = "1200KiB"
+        max_argument_objects = 3
+        max_put_objects = 3
+        max_job = "2MiB"
+        max_job_objects = 4
+        max_job_arguments = "1MiB"
+        """,
     "lethal": """
         extends = "standard"
         [syscalls]
