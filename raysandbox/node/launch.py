@@ -73,6 +73,7 @@ class Launcher:
         node = self.load()
         session = _session(process)
         _advertise(process, node.policy)
+        _make_audit_directory(node.policy.audit.directory)
         groups = self._groups(process, node.policy)
         wrapper = self.wrapper or f"{session.directory}/{_DIRECTORY}/worker"
         compiled = wall.compile(
@@ -181,6 +182,20 @@ def _session(process: seams.Process) -> wall.Session:
         interpreter=sys.executable,
         node_id=process.argument("--node_id"),
     )
+
+
+def _make_audit_directory(directory: str) -> None:
+    if directory == "session":
+        return
+    try:
+        os.makedirs(directory, mode=0o750, exist_ok=True)
+    except OSError as error:
+        raise ProfileError(
+            source="<policy>",
+            where="audit.directory",
+            value=directory,
+            reason=f"can't be made: {os.strerror(error.errno or 0)}",
+        ) from error
 
 
 def _advertise(process: seams.Process, policy: policies.Policy) -> None:

@@ -327,9 +327,15 @@ class _WorkerBuilder(plan.Builder):
         ):
             path = f"{session.log_dir}/{name}"
             self.add(plan.Record.LOG, plan.u32(stream) + plan.text(path, path))
+        # What `raysandbox ps` reads.
+        path = f"{session.log_dir}/raysandbox_state-%w.bin"
+        self.add(plan.Record.LOG, plan.u32(0) + plan.text(path, path))
         # Each worker has its own, under the name that all know.
-        own = f"{session.log_dir}/raysandbox_events-%w.jsonl"
-        seen = f"{session.log_dir}/raysandbox_events.jsonl"
+        directory = self.wall.node.policy.audit.directory
+        if directory == "session":
+            directory = session.log_dir
+        own = f"{directory}/raysandbox_events-%w.jsonl"
+        seen = f"{directory}/raysandbox_events.jsonl"
         self.add(plan.Record.LOG, plan.u32(0) + plan.text(own, seen))
         self.protect("Ray's session", State.ENFORCED)
 
