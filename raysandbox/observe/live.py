@@ -29,7 +29,8 @@ from raysandbox.observe import nodes, state
 
 __all__ = ["Found", "Row", "end_jail", "end_worker", "find", "rows"]
 
-_GROUP = re.compile(r"raysandbox-\d+-(\d+)-(\d+)-p\d+-\d+")
+# Of a jail, and of a worker that is its profile's boundary itself.
+_GROUP = re.compile(r"raysandbox-\d+-(\d+)-(\d+)-(?:p\d+-\d+|worker)")
 _LIMITS = {
     1: ("memory.limit_in_bytes", "pids.max"),
     2: ("memory.max", "pids.max"),

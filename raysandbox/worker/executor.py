@@ -249,6 +249,7 @@ class JailExecutor(seams.Executor):
             ),
         )
         self._inside = profile
+        self._show_inside(profile, entered.group)
         marker = client.marker_of(self._worker.runtime_env)
         self._leaves = marker != profile.name and self._worker.actor_id.is_nil()
         client.remember({**boundaries, profile.name: True})
@@ -267,6 +268,25 @@ class JailExecutor(seams.Executor):
         problem = seams.run_setup_hook(self._worker.runtime_env)
         if problem:
             seams.leave(problem)
+
+    def _show_inside(self, profile: profiles.Profile, group: str) -> None:
+        """Write down that tasks run in this process; the last word is theirs."""
+        place = self._board.take() if self._board is not None else None
+        if place is None:
+            return
+        actor = self._worker.actor_id
+        place.write(
+            running=True,
+            calls=0,
+            denials=0,
+            started=time.time(),
+            job=self._worker.current_job_id.binary(),
+            task=self._worker.current_task_id.binary(),
+            actor=b"" if actor.is_nil() else actor.binary(),
+            profile=profile.name,
+            name=str(self._worker.current_task_name),
+            group=group,
+        )
 
     def guarded(self, info: Any) -> Any:
         """See :class:`seams.Executor`."""

@@ -141,7 +141,10 @@ class Policed:
             runtime_env=runtime_env,
             hook=hook,
         ) as driver:
-            out, err = driver.communicate(timeout=100)
+            try:
+                out, err = driver.communicate(timeout=150)
+            finally:
+                driver.kill()
         assert driver.returncode == 0, err
         return json.loads(out.splitlines()[-1])
 

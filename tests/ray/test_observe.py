@@ -20,9 +20,10 @@ POLICY = """
 [offer]
 strict = 8
 standard = 8
+trusted = 8
 [[rules]]
 name = "everybody"
-profiles = ["standard"]
+profiles = ["standard", "trusted"]
 """
 
 # Two jails to look at: an actor that waits, and a task that works until it is told
@@ -62,7 +63,8 @@ result = {
 @pytest.fixture(scope="module")
 def node() -> Iterator[Policed]:
     """A node with a policy."""
-    made = Policed(POLICY, {"sandbox:strict": 8, "sandbox:standard": 8}, {})
+    tags = {f"sandbox:{name}": 8.0 for name in ("strict", "standard", "trusted")}
+    made = Policed(POLICY, tags, {})
     yield made
     made.close()
 
@@ -194,6 +196,30 @@ def test_a_killed_worker_is_ended_with_its_jails(node, driver):
     assert running["pid"] not in {row["pid"] for row in _ps(node)}
     lines = node.command("events", "--event", "worker_ended", "--json").stdout
     assert running["worker"] in lines
+
+
+def test_a_worker_that_is_its_own_boundary_is_seen_and_can_be_killed(node):
+    """With boundary = "worker" the process itself is listed, with its group's usage."""
+    body = """
+    @ray.remote(max_retries=0, resources={"sandbox:trusted": 1})
+    def inside():
+        import time
+        block = bytearray(16 << 20)
+        time.sleep(60)
+    task = inside.remote()
+    spoken(task.task_id().hex())
+    result = told(lambda: ray.get(task, timeout=30))
+    """
+    with node.driver(body) as process:
+        assert process.stdout is not None
+        task = json.loads(process.stdout.readline())
+        (row,) = _until(lambda: [r for r in _ps(node) if r["task"] == task])
+        assert (row["profile"], row["kind"]) == ("trusted", "jail")
+        assert row["memory_bytes"] > 0
+        done = node.command("kill", task, "--wait", "0.5")
+        assert f"jail {row['id']}: ended by kernel" in done.stdout
+        out, err = process.communicate("\n", timeout=60)
+    assert json.loads(out.splitlines()[-1])["error"] == "WorkerCrashedError", err
 
 
 def test_only_jails_and_workers_can_be_killed(node):

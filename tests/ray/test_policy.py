@@ -20,6 +20,7 @@ POLICY = """
 strict = 8
 standard = 8
 small = 8
+trusted = 8
 [[rules]]
 name = "team a"
 namespaces = ["team-a*"]
@@ -30,6 +31,10 @@ untagged = "standard"
 name = "team b"
 namespaces = ["team-b"]
 profiles = ["small"]
+[[rules]]
+name = "team c"
+namespaces = ["team-c"]
+profiles = ["trusted"]
 [[rules]]
 name = "signed"
 signers = ["*"]
@@ -43,7 +48,10 @@ PROFILES = {"small": 'extends = "strict"\n[limits]\npids = 16\n'}
 
 # Every tag is there, also one that the policy does not offer: a node started by
 # somebody who does not care.
-TAGS = {f"sandbox:{name}": 8.0 for name in ("strict", "standard", "small", "fast")}
+TAGS = dict.fromkeys(
+    (f"sandbox:{name}" for name in ("strict", "standard", "small", "fast", "trusted")),
+    8.0,
+)
 
 EVERYTHING = """
 result = {str(tag): ask(tag) for tag in (None, "strict", "small", "standard", "fast")}
@@ -117,7 +125,7 @@ def test_no_form_of_asking_gets_around_a_rule(node):
 
         def grouped(tag):
             group = placement_group([{"CPU": 0.1, f"sandbox:{tag}": 1}])
-            ray.get(group.ready(), timeout=60)
+            assert group.wait(60)
             return ask(tag, num_cpus=0.1,
                        scheduling_strategy=PlacementGroupSchedulingStrategy(group))
 
@@ -139,6 +147,36 @@ def test_no_form_of_asking_gets_around_a_rule(node):
         assert (
             "rule 'team b' is for this job and allows strict, small" in answer["text"]
         )
+
+
+def test_a_task_s_own_tasks_meet_the_rule_of_their_job(node):
+    """What runs with all of Ray's API can ask for no more than its driver can.
+
+    Guards against a profile that, once it is had, gives all the others.
+    """
+    found = node.drive(
+        """
+        @ray.remote(resources={"sandbox:trusted": 1}, max_retries=0, num_cpus=0.1)
+        def outer():
+            def inner():
+                from raysandbox.jail.ray_facade import context
+                return context["profile"]
+            def ask(tag):
+                task = ray.remote(num_cpus=0.1, resources={f"sandbox:{tag}": 1})(inner)
+                try:
+                    return ray.get(task.remote(), timeout=60)
+                except ray.exceptions.RayTaskError as error:
+                    return {"error": type(error.cause).__name__, "text": str(error)}
+            return [ask("strict"), ask("fast"), ask("standard")]
+        result = told(lambda: ray.get(outer.remote()))
+        """,
+        namespace="team-c",
+    )
+    strict, fast, standard = found
+    assert strict == "strict"
+    for answer in (fast, standard):
+        assert answer["error"] == "TaskRefused"
+        assert "rule 'team c' is for this job" in answer["text"]
 
 
 @pytest.fixture
