@@ -14,6 +14,7 @@
         ├── TaskQuotaExceeded    an argument, result, output or put quota
         ├── TaskKilled           killed by a signal that is none of the above
         ├── TaskUnsupported      asked for what its boundary does not have
+        ├── TaskRefused          the node's policy does not let it run
         └── JailProtocolError    the jail's reply broke the protocol
 
 Ray pickles errors on their way to the driver, so every class here keeps its
@@ -37,6 +38,7 @@ __all__ = [
     "TaskKilled",
     "TaskOutOfMemory",
     "TaskQuotaExceeded",
+    "TaskRefused",
     "TaskTimedOut",
     "TaskUnsupported",
     "UnsupportedError",
@@ -243,6 +245,12 @@ class TaskUnsupported(TaskError):  # noqa: N818 - as above
     """The task asked for something that its boundary does not have."""
 
     what = "asked for something that a jail does not have"
+
+
+class TaskRefused(TaskError):  # noqa: N818 - as above
+    """The node's policy does not let this job have what it asked for."""
+
+    what = "was refused by the node's policy; nothing of it was run"
 
 
 class JailProtocolError(TaskError):

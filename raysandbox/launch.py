@@ -20,8 +20,18 @@ from raysandbox.errors import ProfileError, SetupError, UnsupportedError
 from raysandbox.native import library_path
 from raysandbox.plan import IdRange, Plan
 
-__all__ = ["IdLease", "Launched", "Outcome"]
-__all__ += ["is_readable", "launcher_path", "lease_ids", "start"]
+__all__ = [
+    "IdLease",
+    "Launched",
+    "Outcome",
+    "is_readable",
+    "is_worker_id",
+    "launcher_path",
+    "lease_ids",
+    "program_path",
+    "start",
+    "worker_ids",
+]
 
 EXIT_SETUP = 125
 
@@ -37,7 +47,16 @@ def launcher_path() -> str:
     Raises:
         SetupError: It is not installed: the wheel was built without it.
     """
-    path = os.path.join(os.path.dirname(library_path()), "raysandbox-launch")
+    return program_path("launch")
+
+
+def program_path(name: str) -> str:
+    """Return the path of one of our programs: launch, worker or node.
+
+    Raises:
+        SetupError: As `launcher_path`.
+    """
+    path = os.path.join(os.path.dirname(library_path()), f"raysandbox-{name}")
     for needed in (path, library_path()):
         if not os.access(needed, os.R_OK):
             raise SetupError(
@@ -104,6 +123,43 @@ def _refuse_unmapped(first: int, count: int) -> None:
             )
 
 
+def _split_range() -> tuple[IdRange, IdRange]:
+    """Return the ids of launches and those of Ray workers: a quarter."""
+    first, count = _configured_range()
+    launches = count - count // 4
+    return IdRange(first, launches), IdRange(first + launches, count // 4)
+
+
+def is_worker_id(number: int) -> bool:
+    """Say whether a host id is one that a single Ray worker has for itself."""
+    ids = _split_range()[1]
+    return ids.first <= number < ids.first + ids.count
+
+
+def worker_ids() -> tuple[IdRange, str]:
+    """Return the host ids of Ray workers, and the file that says whose they are.
+
+    Raises:
+        SetupError: The file's directory can't be made, or the range is too small.
+    """
+    ids = _split_range()[1]
+    if ids.count < 2:
+        raise SetupError(
+            step="worker_ids", detail="RAYSANDBOX_UID_RANGE has fewer than 8 ids"
+        )
+    _make_lock_dir()
+    return ids, f"{_LOCK_DIR}/workers-{ids.first}"
+
+
+def _make_lock_dir() -> None:
+    try:
+        os.makedirs(_LOCK_DIR, mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise SetupError(
+            step="lease_ids", errno=error.errno or 0, detail=_LOCK_DIR
+        ) from error
+
+
 def lease_ids() -> IdLease:
     """Take host ids for one launch: its root's and its jails'.
 
@@ -114,13 +170,12 @@ def lease_ids() -> IdLease:
     """
     if os.geteuid() != 0:
         return IdLease(IdRange(os.geteuid(), 1))
-    first, count = _configured_range()
-    _refuse_unmapped(first, count)
+    ids = _split_range()[0]
+    _refuse_unmapped(ids.first, ids.count)
+    _make_lock_dir()
+    last = ids.first + ids.count - _IDS_PER_LAUNCH
     try:
-        os.makedirs(_LOCK_DIR, mode=0o700, exist_ok=True)
-        for start_id in range(
-            first, first + count - _IDS_PER_LAUNCH + 1, _IDS_PER_LAUNCH
-        ):
+        for start_id in range(ids.first, last + 1, _IDS_PER_LAUNCH):
             fd = os.open(
                 f"{_LOCK_DIR}/{start_id}",
                 os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW,
@@ -138,8 +193,8 @@ def lease_ids() -> IdLease:
         ) from error
     raise SetupError(
         step="lease_ids",
-        detail=f"all {count} host ids from {first} are in use by other jails; set "
-        "RAYSANDBOX_UID_RANGE to a larger range",
+        detail=f"all {ids.count} host ids from {ids.first} are in use by other jails; "
+        "set RAYSANDBOX_UID_RANGE to a larger range",
     )
 
 

@@ -1,4 +1,4 @@
-"""`raysandbox cluster …`, `raysandbox start`, `raysandbox audit`."""
+"""`raysandbox cluster …`, `raysandbox audit`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rich.table import Table
 from raysandbox.cluster.errors import ClusterError
 from raysandbox.errors import RaysandboxError
 
-__all__ = ["app", "audit_app", "start"]
+__all__ = ["app", "audit_app", "open_cluster"]
 
 app = typer.Typer(
     help="A hardened cluster: identities, guard, nodes.", no_args_is_help=True
@@ -44,7 +44,8 @@ def _fail(error: RaysandboxError) -> NoReturn:
     raise typer.Exit(1)
 
 
-def _open(path: Path) -> Any:
+def open_cluster(path: Path) -> Any:
+    """Open a cluster's directory, or say why not and leave."""
     from raysandbox.cluster.settings import ClusterDir
 
     try:
@@ -57,7 +58,7 @@ def _registry(path: Path) -> Any:
     from raysandbox.cluster.pki import Registry
 
     try:
-        return Registry(_open(path))
+        return Registry(open_cluster(path))
     except ClusterError as error:
         _fail(error)
 
@@ -129,7 +130,7 @@ def up(
     ] = None,
 ) -> None:
     """Start this member: the head with its guard, or a node."""
-    opened = _open(cluster)
+    opened = open_cluster(cluster)
     try:
         member, settings = opened.member(), opened.settings()
     except ClusterError as error:
@@ -148,7 +149,7 @@ def status(cluster: Dir, as_json: Json = False) -> None:
     from raysandbox.cluster import pki
     from raysandbox.cluster.start import _running
 
-    opened = _open(cluster)
+    opened = open_cluster(cluster)
     try:
         member = opened.member()
         found: dict[str, Any] = {
@@ -179,7 +180,7 @@ def down(cluster: Dir) -> None:
     """End the guard and the helpers of this member (`ray stop` ends Ray)."""
     from raysandbox.cluster.start import down as end
 
-    print("ended" if end(_open(cluster)) else "nothing was running")
+    print("ended" if end(open_cluster(cluster)) else "nothing was running")
 
 
 @app.command(context_settings={"ignore_unknown_options": True})
@@ -191,7 +192,7 @@ def env(
     ] = None,
 ) -> None:
     """Speak as this directory's driver, operator or observer."""
-    opened = _open(cluster)
+    opened = open_cluster(cluster)
     try:
         from raysandbox.cluster import pki
 
@@ -326,7 +327,7 @@ def import_(
     from raysandbox.cluster import pki
     from raysandbox.cluster.settings import write_file
 
-    opened = _open(cluster)
+    opened = open_cluster(cluster)
     try:
         for path in sorted(source.glob("*.pem")):
             component = path.stem
@@ -348,7 +349,7 @@ def _reload(path: Path) -> None:
 
     from raysandbox.cluster.start import _running
 
-    pid = _running(_open(path))
+    pid = _running(open_cluster(path))
     if pid:
         os.kill(pid, signal.SIGHUP)
 
@@ -369,7 +370,7 @@ def add(
     ] = [],  # noqa: B006 - typer copies it
 ) -> None:
     """Let a node join."""
-    opened = _open(cluster)
+    opened = open_cluster(cluster)
     path = opened.path / "inventory.toml"
     try:
         if name in opened.inventory().nodes:
@@ -403,7 +404,7 @@ def quarantine(name: str, cluster: Dir) -> None:
     """Refuse a node's calls, drain it and revoke its certificates."""
     from raysandbox.cluster.settings import write_file
 
-    opened = _open(cluster)
+    opened = open_cluster(cluster)
     path = opened.path / "inventory.toml"
     try:
         if name not in opened.inventory().nodes:
@@ -427,17 +428,12 @@ def quarantine(name: str, cluster: Dir) -> None:
 
 
 def _start(opened: Any, arguments: list[str]) -> None:
-    from raysandbox.cluster.start import start as run
+    from raysandbox.node.start import start as run
 
     try:
-        run(opened, arguments)
+        run(arguments, cluster=opened)
     except RaysandboxError as error:
         _fail(error)
-
-
-def start(context: typer.Context, cluster: Dir) -> None:
-    """Start a hardened node: takes every argument of `ray start`."""
-    _start(_open(cluster), context.args)
 
 
 @audit_app.callback()
@@ -458,7 +454,7 @@ def audit(
 
     span = _span(since)
     console = Console(highlight=False)
-    path = _open(cluster).audit
+    path = open_cluster(cluster).audit
     for r in query(path, who=who, what=what, since_s=span, denied=denied):
         if as_json:
             print(json.dumps(r))
@@ -484,7 +480,7 @@ def verify(
     from raysandbox.cluster import audit as log
 
     try:
-        count, digest = log.verify(_open(context.obj).audit, expect)
+        count, digest = log.verify(open_cluster(context.obj).audit, expect)
     except ClusterError as error:
         _fail(error)
     print(f"{count} lines, unbroken; last hash {digest}")
@@ -497,18 +493,3 @@ def _span(text: str) -> float | None:
     if not match:
         raise typer.BadParameter("must be like 30s, 10min, 2h or 1d")
     return float(match[1]) * {"s": 1, "min": 60, "h": 3600, "d": 86400}[match[2]]
-
-
-def main() -> None:
-    """Run these commands alone: `python -m raysandbox.cli.cluster`."""
-    top = typer.Typer(no_args_is_help=True)
-    top.add_typer(app, name="cluster")
-    top.add_typer(audit_app, name="audit")
-    top.command(
-        context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
-    )(start)
-    top()
-
-
-if __name__ == "__main__":
-    main()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import itertools
 import platform
 import struct
 import sys
@@ -29,9 +30,18 @@ else:
     import tomli as tomllib
 
 if TYPE_CHECKING:
-    from raysandbox.profile import Syscalls
+    from raysandbox.profile import OciPolicy, Syscalls
 
-__all__ = ["Filter", "compile_policy", "describe", "name", "problems", "rule_for"]
+__all__ = [
+    "Filter",
+    "compile_policy",
+    "compile_worker",
+    "describe",
+    "name",
+    "oci_calls",
+    "problems",
+    "rule_for",
+]
 
 # pyseccomp's architecture, the kernel's AUDIT_ARCH_*, and the bit that marks a
 # second ABI under the same AUDIT_ARCH (x32), 0 where there is none.
@@ -63,12 +73,16 @@ class Filter:
 
 @dataclass(frozen=True, slots=True)
 class _Condition:
-    """One argument that must have one of ``values`` under ``mask``."""
+    """One argument that must have one of ``values`` under ``mask``.
+
+    ``also`` are others that must hold at the same time.
+    """
 
     call: str
     arg: int
     mask: int
     values: Mapping[str, int]
+    also: tuple[_Condition, ...] = ()
 
 
 # --- the table ------------------------------------------------------------------
@@ -85,14 +99,26 @@ def _calls(group: str) -> list[str]:
 
 
 def _conditions(group: str) -> list[_Condition]:
-    found = []
-    for entry in _table()["groups"][group].get("when", ()):
-        if "without" in entry:
-            mask, values = entry["without"], {"none": 0}
-        else:
-            mask, values = entry.get("mask", _INT), entry["values"]
-        found.append(_Condition(entry["call"], entry["arg"], mask, values))
-    return found
+    return [_condition(entry) for entry in _table()["groups"][group].get("when", ())]
+
+
+def _condition(entry: Mapping[str, Any]) -> _Condition:
+    if "without" in entry:
+        mask, values = entry["without"], {"none": 0}
+    else:
+        mask, values = entry.get("mask", _INT), entry["values"]
+    others = ({**other, "call": entry["call"]} for other in entry.get("and", ()))
+    also = tuple(_condition(other) for other in others)
+    return _Condition(entry["call"], entry["arg"], mask, values, also)
+
+
+def _rules(condition: _Condition) -> Iterable[tuple[tuple[int, int, int], ...]]:
+    """Every combination of values that is allowed: argument, mask, value."""
+    choices = [
+        [(each.arg, each.mask, value) for value in each.values.values()]
+        for each in (condition, *condition.also)
+    ]
+    return itertools.product(*choices)
 
 
 def problems(syscalls: Syscalls) -> list[tuple[str, object, str]]:
@@ -102,7 +128,7 @@ def problems(syscalls: Syscalls) -> list[tuple[str, object, str]]:
         Key of the section, value, and rule, for each problem.
     """
     found: list[tuple[str, object, str]] = []
-    known = _table()["groups"]
+    known = {k: v for k, v in _table()["groups"].items() if "internal" not in v}
     for group in syscalls.groups:
         if group not in known:
             found.append(
@@ -224,29 +250,56 @@ def _compile(syscalls: Syscalls, notify: bool) -> bytes:
     if syscalls.oci is not None:
         return _compile_oci(library, syscalls.oci.path, syscalls.oci.text, denied)
     made = _new(library, denied)
-    for call in _table()["absent"]:
+    absent = set(_table()["absent"])
+    for call in absent:
         _add(library, made, library.ERRNO(errno.ENOSYS), call)
-    left_out = {*syscalls.deny, *_table()["absent"]}
-    whole = set(syscalls.allow)
-    for group in syscalls.groups:
+    _allow(library, made, syscalls.groups, syscalls.allow, {*syscalls.deny, *absent})
+    return _export(made)
+
+
+def compile_worker(groups: Iterable[str], allow: Iterable[str]) -> Filter:
+    """Compile the filter of a Ray worker: that of its jails comes on top.
+
+    Args:
+        groups: Every group of every profile that the worker may have to serve,
+            and the internal ones.
+        allow: Further calls.
+
+    Raises:
+        UnsupportedError: No libseccomp, or an architecture without a table.
+    """
+    library = _pyseccomp()
+    made = _new(library, library.ERRNO(errno.EPERM))
+    _allow(library, made, [*dict.fromkeys(groups)], allow, set())
+    return Filter(_preamble() + _export(made))
+
+
+def _allow(
+    library: Any,
+    made: Any,
+    groups: Sequence[str],
+    allow: Iterable[str],
+    left_out: set[str],
+) -> None:
+    whole = set(allow)
+    for group in groups:
         whole.update(_calls(group))
     for call in sorted(whole - left_out):
         _add(library, made, library.ALLOW, call)
-    for group in syscalls.groups:
+    seen = set()
+    for group in groups:
         for condition in _conditions(group):
             if condition.call in left_out or condition.call in whole:
                 continue
-            for value in condition.values.values():
-                _add(
-                    library,
-                    made,
-                    library.ALLOW,
-                    condition.call,
-                    library.Arg(
-                        condition.arg, library.MASKED_EQ, condition.mask, value
-                    ),
-                )
-    return _export(made)
+            for rule in _rules(condition):
+                if (condition.call, rule) in seen:
+                    continue
+                seen.add((condition.call, rule))
+                arguments = [
+                    library.Arg(arg, library.MASKED_EQ, mask, value)
+                    for arg, mask, value in rule
+                ]
+                _add(library, made, library.ALLOW, condition.call, *arguments)
 
 
 def _new(library: Any, default: int) -> Any:
@@ -291,6 +344,22 @@ def _compile_oci(library: Any, path: str, text: str, denied: int) -> bytes:
         ]
         _add(library, made, action, rule.call, *arguments)
     return _export(made)
+
+
+def oci_calls(policy: OciPolicy) -> list[str]:
+    """Return every call that an OCI policy allows in some form.
+
+    Raises:
+        ProfileError: It can't be used.
+    """
+    try:
+        rules = oci.read(policy.text)
+    except ValueError as error:
+        raise ProfileError(
+            source=policy.path, where="syscalls", reason=str(error)
+        ) from error
+    allowed = dict.fromkeys(rule.call for rule in rules if rule.errno is None)
+    return [call for call in allowed if _number(call) is not None]
 
 
 # --- words ----------------------------------------------------------------------

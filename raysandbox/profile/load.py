@@ -24,7 +24,7 @@ import stat
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -39,11 +39,16 @@ else:
 __all__ = [
     "ENV",
     "SITE_DIR",
+    "as_tuples",
     "check",
+    "explain",
     "find",
+    "joined",
     "load",
     "load_file",
     "names",
+    "parse_trusted",
+    "read_trusted",
     "search_path",
     "shipped_dir",
     "strictest",
@@ -157,7 +162,7 @@ def load_file(path: str | os.PathLike[str]) -> Profile:
     """Load a profile from a file of any place; as `load` otherwise."""
     profile, problems = _load(Path(path))
     if profile is None or problems:
-        raise _joined(problems)
+        raise joined(problems)
     return profile
 
 
@@ -208,7 +213,7 @@ def _load(path: Path) -> tuple[Profile | None, list[ProfileError]]:
         base = origin.get("syscalls.oci", file).parent
         oci = base / value
         try:
-            return OciPolicy(str(oci), _read(oci).decode())
+            return OciPolicy(str(oci), read_trusted(oci).decode())
         except ProfileError as error:
             raise ValueError(f"{error.source}: {error.reason}") from error
         except UnicodeDecodeError as error:
@@ -217,7 +222,7 @@ def _load(path: Path) -> tuple[Profile | None, list[ProfileError]]:
     try:
         profile = Profile.model_validate(merged, context={"read_oci": read_oci})
     except ValidationError as error:
-        return None, [_explain(each, merged, origin, file) for each in error.errors()]
+        return None, [explain(each, origin, file) for each in error.errors()]
     problems = _unknown_syscalls(profile, origin, file)
     profile._source = str(file)
     return profile, problems
@@ -228,7 +233,7 @@ def _chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:
     chain: list[tuple[Path, dict[str, Any]]] = []
     seen: list[str] = []
     while True:
-        tables = _parse(path)
+        tables = parse_trusted(path)
         chain.append((path, tables))
         seen.append(os.path.realpath(path))
         base = tables.pop("extends", None)
@@ -286,9 +291,10 @@ def _merge(
         into[key] = table
 
 
-def _parse(path: Path) -> dict[str, Any]:
+def parse_trusted(path: Path) -> dict[str, Any]:
+    """Read and parse a TOML file; see `read_trusted`."""
     try:
-        tables: dict[str, Any] = _tuples(tomllib.loads(_read(path).decode()))
+        tables: dict[str, Any] = as_tuples(tomllib.loads(read_trusted(path).decode()))
     except UnicodeDecodeError as error:
         raise ProfileError(source=str(path), reason="is not UTF-8 text") from error
     except ValueError as error:  # TOMLDecodeError, or a number of 5,000 digits
@@ -301,7 +307,7 @@ def _parse(path: Path) -> dict[str, Any]:
 # --- who may have written it ----------------------------------------------------
 
 
-def _read(path: Path) -> bytes:
+def read_trusted(path: Path) -> bytes:
     """Read a file that only root and we can have written.
 
     Looks at the descriptor, not at the name: what is read is what was checked.
@@ -399,8 +405,8 @@ def _unreadable(path: Path, error: OSError | ValueError) -> ProfileError:
 # --- saying what is wrong ---------------------------------------------------------
 
 
-def _joined(problems: list[ProfileError]) -> ProfileError:
-    """One error for all: its message has a line for each."""
+def joined(problems: list[ProfileError]) -> ProfileError:
+    """Return one error for all: its message has a line for each."""
     first, *others = problems
     if not others:
         return first
@@ -412,8 +418,8 @@ def _joined(problems: list[ProfileError]) -> ProfileError:
     )
 
 
-def _tuples(value: Any, depth: int = 0) -> Any:
-    """TOML's lists as the tuples of a frozen model.
+def as_tuples(value: Any, depth: int = 0) -> Any:
+    """Return a TOML value with tuples for lists, as a frozen model has them.
 
     Raises:
         RecursionError: More levels than any profile has.
@@ -421,9 +427,9 @@ def _tuples(value: Any, depth: int = 0) -> Any:
     if depth > _MOST_LEVELS:
         raise RecursionError
     if isinstance(value, dict):
-        return {key: _tuples(inner, depth + 1) for key, inner in value.items()}
+        return {key: as_tuples(inner, depth + 1) for key, inner in value.items()}
     if isinstance(value, list):
-        return tuple(_tuples(inner, depth + 1) for inner in value)
+        return tuple(as_tuples(inner, depth + 1) for inner in value)
     return value
 
 
@@ -432,20 +438,28 @@ def _meant(word: str, known: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else ""
 
 
-def _keys_of(location: tuple[int | str, ...]) -> tuple[str, list[str]]:
+def _keys_of(
+    location: tuple[int | str, ...], model: type[BaseModel]
+) -> tuple[str, list[str]]:
     """Return the table that a location's last part is in, and its keys."""
-    model: type[BaseModel] = Profile
+    more = ["extends"] if model is Profile else []
     table = ""
     for part in location[:-1]:
         for name, field in model.model_fields.items():
-            if (field.alias or name) == part and _is_section(field.annotation):
-                model, table = field.annotation, str(part)  # type: ignore[assignment]
+            section = _section_of(field.annotation)
+            if (field.alias or name) == part and section is not None:
+                model, table = section, str(part)
     keys = [field.alias or name for name, field in model.model_fields.items()]
-    return table, sorted(keys if table else [*keys, "extends"])
+    return table, sorted(keys if table else [*keys, *more])
 
 
-def _is_section(annotation: object) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+def _section_of(annotation: object) -> type[BaseModel] | None:
+    """Return the model of a table, or of each table of a list."""
+    if get_origin(annotation) is tuple:
+        annotation = get_args(annotation)[0]
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return None
 
 
 _RULES = {
@@ -460,17 +474,18 @@ _RULES = {
 }
 
 
-def _explain(
+def explain(
     problem: Mapping[str, Any],
-    merged: dict[str, Any],
-    origin: dict[str, Path],
+    origin: Mapping[str, Path],
     file: Path,
+    model: type[BaseModel] = Profile,
 ) -> ProfileError:
+    """Turn one of pydantic's problems into ours: place, value, rule."""
     location = tuple(part for part in problem["loc"] if part != "[key]")
     kind, context = problem["type"], problem.get("ctx", {})
     value = problem["input"]
     if kind == "extra_forbidden":
-        table, known = _keys_of(location)
+        table, known = _keys_of(location, model)
         place = f"[{table}] has" if table else "there are"
         word = str(location[-1])
         reason = _meant(word, known) or f"{place} {', '.join(known)}"

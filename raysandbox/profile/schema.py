@@ -119,6 +119,20 @@ OptionalSize = Annotated[
         {"anyOf": [{"type": "string", "pattern": SIZE_PATTERN}, _UNLIMITED]}
     ),
 ]
+
+
+def _count(value: object) -> object:
+    value = _or_unlimited(value)
+    if value is not None and (type(value) is not int or value < 1):
+        raise ValueError('must be a whole number from 1, or "unlimited"')
+    return value
+
+
+OptionalCount = Annotated[
+    int | None,
+    BeforeValidator(_count),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, _UNLIMITED]}),
+]
 OptionalDuration = Annotated[
     Duration | None,
     BeforeValidator(_or_unlimited),
@@ -408,10 +422,19 @@ class Landlock(_Section):
 
 
 class Network(_Section):
-    """What a jail can reach."""
+    """What a jail, or a worker that is its own boundary, can reach."""
+
+    weak: ClassVar[Mapping[str, tuple[object, ...]]] = {
+        "mode": ("ray",),
+        "required": (False,),
+    }
 
     mode: Annotated[
-        Literal["none"], Field(description="none: no interface, no IP sockets.")
+        Literal["none", "ray"],
+        Field(
+            description="none: no interface, no IP sockets. ray: TCP to the ports "
+            'of this Ray cluster, for boundary = "worker" alone.'
+        ),
     ] = "none"
     required: Required = True
 
@@ -534,9 +557,16 @@ class Limits(_Section):
         OptionalRate, Field(alias="io_write", description="For each disk of the host.")
     ] = None
     output_bytes: Annotated[
-        Size,
-        _at_least(4096, "4KiB"),
-        Field(alias="output", description="stdout and stderr together."),
+        Annotated[Size, _at_least(4096, "4KiB")] | None,
+        BeforeValidator(_or_unlimited),
+        WithJsonSchema(
+            {"anyOf": [{"type": "string", "pattern": SIZE_PATTERN}, _UNLIMITED]}
+        ),
+        Field(
+            alias="output",
+            description="stdout and stderr together; unlimited with "
+            'boundary = "worker" alone.',
+        ),
     ] = 16 << 20
     required: Required = True
 
@@ -550,7 +580,7 @@ class Limits(_Section):
 
 
 class ObjectStore(_Section):
-    """How much one task may take from and put into Ray's object store."""
+    """How much a task and a job may take from and put into Ray's object store."""
 
     weak: ClassVar[Mapping[str, tuple[object, ...]]] = {}
 
@@ -563,6 +593,36 @@ class ObjectStore(_Section):
     max_put_bytes: Annotated[
         Size, Field(alias="max_put", description="All puts and results together.")
     ] = 512 << 20
+    max_put_objects: Annotated[
+        OptionalCount, Field(description="How many puts and results.")
+    ] = 10_000
+    max_arguments_bytes: Annotated[
+        OptionalSize,
+        Field(alias="max_arguments", description="All arguments together."),
+    ] = 2 << 30
+    max_argument_objects: Annotated[
+        OptionalCount, Field(description="How many arguments.")
+    ] = 10_000
+    max_job_bytes: Annotated[
+        OptionalSize,
+        Field(
+            alias="max_job",
+            description="Puts and results of a whole job that a node's store has.",
+        ),
+    ] = 4 << 30
+    max_job_objects: Annotated[
+        OptionalCount, Field(description="How many of those.")
+    ] = 100_000
+    max_job_arguments_bytes: Annotated[
+        OptionalSize,
+        Field(
+            alias="max_job_arguments",
+            description="Arguments of all tasks of a job that run on a node.",
+        ),
+    ] = 16 << 30
+    max_job_argument_objects: Annotated[
+        OptionalCount, Field(description="How many of those.")
+    ] = 100_000
 
 
 class Results(_Section):
@@ -688,7 +748,39 @@ class Profile(_Section):
             raise ValueError(
                 "filesystem.scratch must not exceed limits.memory, which it counts in"
             )
+        inside = self.boundary == "worker"
+        # What only one kind of boundary can keep is an error with the other: a
+        # key that is silently ignored would be a promise that nobody keeps.
+        wrong = [f"{key} = {shown}" for key, shown in self._out_of_place(inside)]
+        if wrong and inside:
+            raise ValueError(
+                "boundary = \"worker\" runs the task in Ray's own process and can't "
+                f"keep {', '.join(wrong)}: give "
+                'network.mode = "ray", results.mode = "pickle", and "unlimited" for '
+                "limits.wall_time, limits.cpu_time and limits.output"
+            )
+        if wrong:
+            raise ValueError(f'{", ".join(wrong)}: only with boundary = "worker"')
         return self
+
+    def _out_of_place(self, inside: bool) -> list[tuple[str, str]]:
+        limits = self.limits
+        if not inside:
+            found = [("network.mode", '"ray"')] if self.network.mode == "ray" else []
+            if limits.output_bytes is None:
+                found.append(("limits.output", '"unlimited"'))
+            return found
+        return [
+            (key, f'"{value}"')
+            for key, value, fits in (
+                ("network.mode", self.network.mode, self.network.mode == "ray"),
+                ("results.mode", self.results.mode, self.results.mode == "pickle"),
+                ("limits.wall_time", limits.wall_time_s, limits.wall_time_s is None),
+                ("limits.cpu_time", limits.cpu_time_s, limits.cpu_time_s is None),
+                ("limits.output", limits.output_bytes, limits.output_bytes is None),
+            )
+            if not fits
+        ]
 
     @property
     def digest(self) -> str:

@@ -37,3 +37,7 @@ class EventLog:
         size = os.fstat(self._fd).st_size
         whole = size == 0 or os.pread(self._fd, 1, size - 1) == b"\n"
         return b"" if whole else b"\n"
+
+    def close(self) -> None:
+        """Let go of the file; nothing more is appended."""
+        os.close(self._fd)

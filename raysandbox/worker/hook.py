@@ -43,13 +43,17 @@ def worker_hook() -> None:
 
 def _install() -> None:
     _use_the_nodes_packages()
+    from raysandbox import client
     from raysandbox.worker import seams
     from raysandbox.worker.executor import JailExecutor
+    from raysandbox.worker.gate import Gate
     from raysandbox.worker.output import lose_what_does_not_fit
 
     lose_what_does_not_fit()
     trusted = seams.TrustedPath.of_worker(sys.path)
-    seams.install(JailExecutor(trusted))
+    client.install()
+    # The gate first: it takes out of the environment what a client put there.
+    seams.install(JailExecutor(trusted, Gate()))
     sys.path = trusted
 
 

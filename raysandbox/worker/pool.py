@@ -35,12 +35,13 @@ from raysandbox.errors import (
 )
 from raysandbox.jail.zygote import receive_message, send_message
 from raysandbox.kernel import cgroup, seccomp_notify
+from raysandbox.observe import state
 from raysandbox.probe import probe
 from raysandbox.profile import Profile
 from raysandbox.run import cgroup_limits, limit_protections
 from raysandbox.worker.output import Output, Pump
 
-__all__ = ["Environment", "Jail", "Pool"]
+__all__ = ["Environment", "Jail", "Pool", "groups_of_process"]
 
 _START_S = 60.0
 _READY_S = 30.0
@@ -109,13 +110,16 @@ class Jail:
     timed_out: str = ""
     # When its present call was sent.
     called: float = field(default_factory=time.monotonic)
+    # Its record for whoever looks, and who asked for its end.
+    place: state.Place | None = None
+    ended_by: str = ""
     tasks: list[str] = field(default_factory=list)
     outcome: str = ""
     # Its end is being looked into: the event waits for the finding.
     inquest: bool = False
     usage: cgroup.Usage = field(default_factory=cgroup.Usage)
     output_bytes: int = 0
-    started: float = field(default_factory=time.monotonic)
+    first_call: float = 0.0
 
     @property
     def running_s(self) -> float:
@@ -136,6 +140,19 @@ class Jail:
         """System calls that were denied so far, described."""
         return list(self.notify.denials) if self.notify is not None else []
 
+    @property
+    def denied_count(self) -> int:
+        """How many system calls were denied so far."""
+        return self.notify.count if self.notify is not None else 0
+
+    def is_asked_to_end(self) -> bool:
+        """Tell the record what changed; see whether somebody wants us gone."""
+        if self.place is None:
+            return False
+        self.place.denied(self.denied_count)
+        self.ended_by = self.ended_by or self.place.asked_to_end() or ""
+        return bool(self.ended_by)
+
 
 class Pool:
     """The zygote of one profile in this worker, and its jails."""
@@ -149,6 +166,8 @@ class Pool:
     ) -> None:
         self.profile, self.environment = profile, environment
         self.protections: tuple[plan.Protection, ...] = ()
+        #: Name and state of each of them.
+        self.walls: tuple[tuple[str, str], ...] = ()
         self._pump, self._on_end = pump, on_end
         self._launched: launch.Launched | None = None
         self._socket: socket.socket | None = None
@@ -191,6 +210,7 @@ class Pool:
                 *limit_protections(self._groups.support(cgroup_limits(profile))),
                 *compiled.protections,
             )
+            self.walls = tuple((w.name, w.state.value) for w in self.protections)
             ours, theirs = _pair()
             with theirs, contextlib.ExitStack() as undo:
                 undo.enter_context(ours)
@@ -223,7 +243,7 @@ class Pool:
             raise self._lost() from error
 
     def _discover_groups(self) -> cgroup.Cgroups:
-        groups, limits = _groups(), cgroup_limits(self.profile)
+        groups, limits = groups_of_process(), cgroup_limits(self.profile)
         if self.profile.limits.required:
             groups.require(limits, profile=self.profile.name)
         return groups
@@ -317,6 +337,10 @@ class Pool:
 
     def look(self) -> None:
         """Take in what the zygote has said meanwhile; between calls only."""
+        for jail in list(self._jails.values()):
+            if jail.place is not None and jail.is_asked_to_end():
+                jail.outcome = "TaskKilled"
+                self.kill(jail)
         try:
             while self._socket is not None and launch.is_readable(
                 self._socket.fileno(), 0
@@ -403,7 +427,9 @@ class Pool:
 
     def _new_output(self) -> Output:
         try:
-            output = Output(self.profile.limits.output_bytes, (sys.stdout, sys.stderr))
+            # A jail's profile always has one.
+            limit = self.profile.limits.output_bytes or 0
+            output = Output(limit, (sys.stdout, sys.stderr))
             try:
                 for fd in output.read_fds:
                     self._pump.add(fd, functools.partial(output.drain, fd))
@@ -550,6 +576,8 @@ class Pool:
             if now >= next_check:
                 next_check = now + _CHECK_S
                 self._check_usage(jail, task)
+                if jail.is_asked_to_end():
+                    raise self._post_mortem(jail, task, "")
         try:
             frame = wire.receive(
                 jail.call,
@@ -618,6 +646,12 @@ class Pool:
         self.end(jail, wait=True)
         common = {"task": task, "profile": self.profile.name, "hint": self.hint(jail)}
         status = jail.status if jail.status is not None else 0
+        if jail.ended_by:
+            return TaskKilled(
+                seen=f"ended by the operator ({jail.ended_by})",
+                remedy="ask whoever runs this node",
+                **common,
+            )
         if jail.timed_out:
             wall = jail.timed_out == "limits.wall_time"
             allowed = limits.wall_time_s if wall else limits.cpu_time_s
@@ -687,7 +721,7 @@ class Pool:
 
 
 @functools.cache
-def _groups() -> cgroup.Cgroups:
+def groups_of_process() -> cgroup.Cgroups:
     """Look for the groups of this process once; remove those of dead ones."""
     groups = cgroup.discover()
     groups.sweep()

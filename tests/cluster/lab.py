@@ -1,13 +1,15 @@
 """Machines for cluster tests: namespaces of the project's own, and nothing else.
 
-A `Lab` is one switch (a bridge inside its own network namespace) with hosts on
-it. Each host has its own network, pid, mount, ipc and uts namespaces, its own
-/tmp, /dev/shm and home, and one address on the bridge, so two Ray nodes on one
-machine share nothing but the installed packages. Killing a host's first
-process makes the kernel end everything in it: that is the clean-up, and it
-also happens when the test process itself dies.
+A `Lab` is one switch (a bridge in a network namespace) with hosts on it. Each
+host has its own network, pid, mount, ipc and uts namespaces, its own /tmp,
+/dev/shm and home, and one address on the bridge, so two Ray nodes on one
+machine share nothing but the installed packages.
 
-No packet leaves the namespaces: the bridge has no uplink.
+Nothing here has a name outside: a namespace lives as long as its first process,
+which the kernel ends when the test process ends, however that happens, and with
+it go links, mounts and everything that ran there. The one thing on disk, the
+lab's directory, is removed by a process that waits for our end of a pipe to
+close. No packet leaves: the bridge has no uplink.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -25,8 +26,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
+import raysandbox
+
 PR_SET_PDEATHSIG = 1
-ROOT = Path(__file__).resolve().parents[2]
+# Where the package under test is, when that is a source tree and not installed.
+_package = Path(raysandbox.__file__).resolve().parents[1]
+SOURCE = {} if _package.name == "site-packages" else {"PYTHONPATH": str(_package)}
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -35,9 +40,27 @@ def _die_with_parent() -> None:
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _ip(*args: str, netns: str = "") -> None:
-    prefix = ["ip", "-n", netns] if netns else ["ip"]
-    subprocess.run([*prefix, *args], check=True, capture_output=True, text=True)
+def _inside(pid: int, *command: str) -> None:
+    """Run a command in the network namespace of a process."""
+    subprocess.run(
+        ["nsenter", "-t", str(pid), "--net", "--", *command],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def _holder(*unshare: str, script: str = "") -> tuple[subprocess.Popen[str], int]:
+    """Start the first process of new namespaces; return it and its child's pid."""
+    holder = subprocess.Popen(
+        ["unshare", *unshare, "--fork", "--kill-child", "sh", "-c",
+         f"{script} echo ready && exec sleep infinity"],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True,
+        preexec_fn=_die_with_parent,
+    )  # fmt: skip
+    assert holder.stdout is not None
+    if holder.stdout.readline().strip() != "ready":
+        raise RuntimeError(f"namespaces did not come up: {script}")
+    children = Path(f"/proc/{holder.pid}/task/{holder.pid}/children")
+    return holder, int(children.read_text().split()[0])
 
 
 class Host:
@@ -45,32 +68,24 @@ class Host:
 
     def __init__(self, lab: Lab, name: str, address: str) -> None:
         self.lab, self.name, self.address = lab, name, address
-        self.netns = f"{lab.name}-{name}"
         self.home = lab.path / name
-        self.home.mkdir(mode=0o700)
-        link = f"{lab.index}{name}"[:12]
-        _ip("netns", "add", self.netns)
-        _ip("link", "add", link, "type", "veth", "peer", "name", "eth0",
-            "netns", self.netns)  # fmt: skip
-        _ip("link", "set", link, "netns", lab.switch)
-        _ip("link", "set", link, "master", "br0", "up", netns=lab.switch)
-        _ip("link", "set", "lo", "up", netns=self.netns)
-        _ip("addr", "add", f"{address}/24", "dev", "eth0", netns=self.netns)
-        _ip("link", "set", "eth0", "up", netns=self.netns)
-        script = (
-            "mount -t tmpfs tmpfs /tmp && mount -t tmpfs tmpfs /dev/shm && "
-            f"hostname {name} && echo ready && exec sleep infinity"
-        )
-        self._holder = subprocess.Popen(
-            ["ip", "netns", "exec", self.netns, "unshare", "--pid", "--mount", "--ipc",
-             "--uts", "--fork", "--kill-child", "--mount-proc", "sh", "-c", script],
-            stdout=subprocess.PIPE, text=True, preexec_fn=_die_with_parent,
+        self.home.mkdir(mode=0o700, exist_ok=True)
+        self.boot()
+
+    def boot(self) -> None:
+        """Start the machine, its home as a former life left it."""
+        self._holder, self.pid = _holder(
+            "--net", "--pid", "--mount", "--ipc", "--uts", "--mount-proc",
+            script="mount -t tmpfs tmpfs /tmp && mount -t tmpfs tmpfs /dev/shm && "
+            f"hostname {self.name} &&",
         )  # fmt: skip
-        assert self._holder.stdout is not None
-        if self._holder.stdout.readline().strip() != "ready":
-            raise RuntimeError(f"host {name} did not come up")
-        children = Path(f"/proc/{self._holder.pid}/task/{self._holder.pid}/children")
-        self.pid = int(children.read_text().split()[0])
+        switch = self.lab.switch
+        _inside(switch, "ip", "link", "add", self.name, "type", "veth", "peer",
+                "name", "eth0", "netns", str(self.pid))  # fmt: skip
+        _inside(switch, "ip", "link", "set", self.name, "master", "br0", "up")
+        _inside(self.pid, "ip", "link", "set", "lo", "up")
+        _inside(self.pid, "ip", "addr", "add", f"{self.address}/24", "dev", "eth0")
+        _inside(self.pid, "ip", "link", "set", "eth0", "up")
 
     def env(self, extra: Mapping[str, str] | None = None) -> dict[str, str]:
         """Return the environment of a process on this host."""
@@ -79,7 +94,7 @@ class Host:
             **kept,
             "HOME": str(self.home),
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "PYTHONPATH": str(ROOT),
+            **SOURCE,
             "RAY_USAGE_STATS_ENABLED": "0",
             **(extra or {}),
         }
@@ -156,29 +171,27 @@ class Host:
         self._holder.wait(timeout=10)
 
     def close(self) -> None:
-        """End the host and remove its network namespace."""
+        """End the host for good."""
         with contextlib.suppress(Exception):
             self.kill()
-        subprocess.run(["ip", "netns", "del", self.netns], capture_output=True)
 
 
 class Lab:
     """A switch and the hosts on it; use as a context manager."""
 
-    _count = 0
-
     def __init__(self) -> None:
-        Lab._count += 1
-        self.index = f"r{os.getpid() % 100000}{chr(96 + Lab._count)}"
-        self.name = f"rsb-{os.getpid()}-{Lab._count}"
-        self.switch = f"{self.name}-switch"
-        self.path = Path(tempfile.mkdtemp(prefix=f"{self.name}-", dir="/var/tmp"))
+        self.path = Path(tempfile.mkdtemp(prefix="rsb-lab-", dir="/var/tmp"))
         self.hosts: dict[str, Host] = {}
-        _ip("netns", "add", self.switch)
+        # Its standard input ends with us, whatever ends us.
+        self._janitor = subprocess.Popen(
+            ["sh", "-c", 'read _; exec rm -rf "$0"', str(self.path)],
+            stdin=subprocess.PIPE, start_new_session=True,
+        )  # fmt: skip
         try:
-            _ip("link", "set", "lo", "up", netns=self.switch)
-            _ip("link", "add", "br0", "type", "bridge", netns=self.switch)
-            _ip("link", "set", "br0", "up", netns=self.switch)
+            self._holder, self.switch = _holder("--net")
+            _inside(self.switch, "ip", "link", "set", "lo", "up")
+            _inside(self.switch, "ip", "link", "add", "br0", "type", "bridge")
+            _inside(self.switch, "ip", "link", "set", "br0", "up")
         except BaseException:
             self.close()
             raise
@@ -191,7 +204,7 @@ class Lab:
     def sniff(self, file: Path) -> subprocess.Popen[bytes]:
         """Start tcpdump on the lab's bridge, every byte of each packet, to `file`."""
         process = subprocess.Popen(
-            ["ip", "netns", "exec", self.switch, "tcpdump", "-i", "br0", "-s", "0",
+            ["nsenter", "-t", str(self.switch), "--net", "--", "tcpdump", "-i", "br0", "-s", "0",
              "-U", "-Z", "root", "-w", str(file)],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE, preexec_fn=_die_with_parent,
@@ -207,8 +220,13 @@ class Lab:
         """Remove every host, namespace and file of the lab."""
         for host in self.hosts.values():
             host.close()
-        subprocess.run(["ip", "netns", "del", self.switch], capture_output=True)
-        shutil.rmtree(self.path, ignore_errors=True)
+        holder = getattr(self, "_holder", None)
+        if holder is not None:
+            holder.kill()
+            holder.wait(timeout=10)
+        if self._janitor.stdin is not None:
+            self._janitor.stdin.close()
+        self._janitor.wait(timeout=60)
 
     def __enter__(self) -> Lab:
         return self
