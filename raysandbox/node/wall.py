@@ -103,6 +103,8 @@ class Wall:
         connect_ports: TCP ports a worker may connect to; None is any.
         connect_range: First and last of more such ports, or None.
         replace: Path that the worker sees to path on the host.
+        sockets: The same, for sockets besides Ray's two.
+        shared: The same, for directories that all workers write to.
     """
 
     node: policies.Node
@@ -110,6 +112,8 @@ class Wall:
     connect_ports: Sequence[int] | None = None
     connect_range: tuple[int, int] | None = None
     replace: Mapping[str, str] = field(default_factory=dict)
+    sockets: Mapping[str, str] = field(default_factory=dict)
+    shared: Mapping[str, str] = field(default_factory=dict)
 
 
 def compile(  # noqa: A001 - wall.compile, as plan.compile
@@ -312,6 +316,12 @@ class _WorkerBuilder(plan.Builder):
         for target, source in self.wall.replace.items():
             if target not in (session.raylet_socket, session.plasma_socket):
                 self.add(plan.Record.BIND, plan.u32(1) + plan.text(source, target))
+        for target, source in self.wall.sockets.items():
+            self.add(
+                plan.Record.BIND, plan.u32(_BIND_SOCKET) + plan.text(source, target)
+            )
+        for target, source in self.wall.shared.items():
+            self.add(plan.Record.BIND, plan.u32(0) + plan.text(source, target))
         self.add(plan.Record.DIR, plan.u32(0o755) + plan.text(session.resource_dir))
         self.add(plan.Record.DIR, plan.u32(0o755) + plan.text(f"{session.log_dir}/old"))
         for stream, name in (
