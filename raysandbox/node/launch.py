@@ -79,6 +79,8 @@ class Launcher:
         _advertise(process, node.policy)
         groups = self._groups(process, node.policy)
         wrapper = self.wrapper or f"{session.directory}/{_DIRECTORY}/worker"
+        # What is below it is for the launcher to show to workers, one by one.
+        os.makedirs(f"{session.directory}/{_DIRECTORY}", mode=0o700, exist_ok=True)
         sockets = self._store_proxy(node, session)
         shared = _quota_directory(session)
         compiled = wall.compile(
@@ -221,7 +223,7 @@ def _quota_directory(session: wall.Session) -> str:
     path = quota.directory(session.directory)
     os.makedirs(path, mode=0o700, exist_ok=True)
     if os.geteuid() == 0:
-        os.chmod(path, 0o777)  # only workers have a way to it
+        os.chmod(path, 0o777)  # the directory above it is root's alone
     return path
 
 

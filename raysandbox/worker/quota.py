@@ -134,7 +134,7 @@ class Refusal:
 
 def directory(session_dir: str) -> str:
     """Return where the files of a session of Ray are."""
-    return os.path.join(session_dir, "raysandbox_quota")
+    return os.path.join(session_dir, "raysandbox", "quota")
 
 
 class JobFile:
@@ -460,7 +460,9 @@ class Quotas:
             self._file.close()
         self._file, self._holds = None, False
         try:
-            os.makedirs(self._directory, 0o700, exist_ok=True)
+            if not os.path.isdir(self._directory):
+                os.makedirs(os.path.dirname(self._directory), 0o700, exist_ok=True)
+                os.makedirs(self._directory, 0o700, exist_ok=True)
             path = os.path.join(self._directory, job)
             if not os.path.exists(path):
                 self._remove_ended()
