@@ -65,9 +65,10 @@ class Decision:
         object: What the call names, for the audit log.
         retry: Refused for now: the client should come back.
         alert: Worth waking somebody: a node that must not be here.
+        note: What is wrong with a call that is let through and alerted.
     """
 
-    __slots__ = ("alert", "object", "retry", "why")
+    __slots__ = ("alert", "note", "object", "retry", "why")
 
     def __init__(
         self,
@@ -76,8 +77,10 @@ class Decision:
         object: str = "",  # noqa: A002 - the audit log's word
         retry: bool = False,
         alert: bool = False,
+        note: str = "",
     ) -> None:
         self.why, self.object, self.retry, self.alert = why, object, retry, alert
+        self.note = note
 
     @property
     def allowed(self) -> bool:
@@ -253,7 +256,7 @@ class Access:
             return Decision(
                 refused.why, object=about, retry=refused.retry, alert=refused.alert
             )
-        return Decision(object=about)
+        return Decision(object=about, alert=bool(call.note), note=call.note)
 
     def caller(self, who: str, role: str) -> _Caller:
         """Return an identity's counters."""
@@ -593,8 +596,11 @@ class Access:
         info = call.ask.node_info
         node_id = info.node_id.hex()
         problem = self._unfit(call, info)
-        if problem and self.settings.admission == "enforce":
+        entry = self.inventory.nodes.get(call.who.partition("/")[2])
+        quarantined = entry is not None and entry.quarantined
+        if problem and (quarantined or self.settings.admission == "enforce"):
             raise _RefusedError(problem, alert=True)
+        call.note = problem
         if self.nodes.get(node_id, call.who) != call.who:
             raise _RefusedError("the node id is another node's", alert=True)
         self._fact("nodes", node_id, call.who)
@@ -643,8 +649,8 @@ class _Call:
     """One call, and what it will cost."""
 
     __slots__ = (
-        "ask", "body_bytes", "charge", "method", "node_id", "reads", "request_id",
-        "role", "source", "uri", "who", "writes",
+        "ask", "body_bytes", "charge", "method", "node_id", "note", "reads",
+        "request_id", "role", "source", "uri", "who", "writes",
     )  # fmt: skip
 
     def __init__(
@@ -658,6 +664,7 @@ class _Call:
         self.ask: Any = None
         self.reads = self.writes = 0
         self.charge = True
+        self.note = ""
 
     def about(self) -> str:
         """Name the object for the audit log."""

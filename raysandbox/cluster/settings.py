@@ -64,7 +64,8 @@ ROLES: tuple[Role, ...] = (
     "operator",
     "observer",
 )
-NAME = re.compile(r"^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?$")
+# \Z and not $, which would let a line feed pass at the end.
+NAME = re.compile(r"^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?\Z")
 
 
 class _Model(BaseModel):
@@ -160,6 +161,8 @@ class Audit(_Model):
             written (streams that are open go on), `open` lets calls through
             unrecorded. Either is said on stderr, in the metrics and, once it
             can be written again, in the log.
+        anchor_file: File on another disk or machine that the chain's end is
+            appended to once a minute, for `raysandbox audit verify --anchors`.
         webhook: URL that alerts are posted to, as JSON.
         metrics_port: Loopback port of the Prometheus page; None: no page.
     """
@@ -167,8 +170,16 @@ class Audit(_Model):
     rotate_bytes: int = Field(default=64 * MIB, ge=64 << 10)
     keep_files: int = Field(default=16, ge=1)
     when_disk_is_full: Literal["closed", "open"] = "closed"
-    webhook: str | None = None
-    metrics_port: int | None = None
+    anchor_file: Path | None = None
+    webhook: str | None = Field(default=None, pattern=r"^https?://")
+    metrics_port: int | None = Field(default=None, ge=1, le=65535)
+
+    @field_validator("anchor_file")
+    @classmethod
+    def _absolute(cls, value: Path | None) -> Path | None:
+        if value is not None and not value.is_absolute():
+            raise ValueError("must be an absolute path")
+        return value
 
 
 class Settings(_Model):

@@ -27,14 +27,14 @@ import socket
 import sys
 import time
 import urllib.request
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from raysandbox.cluster import guard, pki
 from raysandbox.cluster.access import Access, grpc_message
-from raysandbox.cluster.audit import AuditLog
+from raysandbox.cluster.audit import AuditLog, Fold, tail_problem
 from raysandbox.cluster.errors import ClusterError
+from raysandbox.cluster.metrics import Metrics
 from raysandbox.cluster.settings import ClusterDir, write_file
 
 __all__ = ["main"]
@@ -183,14 +183,15 @@ class HeadWorker(NodeWorker):
                 self.access.replay(_facts(lines))
         self._facts = journal.open("a", buffering=1)
         os.chmod(journal, 0o600)
+        self._broken = tail_problem(cluster.audit)
         self.audit = AuditLog(
             cluster.audit, self.settings.audit.rotate_bytes,
-            self.settings.audit.keep_files,
+            self.settings.audit.keep_files, self.settings.audit.anchor_file,
         )  # fmt: skip
-        self.counts: Counter[tuple[str, ...]] = Counter()
+        self.metrics = Metrics()
         self._verdicts: dict[str, tuple[str, str]] = {}
         self._queue: list[dict[str, Any]] = []
-        self._folded: dict[tuple[str, ...], dict[str, Any]] = {}
+        self._fold = Fold()
         self._lost = 0
         self._closed_since = 0.0
         self._pipe = _make_pipe(run / "calls.pipe")
@@ -219,6 +220,10 @@ class HeadWorker(NodeWorker):
                 uri=uri, method=path, body=body, request_id=request_id,
                 node_id=headers.get("node_id", ""),
             )  # fmt: skip
+        except OSError as error:
+            # A fact could not be written down: for now, not for good.
+            self.event("access_error", why=f"{type(error).__name__}: {error}")
+            return 503, "x-rsb-why: the guard's disk\r\n"
         except Exception as error:  # noqa: BLE001 - our bug must refuse, not pass
             self.event("access_error", why=f"{type(error).__name__}: {error}")
             return 403, "x-rsb-why: internal error of the guard\r\n"
@@ -226,7 +231,9 @@ class HeadWorker(NodeWorker):
         if decision.alert:
             self.alert(
                 "unexpected_node" if "RegisterNode" in path else "odd_call",
-                who=uri, method=path, object=decision.object, why=decision.why,
+                who="/".join(uri.split("/")[3:]), method=path,
+                object=decision.object, why=decision.why or decision.note,
+                refused=not decision.allowed,
             )  # fmt: skip
         if decision.allowed:
             return 200, ""
@@ -237,12 +244,12 @@ class HeadWorker(NodeWorker):
 
     def event(self, name: str, **fields: Any) -> None:
         """Record something that is not a call."""
-        self.counts["rsb_events_total", "event", name] += 1
+        self.metrics.events.labels(name).inc()
         self._push({"t": round(time.time(), 6), "event": name, **fields})
 
     def alert(self, name: str, **fields: Any) -> None:
         """An event that somebody should see now: log, metric, webhook."""
-        self.counts["rsb_alerts_total", "alert", name] += 1
+        self.metrics.alerts.labels(name).inc()
         self.event(name, alert=True, ok=False, **fields)
         text = json.dumps({"alert": name, "cluster": self.settings.name, **fields})
         print(f"raysandbox alert: {text}", file=sys.stderr, flush=True)
@@ -260,7 +267,8 @@ class HeadWorker(NodeWorker):
             with urllib.request.urlopen(request, timeout=5):  # noqa: S310
                 pass
         except OSError as error:
-            self.counts["rsb_events_total", "event", "webhook_failed"] += 1
+            # From a thread of the executor; counters are safe there.
+            self.metrics.events.labels("webhook_failed").inc()
             print(f"raysandbox: webhook: {error}", file=sys.stderr, flush=True)
 
     def _push(self, record: dict[str, Any]) -> None:
@@ -301,10 +309,8 @@ class HeadWorker(NodeWorker):
         why = str(entry.get("why", "")) or why or _why(details)
         role = name.partition("/")[0]
         ok = not why
-        self.counts["rsb_calls_total", "role", role, "ok", str(ok).lower()] += 1
-        self.counts["rsb_bytes_total", "role", role] += int(entry.get("in", 0)) + int(
-            entry.get("out", 0)
-        )
+        size = int(entry.get("in", 0)) + int(entry.get("out", 0))
+        self.metrics.call(role, ok, size)
         record: dict[str, Any] = {
             "t": float(entry["t"]), "who": who, "role": role,
             "source": entry.get("source", ""), "method": method, "object": about,
@@ -319,11 +325,11 @@ class HeadWorker(NodeWorker):
         if ok:
             self._push(record)
         else:
-            self._fold(record)
+            self._fold.add(record)
 
     def _handshake(self, entry: dict[str, Any], who: str) -> None:
-        self.counts["rsb_handshakes_refused_total",] += 1
-        self._fold(
+        self.metrics.handshakes.inc()
+        self._fold.add(
             {
                 "t": float(entry["t"]), "event": "handshake_refused", "who": who,
                 "source": str(entry.get("source", "")), "ok": False,
@@ -331,53 +337,45 @@ class HeadWorker(NodeWorker):
             }
         )  # fmt: skip
 
-    def _fold(self, record: dict[str, Any]) -> None:
-        """Count equal refusals instead of writing each."""
-        source = str(record["source"]).rpartition(":")[0]
-        key = (
-            record["who"], source, str(record.get("method")), str(record["why"]),
-            str(record.get("object", "")) if len(self._folded) < 1000 else "",
-        )  # fmt: skip
-        known = self._folded.get(key)
-        if known is None:
-            self._folded[key] = record
-        else:
-            known["count"] = known.get("count", 1) + 1
-            known["in"] = known.get("in", 0) + record.get("in", 0)
-
     async def _write(self) -> None:
         loop = asyncio.get_running_loop()
         folded_at = synced_at = loop.time()
+        # The log's end is written once more after the last line of a burst.
+        dirty = True
         while True:
             await asyncio.sleep(FLUSH_S)
             now = loop.time()
             if now - folded_at >= FOLD_S:
-                folded, self._folded, folded_at = self._folded, {}, now
-                for record in folded.values():
+                folded_at = now
+                for record in self._fold.take():
                     self._push(record)
             if len(self._verdicts) > QUEUE_LINES:
                 self._verdicts.clear()
-            if not self._queue:
+            dirty = dirty or bool(self._queue)
+            if not dirty:
                 continue
             batch, self._queue = self._queue, []
             try:
                 self.audit.append(batch)
+                batch = []
                 if now - synced_at >= 1:
-                    self.audit.sync()
                     synced_at = now
+                    self.audit.sync()
+                    dirty = False
             except OSError as error:
                 self._queue = batch + self._queue
                 await self._disk_failed(error)
                 await asyncio.sleep(0.5)
             else:
-                if self._closed_since:
+                if self._closed_since and not dirty:
                     await self._disk_back()
 
     async def _disk_failed(self, error: OSError) -> None:
         policy = self.settings.audit.when_disk_is_full
         if not self._closed_since:
             self._closed_since = time.time()
-            self.counts["rsb_alerts_total", "alert", "audit_not_writable"] += 1
+            self.metrics.writable.set(0)
+            self.metrics.alerts.labels("audit_not_writable").inc()
             what = (
                 "every call is refused until it can be written"
                 if policy == "closed"
@@ -398,6 +396,7 @@ class HeadWorker(NodeWorker):
 
     async def _disk_back(self) -> None:
         since, self._closed_since = self._closed_since, 0.0
+        self.metrics.writable.set(1)
         self._admin("/runtime_modify?fault.http.abort.abort_percent=0")
         self.event(
             "audit_writable_again", ok=False, lost=self._lost,
@@ -451,6 +450,12 @@ class HeadWorker(NodeWorker):
             os.umask(old)
         self.write_guard()
         self.event("supervisor_started", pid=os.getpid())
+        if self._broken:
+            self.alert("audit_broken", why=self._broken)
+        if self.audit.torn:
+            self.event(
+                "audit_torn_line", why="cut off by a crash", text=self.audit.torn
+            )
         await self._spawn()
         await self._until_listening()
         tasks = [self._watch_envoy(), self._write(), self._watch_gcs()]
@@ -527,9 +532,11 @@ class HeadWorker(NodeWorker):
             try:
                 alive = await watcher.alive()
             except Exception as error:  # noqa: BLE001 - the GCS may be away
-                self.counts["rsb_events_total", "event", "watch_failed"] += 1
+                self.metrics.events.labels("watch_failed").inc()
                 del error
                 continue
+            told &= set(alive)
+            self.metrics.nodes.set(len(alive))
             for node_id, address in alive.items():
                 who = self.access.nodes.get(node_id)
                 name = (who or "").partition("/")[2]
@@ -552,16 +559,9 @@ class HeadWorker(NodeWorker):
     ) -> None:
         with contextlib.suppress(Exception):
             await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
-            lines = []
-            for key, value in sorted(self.counts.items()):
-                name, *labels = key
-                pairs = zip(labels[::2], labels[1::2], strict=True)
-                inner = ",".join(f'{k}="{v}"' for k, v in pairs)
-                lines.append(f"{name}{{{inner}}} {value}\n")
-            body = "".join(lines).encode()
             writer.write(
                 b"HTTP/1.0 200 OK\r\ncontent-type: text/plain; version=0.0.4\r\n\r\n"
-                + body
+                + self.metrics.page()
             )
             await writer.drain()
         writer.close()
