@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -15,7 +18,7 @@ from raysandbox.cluster.errors import ClusterError
 from raysandbox.cluster.settings import ClusterDir
 from raysandbox.errors import RaysandboxError
 
-__all__ = ["Addresses", "Dir", "Json", "fail", "opened", "reload_guard"]
+__all__ = ["Addresses", "Dir", "Json", "fail", "opened", "take_up"]
 
 Dir = Annotated[
     Path,
@@ -44,18 +47,25 @@ def opened(path: Path) -> ClusterDir:
         fail(error)
 
 
-def reload_guard(cluster: ClusterDir) -> bool:
-    """Have a running guard take up inventory and revocations; whether one runs.
+def take_up(cluster: ClusterDir, wait_s: float = 10.0) -> bool:
+    """Have running helpers take up what has changed, and wait until they have.
+
+    Returns:
+        Whether any run here.
 
     Raises:
-        ClusterError: One runs, and it is another user's.
+        ClusterError: They run and belong to another user, refuse the change, or
+            don't say within `wait_s` seconds that it is in force.
     """
     from raysandbox.cluster.start import _running
 
     pid = _running(cluster)
     if not pid:
         return False
+    loaded = cluster.run / "loaded.json"
+    wanted = cluster.digest()
     try:
+        loaded.unlink(missing_ok=True)
         os.kill(pid, signal.SIGHUP)
     except ProcessLookupError:
         return False
@@ -65,4 +75,21 @@ def reload_guard(cluster: ClusterDir) -> bool:
             what="runs as another user and was not told of the change",
             remedy="run `raysandbox cluster reload` as that user",
         ) from None
-    return True
+    end = time.monotonic() + wait_s
+    while time.monotonic() < end:
+        with contextlib.suppress(OSError, ValueError):
+            said = json.loads(loaded.read_text())
+            if said["problem"]:
+                raise ClusterError(
+                    where=f"guard, pid {pid}",
+                    what=f"goes on with what it had: {said['problem']}",
+                )
+            if said["digest"] == wanted:
+                print("in force")
+                return True
+        time.sleep(0.05)
+    raise ClusterError(
+        where=f"guard, pid {pid}",
+        what="did not say that the change is in force",
+        remedy=f"look at {cluster.run}/supervisor.log and envoy.log",
+    )

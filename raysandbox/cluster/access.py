@@ -612,7 +612,7 @@ class Access:
             return f"node {name!r} is not in the inventory"
         if entry.quarantined:
             return f"node {name!r} is quarantined"
-        if info.node_manager_address not in entry.addresses:
+        if not entry.has_address(info.node_manager_address):
             return (
                 f"node {name!r} claims address {info.node_manager_address}, the "
                 f"inventory says {', '.join(entry.addresses)}"

@@ -272,7 +272,9 @@ class Fold:
             elif self._of.get(caller, 0) >= PER_CALLER:
                 key = (*caller, "(many)")
             if key[-1] == "(many)":
-                kept: dict[str, Any] = {k: record[k] for k in ("t", "ok") if k in record}
+                kept: dict[str, Any] = {
+                    k: record[k] for k in ("t", "ok") if k in record
+                }
                 if caller[0]:
                     kept |= {k: record[k] for k in ("who", "role") if k in record}
                 if caller[1]:

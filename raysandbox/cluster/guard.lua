@@ -3,7 +3,6 @@
 
 local CLUSTER = "@CLUSTER@"
 local ROOT = "@ROOT@"
-local PER_NODE = @PER_NODE@
 local SYNC = "/ray.rpc.syncer.RaySyncer/StartSync"
 local NEXT_JOB = "/ray.rpc.JobInfoGcsService/GetNextJobID"
 local MARKS = {"x-rsb-uri", "x-rsb-role", "x-rsb-who", "x-rsb-seen"}
@@ -22,7 +21,7 @@ local function identity(ssl)
   if role == nil then return nil, "the certificate's identity is of another cluster" end
   local issuer = ssl:issuerPeerCertificate()
   if role == "worker" then
-    if issuer ~= "CN=workers of " .. name and not (PER_NODE and issuer == ROOT) then
+    if issuer ~= "CN=workers of " .. name then
       return nil, "a worker's certificate from an issuer that is not its node's"
     end
   elseif issuer ~= ROOT then

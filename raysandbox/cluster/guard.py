@@ -138,14 +138,11 @@ def secrets_of(cluster: ClusterDir, crls: bytes) -> dict[str, str]:
 
 def _lua(settings: Settings, root_subject: str) -> str:
     source = resources.files("raysandbox.cluster").joinpath("guard.lua").read_text()
-    per_node = settings.worker_certificates == "per-node"
     # Lua patterns read '-' and '.' as operators.
     cluster = re.sub(r"([.-])", r"%\1", settings.name)
-    return (
-        source.replace("@CLUSTER@", cluster)
-        .replace("@ROOT@", root_subject)
-        .replace("@PER_NODE@", str(per_node).lower())
-    )
+    # As decimal escapes: a CA's name can't end the string that it is put into.
+    root = "".join(f"\\{byte:03d}" for byte in root_subject.encode())
+    return source.replace("@CLUSTER@", cluster).replace("@ROOT@", root)
 
 
 def _who(pattern: str) -> Json:
@@ -687,8 +684,10 @@ def bootstrap(settings: Settings, run: Path) -> Json:
     }  # fmt: skip
 
 
-def write(cluster: ClusterDir, crls: bytes, root_subject: str) -> None:
+def write(cluster: ClusterDir, crls: bytes, root_subject: str, digest: str) -> None:
     """Write every file of the guard; a running one takes the changes up.
+
+    The digest of what the files were made of is the version that Envoy reports.
 
     The listener's file comes last: a revocation closes the connections of the
     old listener, and by then the new CRL must be in force.
@@ -698,4 +697,9 @@ def write(cluster: ClusterDir, crls: bytes, root_subject: str) -> None:
         write_file(run / name, text)
     write_file(run / "envoy.json", json.dumps(bootstrap(settings, run), indent=1))
     lds = listeners(settings, cluster.inventory(), run, root_subject)
+    lds["version_info"] = digest
+    for listener in lds["resources"]:
+        # Without a change in the listener Envoy would keep the connections of
+        # those that were just revoked.
+        listener["metadata"] = {"filter_metadata": {"rsb": {"version": digest}}}
     write_file(run / "lds.json", json.dumps(lds, indent=1))

@@ -32,7 +32,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from raysandbox.cluster import guard, pki, surfaces
+from raysandbox.cluster import guard, pki, running, surfaces
 from raysandbox.cluster.errors import ClusterError
 from raysandbox.cluster.settings import ClusterDir, Settings, read_secret, write_file
 from raysandbox.node import seams
@@ -382,11 +382,15 @@ def start(cluster: ClusterDir, argv: Sequence[str], program: str = "") -> None:
 
     try:
         cli.main(["start", *args], prog_name="raysandbox", standalone_mode=False)
+        running.remember(
+            cluster, [(kind, process.pid) for kind, process in seams.started()]
+        )
         _refuse_open(head)
     except BaseException:
         for _, process in reversed(seams.started()):
             with contextlib.suppress(OSError):
                 process.kill()
+        (cluster.run / "processes.json").unlink(missing_ok=True)
         down(cluster)
         raise
     if "--block" in flags:

@@ -10,7 +10,8 @@ the worker below again when it dies, and one worker with an event loop:
 
 Everything fails closed: without the parent the worker dies, without the worker
 Envoy dies, and an Envoy whose access service is silent answers UNAVAILABLE.
-SIGHUP reloads inventory, access.toml and revocations.
+SIGHUP reloads inventory, access.toml, certificates and revocations;
+``run/loaded.json`` says when they are in force.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from raysandbox.cluster.access import Access, grpc_message
 from raysandbox.cluster.audit import AuditLog, Fold, tail_problem
 from raysandbox.cluster.errors import ClusterError
 from raysandbox.cluster.metrics import Metrics
+from raysandbox.cluster.registry import Registry
 from raysandbox.cluster.settings import ClusterDir, write_file
 
 __all__ = ["main"]
@@ -156,8 +158,20 @@ class NodeWorker:
         """End it."""
 
     def reload(self) -> None:
-        """Read again what may have changed."""
-        self.stock = Stock(self.dir)
+        """Read again what may have changed, and say that it is in force."""
+        digest = self.dir.digest()
+        try:
+            pki.check_workers(self.dir)
+            self.stock = Stock(self.dir)
+        except ClusterError as error:
+            self.loaded(digest, str(error))
+        else:
+            self.loaded(digest)
+
+    def loaded(self, digest: str, problem: str = "") -> None:
+        """Tell whoever asked for a reload what became of it."""
+        text = json.dumps({"digest": digest, "problem": problem})
+        write_file(self.dir.run / "loaded.json", text)
 
     async def _fill(self) -> None:
         while True:
@@ -197,7 +211,7 @@ class HeadWorker(NodeWorker):
         self._pipe = _make_pipe(run / "calls.pipe")
         self._partial = b""
         self._envoy: asyncio.subprocess.Process | None = None
-        self._guard_wanted = True
+        self._reloading: asyncio.Task[None] | None = None
 
     # -- asked by Envoy ---------------------------------------------------------
 
@@ -392,50 +406,74 @@ class HeadWorker(NodeWorker):
                 text = json.dumps({"alert": "audit_not_writable", "policy": policy})
                 asyncio.get_running_loop().run_in_executor(None, self._post, text)
         if policy == "closed":
-            self._admin("/runtime_modify?fault.http.abort.abort_percent=100")
+            self._admin("POST", "/runtime_modify?fault.http.abort.abort_percent=100")
 
     async def _disk_back(self) -> None:
         since, self._closed_since = self._closed_since, 0.0
         self.metrics.writable.set(1)
-        self._admin("/runtime_modify?fault.http.abort.abort_percent=0")
+        self._admin("POST", "/runtime_modify?fault.http.abort.abort_percent=0")
         self.event(
             "audit_writable_again", ok=False, lost=self._lost,
             why=f"not writable for {time.time() - since:.1f} s",
         )  # fmt: skip
         self._lost = 0
 
-    def _admin(self, path: str) -> bool:
-        """POST to Envoy's administration socket, which only we can reach."""
+    def _admin(self, verb: str, path: str) -> str:
+        """Ask Envoy's administration socket, which only we can reach; "" on failure."""
         connection = http.client.HTTPConnection("localhost", timeout=2)
         try:
             with socket.socket(socket.AF_UNIX) as sock:
                 sock.settimeout(2)
                 sock.connect(str(self.dir.admin_socket))
                 connection.sock = sock
-                connection.request("POST", path)
-                return connection.getresponse().status == 200
-        except OSError:
-            return False
+                connection.request(verb, path)
+                answer = connection.getresponse()
+                text = answer.read().decode(errors="replace")
+                return text if answer.status == 200 else ""
+        except (OSError, http.client.HTTPException):
+            return ""
 
     # -- Envoy ----------------------------------------------------------------------
 
-    def write_guard(self) -> None:
+    def write_guard(self, digest: str) -> None:
         """Write the guard's files from the cluster directory."""
         ca = pki.load_chain(self.dir.ca_cert)[0]
-        crls = b"".join(f.read_bytes() for f in sorted(self.dir.trust.glob("*.crl")))
-        guard.write(self.dir, crls, ca.subject.rfc4514_string())
+        pki.check_identity(self.dir, "guard")
+        guard.write(
+            self.dir, Registry(self.dir).crls(), ca.subject.rfc4514_string(), digest
+        )
 
     def reload(self) -> None:
         """Take up inventory, grants and revocations; bad files change nothing."""
+        digest = self.dir.digest()
         try:
-            super().reload()
+            pki.check_workers(self.dir)
             inventory, grants = self.dir.inventory(), self.dir.access()
-            self.write_guard()
+            stock = Stock(self.dir)
+            self.write_guard(digest)
         except (ClusterError, OSError) as error:
             self.alert("reload_failed", why=str(error))
+            self.loaded(digest, str(error))
             return
+        self.stock = stock
         self.access.inventory, self.access.grants = inventory, grants
-        self.event("reloaded")
+        self._reloading = asyncio.get_running_loop().create_task(self._confirm(digest))
+
+    async def _confirm(self, digest: str) -> None:
+        """Wait until Envoy runs the new listeners, or has refused them."""
+        loop = asyncio.get_running_loop()
+        for _ in range(80):
+            text = await loop.run_in_executor(
+                None, self._admin, "GET", "/stats?filter=listener_manager.lds"
+            )
+            if f'lds.version_text: "{digest}"' in text:
+                self.event("reloaded")
+                self.loaded(digest)
+                return
+            await asyncio.sleep(0.05)
+        why = "the guard's program refused the new configuration (envoy.log says why)"
+        self.alert("reload_failed", why=why)
+        self.loaded(digest, why)
 
     async def start(self) -> list[asyncio.Task[None]]:
         """Start the access service, then the guard."""
@@ -448,7 +486,7 @@ class HeadWorker(NodeWorker):
             await loop.create_unix_server(lambda: AccessServer(self), str(path))
         finally:
             os.umask(old)
-        self.write_guard()
+        self.write_guard(self.dir.digest())
         self.event("supervisor_started", pid=os.getpid())
         if self._broken:
             self.alert("audit_broken", why=self._broken)
@@ -541,15 +579,16 @@ class HeadWorker(NodeWorker):
                 who = self.access.nodes.get(node_id)
                 name = (who or "").partition("/")[2]
                 entry = self.access.inventory.nodes.get(name)
-                if who is not None and not (entry and entry.quarantined):
+                listed = entry is not None or self.settings.admission == "observe"
+                if who is not None and listed and not (entry and entry.quarantined):
                     continue
                 if node_id not in told:
                     told.add(node_id)
                     self.alert(
-                        "node_without_admission" if who is None else "quarantined",
+                        "node_without_admission" if who is None else "node_removed",
                         object=f"node {node_id} {address}", who=who or "",
-                        why="in the GCS, and did not pass the guard"
-                        if who is None else "drained",
+                        why="in the GCS, and did not pass the guard" if who is None
+                        else "quarantined" if entry else "not in the inventory",
                     )  # fmt: skip
                 with contextlib.suppress(Exception):
                     await watcher.remove(node_id)

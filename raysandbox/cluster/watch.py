@@ -32,13 +32,18 @@ class Watcher:
 
     async def alive(self) -> dict[str, str]:
         """Return node id → address of every node that the GCS holds alive."""
+        found = await self.alive_with_names()
+        return {node_id: address for node_id, (address, _) in found.items()}
+
+    async def alive_with_names(self) -> dict[str, tuple[str, str]]:
+        """Return node id → address and name of every node that is alive."""
         request: Any = gcs_service_pb2.GetAllNodeInfoRequest
         reply = await self._stub.GetAllNodeInfo(
             request(), metadata=self._metadata, timeout=TIMEOUT_S
         )
         up = gcs_pb2.GcsNodeInfo.ALIVE
         return {
-            info.node_id.hex(): info.node_manager_address
+            info.node_id.hex(): (info.node_manager_address, info.node_name)
             for info in reply.node_info_list
             if info.state == up
         }
