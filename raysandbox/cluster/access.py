@@ -48,9 +48,13 @@ __all__ = ["Access", "Decision", "grpc_message"]
 # The generated module makes its classes when it is imported.
 pb: Any = _pb
 
-FUN, PACKAGE, JOB = b"fun", b"gcs://", b"job"
+FUN, PACKAGE, JOB, USAGE = b"fun", b"gcs://", b"job", b"usage_stats"
 # Written by Ray's own head and read by everybody who starts.
 SHARED = {b"", b"session", b"cluster", b"tracing", b"dashboard", b"healthcheck"}
+# From here on a call takes a place in flight. The end of a call is known when the
+# guard's log says so, some time later: a place for each small call would be held
+# long after it, and small calls are counted by their bucket anyhow.
+LARGE_BYTES = 64 << 10
 # A call that its end was never heard of is given up after this long.
 IN_FLIGHT_S = 120.0
 JOB_BYTES = 4
@@ -274,13 +278,14 @@ class Access:
         now = self._clock()
         limit = self.settings.limits.roles[call.role]  # type: ignore[index]
         caller = self.caller(call.who, call.role)
-        if len(caller.flight) >= limit.in_flight:
+        large = call.reads + call.writes >= LARGE_BYTES
+        if large and len(caller.flight) >= limit.in_flight:
             for request, since in list(caller.flight.items()):
                 if now - since > IN_FLIGHT_S:
                     del caller.flight[request]
             if len(caller.flight) >= limit.in_flight:
                 raise _RefusedError(
-                    f"{limit.in_flight} calls of this identity are in flight",
+                    f"{limit.in_flight} large calls of this identity are in flight",
                     retry=True,
                 )
         if call.writes > limit.write_burst_bytes:
@@ -297,17 +302,21 @@ class Access:
             raise _RefusedError("this identity's bytes per second (write)", retry=True)
         if not caller.reads.take(call.reads, now):
             raise _RefusedError("this identity's bytes per second (read)", retry=True)
-        if call.request_id:
+        if large and call.request_id:
             caller.flight[call.request_id] = now
 
     # -- rules ----------------------------------------------------------------
 
     def _owner(self, call: _Call) -> str:
-        """Return whom the caller acts for: a driver, or its job's owner."""
+        """Return whom the caller acts for: a driver, or its job's owner.
+
+        The head's own job is that of the supervisors of submitted jobs. Each of
+        them runs a user's program beside it, so it acts for itself alone.
+        """
         if call.role != "worker":
             return call.who
-        job = self.bound.get(call.uri)
-        return self.jobs.get(job, "") if job else ""
+        owner = self.jobs.get(self.bound.get(call.uri, ""), "")
+        return call.uri if owner.startswith(SYSTEM) else owner
 
     def _bind(self, call: _Call, job: str) -> None:
         """Refuse a job that is not the caller's; bind a worker that has none."""
@@ -400,6 +409,9 @@ class Access:
             return
         if call.role == "observer":
             raise _RefusedError(f"namespace {_text(namespace)!r} is not for observers")
+        if namespace == JOB and call.role == "worker":
+            self._submission(call, key)
+            return
         known = self.keys.get((namespace, key))
         if known and not self._owns(call, known[0]):
             raise _RefusedError(f"the key belongs to {known[0]}")
@@ -420,11 +432,14 @@ class Access:
                 if known and known[0] != call.who:
                     raise _RefusedError(f"the key belongs to {known[0]}")
                 return
-            if namespace == b"usage_stats" or key.startswith(b"extra_usage_tag"):
+            if namespace == USAGE or key.startswith(b"extra_usage_tag"):
                 return
             raise _RefusedError("a node writes its agent's address alone", alert=True)
         if namespace == JOB:
-            self._write_submission(call, key)
+            self._submission(call, key)
+            return
+        if namespace == USAGE and not getattr(call.ask, "value", b"-"):
+            # Sets of names, an empty value each: nothing to write over.
             return
         if namespace in SHARED and (known is None or known[0].startswith(SYSTEM)):
             if namespace != b"" or known is not None or _reserved(key):
@@ -433,8 +448,8 @@ class Access:
         if known and not self._owns(call, known[0]):
             raise _RefusedError(f"the key belongs to {known[0]}")
 
-    def _write_submission(self, call: _Call, key: bytes) -> None:
-        """A submitted job's state: written by the one worker that supervises it."""
+    def _submission(self, call: _Call, key: bytes) -> None:
+        """A submitted job's state: for the one worker that supervises it."""
         job = self.bound.get(call.uri)
         name = key.hex()
         if job is None or not self.jobs.get(job, "").startswith(SYSTEM):

@@ -89,7 +89,7 @@ class RoleLimit(_Model):
         read_burst_bytes: Size of that bucket.
         write_bytes_per_s: Refill of the bucket of bytes sent in requests.
         write_burst_bytes: Size of that bucket, and so the largest request.
-        in_flight: Calls on keys and actors that may be open at once.
+        in_flight: Calls of 64 KiB and more, sent or read, that may be open at once.
         stored_bytes: Bytes that its keys may hold in the GCS at once.
     """
 
@@ -116,7 +116,7 @@ def _default_limits() -> dict[Role, RoleLimit]:
         read_burst_bytes=512 * MIB,
         write_bytes_per_s=16 * MIB,
         write_burst_bytes=512 * MIB,
-        in_flight=256,
+        in_flight=64,
         stored_bytes=512 * MIB,
     )
     user = RoleLimit(
@@ -126,7 +126,7 @@ def _default_limits() -> dict[Role, RoleLimit]:
         read_burst_bytes=64 * MIB,
         write_bytes_per_s=256 << 10,
         write_burst_bytes=24 * MIB,
-        in_flight=32,
+        in_flight=8,
         stored_bytes=64 * MIB,
     )
     few = user.model_copy(update={"calls_per_s": 20, "calls_burst": 60})
