@@ -17,6 +17,7 @@ import typer
 
 from raysandbox.cli import certs, nodes
 from raysandbox.cli.member import Dir, Json, fail, opened, take_up
+from raysandbox.cluster.audit import plain
 from raysandbox.cluster.errors import ClusterError
 from raysandbox.cluster.settings import ClusterDir
 from raysandbox.errors import RaysandboxError
@@ -122,17 +123,32 @@ def _member(role: Any, name: str, address: str) -> Any:
 
 
 @contextlib.contextmanager
-def _stdout_to_stderr() -> Iterator[None]:
-    """Send what Ray prints to stderr: stdout is for one JSON object."""
+def _output_to(path: Path) -> Iterator[None]:
+    """Send what Ray prints to a file: it tells how to go on with a plain cluster.
+
+    Our own lines in it, and all of it after a failure, go to stderr afterwards.
+    """
+    log = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     sys.stdout.flush()
-    kept = os.dup(1)
-    os.dup2(2, 1)
+    kept = os.dup(1), os.dup(2)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    ours = ("raysandbox: ",)
     try:
         yield
+    except BaseException:
+        ours = ("",)
+        raise
     finally:
         sys.stdout.flush()
-        os.dup2(kept, 1)
-        os.close(kept)
+        sys.stderr.flush()
+        for fd, old in enumerate(kept, 1):
+            os.dup2(old, fd)
+            os.close(old)
+        os.close(log)
+        for line in path.read_text(errors="replace").splitlines()[-40:]:
+            if line.startswith(ours):
+                print(plain(line), file=sys.stderr)
 
 
 @app.command(context_settings={"ignore_unknown_options": True})
@@ -159,7 +175,9 @@ def up(
         address = f"{settings.head_address}:{settings.port}"
         first = ["--head"] if member.role == "head" else [f"--address={address}"]
         began = time.monotonic()
-        with _stdout_to_stderr():
+        print(f"starting {member.role}/{member.name} …", file=sys.stderr, flush=True)
+        directory.run.mkdir(mode=0o700, exist_ok=True)
+        with _output_to(directory.run / "start.log"):
             from raysandbox.cluster.start import start as run
 
             run(directory, [*first, *(arguments or [])])

@@ -15,10 +15,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from raysandbox.cluster.settings import ClusterDir, write_file
+from raysandbox.cluster.surfaces import processes_of
 
-__all__ = ["alive", "remember", "stop"]
+__all__ = ["alive", "exists", "known", "remember", "stop"]
 
 WAIT_S = 15.0
+# For what our processes started, from the moment that we asked them to end.
+GRACE_S = 5.0
 
 
 def _started(pid: int) -> int:
@@ -30,6 +33,11 @@ def _started(pid: int) -> int:
     fields = stat.rpartition(")")[2].split()
     # A zombie has ended; only its parent has not looked yet.
     return 0 if fields[0] == "Z" else int(fields[19])
+
+
+def exists(pid: int) -> bool:
+    """Whether a process runs (a zombie does not)."""
+    return _started(pid) != 0
 
 
 def remember(cluster: ClusterDir, processes: Iterable[tuple[str, int]]) -> None:
@@ -65,6 +73,10 @@ def stop(cluster: ClusterDir, wait_s: float = WAIT_S) -> list[str]:
     What is still there after `wait_s` seconds is killed.
     """
     order = {"raylet": 0, "gcs_server": 2}
+    # The dashboard leaves its own processes behind when it is told to end.
+    family = {
+        pid: _started(pid) for pid in processes_of(pid for _, pid in alive(cluster))
+    }
     running = sorted(alive(cluster), key=lambda item: order.get(item[0], 1))
     end = time.monotonic() + wait_s
     for kind, pid in running:
@@ -76,5 +88,12 @@ def stop(cluster: ClusterDir, wait_s: float = WAIT_S) -> list[str]:
                     os.kill(pid, signal.SIGKILL)
                 break
             time.sleep(0.05)
+    while left := [pid for pid, start in family.items() if _started(pid) == start != 0]:
+        if time.monotonic() > end - wait_s + GRACE_S:
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            break
+        time.sleep(0.05)
     (cluster.run / "processes.json").unlink(missing_ok=True)
     return [kind for kind, _ in running]

@@ -105,7 +105,7 @@ class RoleLimit(_Model):
 
 MIB = 1 << 20
 # Larger than any file of a cluster directory that is read whole.
-MAX_BYTES = 64 * MIB
+MAX_BYTES = 16 * MIB
 
 
 def _default_limits() -> dict[Role, RoleLimit]:
@@ -377,15 +377,12 @@ def _read(path: Path, forbidden: int) -> bytes:
         if not stat.S_ISREG(info.st_mode):
             raise ClusterError(where=str(path), what="is not a plain file")
         _check_owner(path, info, forbidden)
-        data = b""
-        while chunk := os.read(fd, 1 << 16):
-            data += chunk
-            if len(data) > MAX_BYTES:
-                raise ClusterError(
-                    where=str(path), what=f"is larger than {MAX_BYTES} bytes"
-                )
+        with open(fd, "rb", closefd=False) as file:
+            data = file.read(MAX_BYTES + 1)
     finally:
         os.close(fd)
+    if len(data) > MAX_BYTES:
+        raise ClusterError(where=str(path), what=f"is larger than {MAX_BYTES} bytes")
     return data
 
 

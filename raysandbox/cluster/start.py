@@ -250,9 +250,10 @@ def down(cluster: ClusterDir) -> bool:
         return False
     os.kill(pid, signal.SIGTERM)
     end = time.monotonic() + 10
-    while _running(cluster) and time.monotonic() < end:
+    # The pid file goes before the process: wait for the process itself.
+    while running.exists(pid) and time.monotonic() < end:
         time.sleep(0.05)
-    if _running(cluster):
+    if running.exists(pid):
         os.kill(pid, signal.SIGKILL)
     return True
 

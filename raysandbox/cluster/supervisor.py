@@ -542,6 +542,9 @@ class HeadWorker(NodeWorker):
             if envoy is None:
                 return
             code = await envoy.wait()
+            if self._envoy is not envoy:
+                # `stop` ended it.
+                return
             self.alert("guard_died", why=f"exit status {code}; started again")
             await asyncio.sleep(0.1)
             await self._spawn()

@@ -527,7 +527,7 @@ def test_escape_sequences_do_not_reach_the_terminal(tmp_path: Path) -> None:
     log.close()
     assert next(query(path / "audit"))["object"] == hostile
     out = subprocess.run(
-        [sys.executable, "-m", "raysandbox.cli.cluster", "audit", "--cluster",
+        [sys.executable, "-m", "raysandbox", "audit", "--cluster",
          str(path)],
         capture_output=True, env={**os.environ, "PYTHONIOENCODING": "utf-8"},
     )  # fmt: skip
