@@ -665,6 +665,7 @@ def bootstrap(settings: Settings, run: Path) -> Json:
         },
         "dynamic_resources": {"lds_config": lds},
         "static_resources": {"clusters": clusters},
+        "stats_config": {"stats_matcher": {"reject_all": True}},
         "layered_runtime": {
             "layers": [{"name": "admin", "admin_layer": {}}]
         },
