@@ -665,7 +665,10 @@ def bootstrap(settings: Settings, run: Path) -> Json:
         },
         "dynamic_resources": {"lds_config": lds},
         "static_resources": {"clusters": clusters},
-        "stats_config": {"stats_matcher": {"reject_all": True}},
+        "stats_config": {"stats_matcher": {"inclusion_list": {"patterns": [
+            # The one that the supervisor reads after a reload.
+            {"exact": "listener_manager.lds.version_text"}
+        ]}}},
         "layered_runtime": {
             "layers": [{"name": "admin", "admin_layer": {}}]
         },
