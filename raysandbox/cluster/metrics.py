@@ -6,7 +6,13 @@ becomes a label, or strangers could make the page grow without end.
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    disable_created_metrics,
+    generate_latest,
+)
 
 from raysandbox.cluster.settings import ROLES
 
@@ -17,6 +23,8 @@ class Metrics:
     """Counters of one supervisor; they begin at 0 when it starts."""
 
     def __init__(self) -> None:
+        # Twice the lines for what a supervisor's start says once.
+        disable_created_metrics()
         self.registry = CollectorRegistry()
 
         def counter(name: str, text: str, *labels: str) -> Counter:

@@ -51,6 +51,8 @@ FLUSH_S = 0.1
 # A flood of equal refusals is one line a second with a count, or the log would
 # be the next thing to fill up.
 FOLD_S = 1.0
+ALERTS_A_MINUTE = 10
+REGISTER = "/ray.rpc.NodeInfoGcsService/RegisterNode"
 
 
 def _die_with_parent() -> None:
@@ -99,6 +101,25 @@ class AccessServer(asyncio.Protocol):
                     f"HTTP/1.1 {status} {reason}\r\n{extra}"
                     "content-length: 0\r\n\r\n".encode("latin-1", "replace")
                 )
+
+
+class Throttle:
+    """Lets so many through a minute, for each key."""
+
+    def __init__(self, a_minute: int, keys: int = 1000) -> None:
+        self._a_minute, self._keys = a_minute, keys
+        self._since = time.monotonic()
+        self._seen: dict[str, int] = {}
+
+    def pass_(self, key: str) -> bool:
+        """Count one of a key; whether it may be told."""
+        now = time.monotonic()
+        if now - self._since >= 60:
+            self._since, self._seen = now, {}
+        if key not in self._seen and len(self._seen) >= self._keys:
+            key = ""
+        self._seen[key] = self._seen.get(key, 0) + 1
+        return self._seen[key] <= self._a_minute
 
 
 class Stock:
@@ -203,6 +224,7 @@ class HeadWorker(NodeWorker):
             self.settings.audit.keep_files, self.settings.audit.anchor_file,
         )  # fmt: skip
         self.metrics = Metrics()
+        self._throttle = Throttle(ALERTS_A_MINUTE)
         self._verdicts: dict[str, tuple[str, str]] = {}
         self._queue: list[dict[str, Any]] = []
         self._fold = Fold()
@@ -262,8 +284,14 @@ class HeadWorker(NodeWorker):
         self._push({"t": round(time.time(), 6), "event": name, **fields})
 
     def alert(self, name: str, **fields: Any) -> None:
-        """An event that somebody should see now: log, metric, webhook."""
+        """An event that somebody should see now: log, metric, webhook.
+
+        Of one kind about one member, `ALERTS_A_MINUTE` are told; the rest is
+        counted, or a caller could have the webhook flood whoever is on call.
+        """
         self.metrics.alerts.labels(name).inc()
+        if not self._throttle.pass_(f"{name} {fields.get('who', '')}"):
+            return
         self.event(name, alert=True, ok=False, **fields)
         text = json.dumps({"alert": name, "cluster": self.settings.name, **fields})
         print(f"raysandbox alert: {text}", file=sys.stderr, flush=True)
@@ -340,6 +368,16 @@ class HeadWorker(NodeWorker):
             self._push(record)
         else:
             self._fold.add(record)
+            # Whose name is not in the inventory is refused before the access
+            # service is asked, which alerts of the others.
+            if method == REGISTER and details.startswith("rbac_access_denied"):
+                self.alert(
+                    "unexpected_node",
+                    who=who,
+                    source=record["source"],
+                    method=method,
+                    why=why,
+                )
 
     def _handshake(self, entry: dict[str, Any], who: str) -> None:
         self.metrics.handshakes.inc()
@@ -459,6 +497,14 @@ class HeadWorker(NodeWorker):
         self.access.inventory, self.access.grants = inventory, grants
         self._reloading = asyncio.get_running_loop().create_task(self._confirm(digest))
 
+    def _note_ends(self) -> None:
+        """Put the ends of this member's certificates on the page."""
+        for component in pki.COMPONENTS["head"]:
+            with contextlib.suppress(ClusterError):
+                leaf = pki.load_chain(self.dir.cert(component))[0]
+                end = leaf.not_valid_after_utc.timestamp()
+                self.metrics.expires.labels(component).set(end)
+
     async def _confirm(self, digest: str) -> None:
         """Wait until Envoy runs the new listeners, or has refused them."""
         loop = asyncio.get_running_loop()
@@ -468,6 +514,7 @@ class HeadWorker(NodeWorker):
             )
             if f'lds.version_text: "{digest}"' in text:
                 self.event("reloaded")
+                self._note_ends()
                 self.loaded(digest)
                 return
             await asyncio.sleep(0.05)
@@ -487,6 +534,7 @@ class HeadWorker(NodeWorker):
         finally:
             os.umask(old)
         self.write_guard(self.dir.digest())
+        self._note_ends()
         self.event("supervisor_started", pid=os.getpid())
         if self._broken:
             self.alert("audit_broken", why=self._broken)
@@ -593,8 +641,13 @@ class HeadWorker(NodeWorker):
                         why="in the GCS, and did not pass the guard" if who is None
                         else "quarantined" if entry else "not in the inventory",
                     )  # fmt: skip
-                with contextlib.suppress(Exception):
+                try:
                     await watcher.remove(node_id)
+                except Exception as error:  # noqa: BLE001 - gRPC's, of many kinds
+                    self.alert(
+                        "node_not_removed", object=f"node {node_id} {address}",
+                        who=who or "", why=f"{type(error).__name__}: {error}"[:500],
+                    )  # fmt: skip
 
     async def _metrics(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter

@@ -5,7 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import grpc
-from ray.core.generated import gcs_pb2, gcs_service_pb2, gcs_service_pb2_grpc
+from ray.core.generated import (
+    common_pb2,
+    gcs_pb2,
+    gcs_service_pb2,
+    gcs_service_pb2_grpc,
+)
 
 from raysandbox.cluster.settings import ClusterDir, read_secret
 
@@ -52,7 +57,7 @@ class Watcher:
         """Have the GCS count a node as dead; its tasks go elsewhere."""
         request: Any = gcs_service_pb2.UnregisterNodeRequest
         asked = request(node_id=bytes.fromhex(node_id))
-        asked.node_death_info.reason = gcs_pb2.NodeDeathInfo.EXPECTED_TERMINATION
+        asked.node_death_info.reason = common_pb2.NodeDeathInfo.EXPECTED_TERMINATION
         asked.node_death_info.reason_message = "refused by raysandbox admission"
         await self._stub.UnregisterNode(
             asked, metadata=self._metadata, timeout=TIMEOUT_S

@@ -10,10 +10,11 @@ from __future__ import annotations
 import base64
 import datetime as dt
 import json
+import shlex
 import shutil
+import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -185,7 +186,7 @@ def test_certificate_that_proves_nothing_fails_the_handshake(
         builder = pki._builder(
             pki._name("x"), root.cert.subject, key.public_key(), pki._in(5)
         )
-        builder._not_valid_before = dt.datetime.now() + dt.timedelta(hours=1)
+        builder._not_valid_before = dt.datetime.now(dt.timezone.utc).replace(tzinfo=None) + dt.timedelta(hours=1)
         chain = pki.pem(
             builder.add_extension(pki._sans(uri, [ROGUE]), False)
             .sign(root.key, pki.hashes.SHA256())
@@ -456,6 +457,20 @@ def test_guard_takes_a_new_certificate_without_a_restart(cluster: Cluster) -> No
     assert {"head", "n1"} <= cluster.alive()
 
 
+def _shim(cluster: Cluster, host: Host) -> None:
+    """Make a `raysandbox` that runs on a host of the lab."""
+    shim = cluster.lab.path / f"{host.name}-bin"
+    shim.mkdir()
+    kept = ("HOME", "PATH", "PYTHONPATH", "RAY_USAGE_STATS_ENABLED")
+    env = [f"{k}={v}" for k, v in host.env().items() if k in kept]
+    command = shlex.join(host.argv(["env", *env, *RS]))
+    (shim / "raysandbox").write_text(
+        f'#!/bin/sh\ncase "$2" in up) set -- "$@" {shlex.join(SMALL)};; esac\n'
+        f'exec {command} "$@"\n'
+    )
+    (shim / "raysandbox").chmod(0o755)
+
+
 def test_rolling_script_renews_and_restarts_a_node(cluster: Cluster) -> None:
     """
     What `certs rolling` prints is run as it is, with `on` and `copy` for this
@@ -475,28 +490,20 @@ def test_rolling_script_renews_and_restarts_a_node(cluster: Cluster) -> None:
         script = "\n\n".join(
             part for part in script.split("\n\n") if f"echo {line}" not in part
         )
-    enter = " ".join(
-        f"'{a}'" for a in cluster.node.argv(["env", *[
-            f"{k}={v}" for k, v in cluster.node.env().items()
-            if k in ("HOME", "PATH", "PYTHONPATH", "RAY_USAGE_STATS_ENABLED")
-        ], "sh", "-c"])
-    )  # fmt: skip
+    # The operator's commands run on the head, what `on` says on the node.
+    for host in (cluster.head, cluster.node):
+        _shim(cluster, host)
     how = cluster.lab.path / "how"
     how.write_text(
-        'on() { shift; case "$*" in *" up "*) set -- "$* -- --num-cpus=1 '
-        f'--object-store-memory=80000000";; esac; {enter} "$*"; }}\n'
+        f"on() {{ shift; PATH={cluster.lab.path}/n1-bin:$PATH; eval \"$*\"; }}\n"
         'copy() { cp -r "$1/." "$3/"; }\n'
-        f'raysandbox() {{ {sys.executable} -m raysandbox "$@"; }}\n'
     )
-    shim = cluster.lab.path / "bin"
-    shim.mkdir()
-    (shim / "raysandbox").write_text(f'#!/bin/sh\nexec {sys.executable} -m raysandbox "$@"\n')
-    (shim / "raysandbox").chmod(0o755)
-    how.write_text(how.read_text().replace("'PATH=", f"'PATH={shim}:"))
-    (cluster.lab.path / "rolling.sh").write_text(script)
-    out = cluster.head.run(
-        "sh", str(cluster.lab.path / "rolling.sh"),
-        env={"ROLLING_HOW": str(how)}, timeout_s=120, check=False,
+    out = subprocess.run(
+        ["sh", "-c", script], capture_output=True, text=True, timeout=120,
+        env={
+            "PATH": f"{cluster.lab.path}/head-bin:/usr/bin:/bin",
+            "ROLLING_HOW": str(how), "TMPDIR": str(cluster.lab.path),
+        },
     )  # fmt: skip
     assert out.returncode == 0, out.stdout + out.stderr
     new = _of(there / "identity" / "raylet.pem")

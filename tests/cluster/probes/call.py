@@ -30,7 +30,8 @@ def main() -> None:
     said = []
     with grpc.secure_channel(address, credentials) as channel:
         for method, kind, fields in zip(rest[::3], rest[1::3], rest[2::3]):
-            message: Any = json_format.ParseDict(json.loads(fields), getattr(pb, kind)())
+            message: Any = getattr(pb, kind)()
+            json_format.ParseDict(json.loads(fields), message)
             call = channel.unary_unary(method)
             try:
                 answer = call(
@@ -38,7 +39,7 @@ def main() -> None:
                 )
                 said.append({"code": "OK", "details": "", "bytes": len(answer)})
             except grpc.RpcError as error:
-                why = dict(error.initial_metadata() or ()).get("x-rsb-why", "")
+                why = dict(error.trailing_metadata() or ()).get("x-rsb-why", "")
                 said.append(
                     {
                         "code": error.code().name,

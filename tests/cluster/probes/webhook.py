@@ -1,6 +1,6 @@
 """A webhook's receiver on loopback: appends each body to a file.
 
-    webhook.py PORT FILE
+Arguments: the port and the file.
 """
 
 from __future__ import annotations
