@@ -201,12 +201,29 @@ def env(
             print(f"raysandbox: warning: {warning}", file=sys.stderr)
     except ClusterError as error:
         _fail(error)
+    if member.role == "driver" and not _raylet_here():
+        print(
+            "raysandbox: warning: no node of a cluster runs on this machine, and Ray's "
+            "drivers work through one: start one here (`raysandbox start`, with "
+            "--num-cpus=0 if it is to run no tasks), or submit a job",
+            file=sys.stderr,
+        )
     wanted = opened.tls_env(component)
     wanted["RAY_ADDRESS"] = f"{settings.head_address}:{settings.port}"
     if command:
         os.execvpe(command[0], command, {**os.environ, **wanted})  # noqa: S606
     for key, value in wanted.items():
         print(f"export {key}='{value}'")
+
+
+def _raylet_here() -> bool:
+    for comm in Path("/proc").glob("[0-9]*/comm"):
+        try:
+            if comm.read_text() == "raylet\n":
+                return True
+        except OSError:
+            continue
+    return False
 
 
 @certs.command()
