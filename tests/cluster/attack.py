@@ -78,6 +78,17 @@ def call(gcs: Gcs, path: str, body: str = "") -> dict[str, Any]:
     return {"answer": gcs.raw(path, bytes.fromhex(body)).hex()[:200]}
 
 
+def call_all(gcs: Gcs, paths: list[str]) -> dict[str, Any]:
+    """Call each method without arguments."""
+    return {"codes": {path: outcome(_discard, gcs, path, b"")["code"] for path in paths}}
+
+
+def short_ids(gcs: Gcs) -> None:
+    """Ask about an actor whose identifier is one byte long."""
+    ask = pb.GetActorInfoRequest(actor_id=b"x")
+    gcs.raw(ACTOR + "GetActorInfo", ask.SerializeToString())
+
+
 def register_node(gcs: Gcs, node: dict[str, Any]) -> dict[str, Any]:
     """Register a node that does not exist."""
     node_id = hashlib.sha224(os.urandom(8)).digest()

@@ -170,6 +170,11 @@ class Host:
             os.kill(self.pid, signal.SIGKILL)
         self._holder.wait(timeout=10)
 
+    def reboot(self) -> None:
+        """End everything here and start the machine again."""
+        self.kill()
+        self.boot()
+
     def close(self) -> None:
         """End the host for good."""
         with contextlib.suppress(Exception):
