@@ -12,7 +12,7 @@ identity, method and content.
     pki         CA, leaf certificates, worker certificates, CRL, CSR
     methods     which role may call which method of the GCS
     guard       settings -> Envoy's bootstrap, listeners and clusters (pure)
-    requests    the bytes of a GCS request -> what it asks for (pure)
+    shapes      identifiers of a request that the GCS would abort on (pure)
     access      identity + request + what is known -> allowed or why not (pure)
     audit       hash-chained log, its rotation, queries and verification
     watch       nodes in the GCS that did not pass the guard

@@ -31,9 +31,9 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from google.protobuf.message import DecodeError
-from ray.core.generated import gcs_service_pb2 as _pb
+from ray.core.generated import common_pb2, pubsub_pb2
 
-from raysandbox.cluster.methods import STREAM
+from raysandbox.cluster.methods import CONTENT, STREAM
 from raysandbox.cluster.settings import (
     Access as Grants,
 )
@@ -42,15 +42,20 @@ from raysandbox.cluster.settings import (
     RoleLimit,
     Settings,
 )
+from raysandbox.cluster.shapes import flaw, request_types
 
 __all__ = ["Access", "Decision", "grpc_message"]
 
-# The generated module makes its classes when it is imported.
-pb: Any = _pb
+# Generated modules make their names when they are imported.
+_pubsub: Any = pubsub_pb2
+_common: Any = common_pb2
 
 FUN, PACKAGE, JOB, USAGE = b"fun", b"gcs://", b"job", b"usage_stats"
 # Written by Ray's own head and read by everybody who starts.
-SHARED = {b"", b"session", b"cluster", b"tracing", b"dashboard", b"healthcheck"}
+SHARED = {
+    b"", b"session", b"cluster", b"tracing", b"dashboard", b"healthcheck",
+    b"__autoscaler",
+}  # fmt: skip
 # From here on a call takes a place in flight. The end of a call is known when the
 # guard's log says so, some time later: a place for each small call would be held
 # long after it, and small calls are counted by their bucket anyhow.
@@ -58,6 +63,7 @@ LARGE_BYTES = 64 << 10
 # A call that its end was never heard of is given up after this long.
 IN_FLIGHT_S = 120.0
 JOB_BYTES = 4
+ACTOR_CREATION = _common.ACTOR_CREATION_TASK
 SYSTEM = "head/"
 
 
@@ -173,7 +179,11 @@ class Access:
         self.actors: dict[str, str] = {}
         self.keys: dict[tuple[bytes, bytes], tuple[str, int, bytes]] = {}
         self.submissions: dict[str, str] = {}
+        self.workers: dict[str, str] = {}
+        self.added: dict[str, str] = {}
+        self._adding: dict[str, tuple[str, str]] = {}
         self._callers: dict[str, _Caller] = {}
+        self._kinds = request_types(CONTENT)
         self._rules: dict[str, Callable[[_Call], None]] = _rules(self)
 
     # -- what becomes known ---------------------------------------------------
@@ -182,6 +192,11 @@ class Access:
         """A job's number was given to an identity."""
         job = number.to_bytes(JOB_BYTES, "little").hex()
         self._fact("jobs", job, uri if "/worker/" in uri else _who(uri))
+
+    def learn_added(self, request_id: str) -> None:
+        """The GCS has answered an AddJob: it has the job now."""
+        if known := self._adding.pop(request_id, None):
+            self._fact("added", *known)
 
     def replay(self, facts: Iterable[list[Any]]) -> None:
         """Take back what a former process wrote to the journal."""
@@ -243,17 +258,18 @@ class Access:
         call = _Call(uri, method, body, request_id, node_id, source)
         about = ""
         try:
-            rule = self._rules.get(method)
-            if rule is None:
-                raise _RefusedError(f"{method} is not one that the guard knows")
             if method != STREAM:
-                kind = _KINDS[method]
+                kind = self._kinds.get(method)
+                if kind is None:
+                    raise _RefusedError(f"{method} is not one that the guard knows")
                 try:
                     call.ask = kind.FromString(grpc_message(body))
                 except (ValueError, DecodeError) as error:
                     raise _RefusedError(f"malformed request: {error}") from None
+                if problem := flaw(call.ask):
+                    raise _RefusedError(f"malformed request: {problem}")
             about = call.about()
-            rule(call)
+            self._rules.get(method, self.shape_only)(call)
             if call.charge:
                 self._charge(call)
         except _RefusedError as refused:
@@ -538,7 +554,16 @@ class Access:
             self._bind(call, job)
         elif not self._same_owner(call, job):
             raise _RefusedError(f"job {job} is not a job of {call.who}")
+        # The GCS aborts on a task of another kind, on a caller without an id, without
+        # a namespace, and on a job that it does not have yet.
+        if spec.type != ACTOR_CREATION:
+            raise _RefusedError("the task is not one that makes an actor")
+        if not (spec.caller_address.worker_id and spec.caller_address.node_id):
+            raise _RefusedError("the task has no caller")
+        self._added(job)
         made = spec.actor_creation_task_spec
+        if not made.ray_namespace:
+            raise _RefusedError("the actor has no namespace")
         if made.actor_id.hex()[-2 * JOB_BYTES :] != job:
             raise _RefusedError("the actor's id names another job")
         if made.name:
@@ -547,6 +572,10 @@ class Access:
                     f"namespace {made.ray_namespace!r} is another driver's"
                 )
             self._fact("actors", made.actor_id.hex(), made.ray_namespace)
+
+    def _added(self, job: str) -> None:
+        if job not in self.added:
+            raise _RefusedError(f"job {job} has not begun", retry=True)
 
     def placement_group(self, call: _Call) -> None:
         """Placement groups are made and removed by their job's owner."""
@@ -562,13 +591,46 @@ class Access:
             if spec.creator_job_id != spec.placement_group_id[-JOB_BYTES:]:
                 raise _RefusedError("the placement group's id names another job")
             job = spec.creator_job_id.hex()
+            self._added(job)
+            # The GCS aborts on a bundle that asks for nothing.
+            for bundle in spec.bundles:
+                amounts = list(bundle.unit_resources.values())
+                if not amounts or not all(0 < a < math.inf for a in amounts):
+                    raise _RefusedError("a bundle asks for nothing, or for no amount")
         else:
             job = ask.placement_group_id[-JOB_BYTES:].hex()
         if not self._same_owner(call, job):
             raise _RefusedError(f"the placement group belongs to job {job}")
 
-    def next_job(self, call: _Call) -> None:
-        """Anybody whose role has the method may begin a job."""
+    def shape_only(self, call: _Call) -> None:
+        """What is well-formed may be asked, and stores nothing for long."""
+        call.reads = call.body_bytes
+
+    def task_events(self, call: _Call) -> None:
+        """Events of tasks that are named: the GCS aborts on one that is not."""
+        data = call.ask.data
+        for item in (*data.events_by_task, *data.dropped_task_attempts):
+            if not item.task_id:
+                raise _RefusedError("malformed request: an event of no task")
+        call.reads = call.body_bytes
+
+    def publish(self, call: _Call) -> None:
+        """Errors and, from nodes, logs and usage: the GCS crashes on others."""
+        ask: Any = call.ask
+        for message in ask.pub_messages:
+            inner = message.WhichOneof("inner_message")
+            channel = message.channel_type
+            if (channel, inner) == (ERROR_CHANNEL, "error_info_message"):
+                continue
+            if (channel, inner) in NODE_CHANNELS and call.role in ("head", "node"):
+                continue
+            raise _RefusedError(f"{call.role} may not publish {inner} on {channel}")
+        call.reads = call.body_bytes
+
+    def own_worker(self, call: _Call) -> None:
+        """A worker that the GCS knows, and the caller is: it crashes on others."""
+        if self.workers.get(call.ask.worker_id.hex()) != call.uri:
+            raise _RefusedError("the worker is not the caller")
 
     def add_job(self, call: _Call) -> None:
         """A node registers the jobs of the drivers that run on it."""
@@ -581,6 +643,7 @@ class Access:
         if self.job_node.get(job, call.who) != call.who:
             raise _RefusedError(f"job {job} was added by {self.job_node[job]}")
         namespace = data.config.ray_namespace
+        self._adding[call.request_id] = job, call.who
         self._fact("job_node", job, call.who)
         self._fact("job_namespace", job, namespace)
         if namespace and namespace not in self.namespaces:
@@ -595,6 +658,10 @@ class Access:
     def worker_info(self, call: _Call) -> None:
         """Workers report themselves, nodes their own workers' ends."""
         ask: Any = call.ask
+        if call.method.endswith("AddWorkerInfo"):
+            worker = ask.worker_data.worker_address.worker_id.hex()
+            if self.workers.setdefault(worker, call.uri) != call.uri:
+                raise _RefusedError("the worker id is another worker's")
         if call.role == "driver":
             return
         data = ask.worker_data if call.role == "worker" else None
@@ -733,38 +800,18 @@ def _reserved(key: bytes) -> bool:
 _KV = "/ray.rpc.InternalKVGcsService/InternalKV"
 _ACTOR = "/ray.rpc.ActorInfoGcsService/"
 _GROUP = "/ray.rpc.PlacementGroupInfoGcsService/"
-_KINDS: dict[str, Any] = {
-    **{
-        _KV + name: getattr(pb, f"InternalKV{name}Request")
-        for name in ("Get", "MultiGet", "Put", "Del", "Exists", "Keys")
-    },
-    _ACTOR + "CreateActor": pb.CreateActorRequest,
-    _ACTOR + "RegisterActor": pb.RegisterActorRequest,
-    _ACTOR + "GetNamedActorInfo": pb.GetNamedActorInfoRequest,
-    _ACTOR + "ListNamedActors": pb.ListNamedActorsRequest,
-    _ACTOR + "KillActorViaGcs": pb.KillActorViaGcsRequest,
-    _ACTOR + "ReportActorOutOfScope": pb.ReportActorOutOfScopeRequest,
-    _ACTOR + "RestartActorForLineageReconstruction": (
-        pb.RestartActorForLineageReconstructionRequest
-    ),
-    _GROUP + "CreatePlacementGroup": pb.CreatePlacementGroupRequest,
-    _GROUP + "GetNamedPlacementGroup": pb.GetNamedPlacementGroupRequest,
-    _GROUP + "RemovePlacementGroup": pb.RemovePlacementGroupRequest,
-    "/ray.rpc.JobInfoGcsService/AddJob": pb.AddJobRequest,
-    "/ray.rpc.JobInfoGcsService/GetNextJobID": pb.GetNextJobIDRequest,
-    "/ray.rpc.JobInfoGcsService/MarkJobFinished": pb.MarkJobFinishedRequest,
-    "/ray.rpc.NodeInfoGcsService/RegisterNode": pb.RegisterNodeRequest,
-    "/ray.rpc.NodeInfoGcsService/UnregisterNode": pb.UnregisterNodeRequest,
-    "/ray.rpc.WorkerInfoGcsService/AddWorkerInfo": pb.AddWorkerInfoRequest,
-    "/ray.rpc.WorkerInfoGcsService/ReportWorkerFailure": (
-        pb.ReportWorkerFailureRequest
-    ),
+_PUBSUB = "/ray.rpc.ObservabilityPubSubService/"
+_WORKER = "/ray.rpc.WorkerInfoGcsService/"
+ERROR_CHANNEL = _pubsub.RAY_ERROR_INFO_CHANNEL
+NODE_CHANNELS = {
+    (_pubsub.RAY_LOG_CHANNEL, "log_batch_message"),
+    (_pubsub.RAY_NODE_RESOURCE_USAGE_CHANNEL, "node_resource_usage_message"),
 }
 
 
 def _rules(access: Access) -> dict[str, Callable[[_Call], None]]:
     return {
-        **{m: access.kv for m in _KINDS if m.startswith(_KV)},
+        **{m: access.kv for m in CONTENT if m.startswith(_KV)},
         _ACTOR + "CreateActor": access.new_actor,
         _ACTOR + "RegisterActor": access.new_actor,
         _ACTOR + "GetNamedActorInfo": access.named_actor,
@@ -776,11 +823,14 @@ def _rules(access: Access) -> dict[str, Callable[[_Call], None]]:
         _GROUP + "GetNamedPlacementGroup": access.placement_group,
         _GROUP + "RemovePlacementGroup": access.placement_group,
         "/ray.rpc.JobInfoGcsService/AddJob": access.add_job,
-        "/ray.rpc.JobInfoGcsService/GetNextJobID": access.next_job,
         "/ray.rpc.JobInfoGcsService/MarkJobFinished": access.finish_job,
         "/ray.rpc.NodeInfoGcsService/RegisterNode": access.register_node,
         "/ray.rpc.NodeInfoGcsService/UnregisterNode": access.unregister_node,
-        "/ray.rpc.WorkerInfoGcsService/AddWorkerInfo": access.worker_info,
-        "/ray.rpc.WorkerInfoGcsService/ReportWorkerFailure": access.worker_info,
+        "/ray.rpc.TaskInfoGcsService/AddTaskEventData": access.task_events,
+        _PUBSUB + "GcsPublish": access.publish,
+        _WORKER + "AddWorkerInfo": access.worker_info,
+        _WORKER + "ReportWorkerFailure": access.worker_info,
+        _WORKER + "UpdateWorkerDebuggerPort": access.own_worker,
+        _WORKER + "UpdateWorkerNumPausedThreads": access.own_worker,
         STREAM: access.sync,
     }

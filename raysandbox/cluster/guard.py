@@ -264,9 +264,6 @@ def _ext_authz(settings: Settings) -> Json:
             "server_uri": {
                 "uri": "http://access/", "cluster": "access", "timeout": "5s"
             },
-            "authorization_response": {
-                "allowed_client_headers": {"patterns": [{"prefix": "x-rsb-why"}]}
-            },
         },
         allowed_headers={"patterns": exact},
         transport_api_version="V3",

@@ -24,7 +24,7 @@ class Metrics:
 
     def __init__(self) -> None:
         # Twice the lines for what a supervisor's start says once.
-        disable_created_metrics()
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
 
         def counter(name: str, text: str, *labels: str) -> Counter:

@@ -94,13 +94,13 @@ class AccessServer(asyncio.Protocol):
             body = bytes(self._buffer[:length])
             del self._buffer[:length]
             self._head = None
-            status, extra = self._worker.answer(path, headers, body)
+            status, why = self._worker.answer(path, headers, body)
             reason = "OK" if status == 200 else "No"
+            # What the caller of a refused call reads as its error.
+            text = f"raysandbox: {why}".encode() if why else b""
+            head = f"HTTP/1.1 {status} {reason}\r\ncontent-length: {len(text)}\r\n\r\n"
             if self._transport is not None:
-                self._transport.write(
-                    f"HTTP/1.1 {status} {reason}\r\n{extra}"
-                    "content-length: 0\r\n\r\n".encode("latin-1", "replace")
-                )
+                self._transport.write(head.encode() + text)
 
 
 class Throttle:
@@ -250,8 +250,11 @@ class HeadWorker(NodeWorker):
                 self.access.learn_job(uri, reply.job_id)
                 return 200, ""
             request_id = headers.get("x-request-id", "")
+            if path == "/added" and headers.get("host") == "access":
+                self.access.learn_added(request_id)
+                return 200, ""
             if headers.get("grpc-encoding", "identity") != "identity":
-                return 403, "x-rsb-why: compressed requests can't be checked\r\n"
+                return 403, "compressed requests can't be checked"
             decision = self.access.decide(
                 uri=uri, method=path, body=body, request_id=request_id,
                 node_id=headers.get("node_id", ""),
@@ -262,19 +265,23 @@ class HeadWorker(NodeWorker):
             return 503, "x-rsb-why: the guard's disk\r\n"
         except Exception as error:  # noqa: BLE001 - our bug must refuse, not pass
             self.event("access_error", why=f"{type(error).__name__}: {error}")
-            return 403, "x-rsb-why: internal error of the guard\r\n"
+            return 403, "internal error of the guard"
         self._verdicts[request_id] = (decision.object, decision.why)
         if decision.alert:
             self.alert(
                 "unexpected_node" if "RegisterNode" in path else "odd_call",
+<<<<<<< HEAD
                 who="/".join(uri.split("/")[3:]), method=path,
                 object=decision.object, why=decision.why or decision.note,
                 refused=not decision.allowed,
+=======
+                who=_short(uri), method=path, object=decision.object, why=decision.why,
+>>>>>>> guard
             )  # fmt: skip
         if decision.allowed:
             return 200, ""
         why = decision.why.replace("\r", " ").replace("\n", " ")[:300]
-        return (503 if decision.retry else 403), f"x-rsb-why: {why}\r\n"
+        return (503 if decision.retry else 403), why
 
     # -- events -------------------------------------------------------------------
 
@@ -338,7 +345,7 @@ class HeadWorker(NodeWorker):
 
     def _logged(self, entry: dict[str, Any]) -> None:
         uri = str(entry.get("uri", ""))
-        who = "/".join(uri.removeprefix("spiffe://").split("/")[1:])
+        who = _short(uri)
         method = entry.get("method")
         if method is None:
             self._handshake(entry, who)
@@ -380,8 +387,16 @@ class HeadWorker(NodeWorker):
                 )
 
     def _handshake(self, entry: dict[str, Any], who: str) -> None:
+<<<<<<< HEAD
         self.metrics.handshakes.inc()
         self._fold.add(
+=======
+        if "system_library" in str(entry.get("tls", "")):
+            # A peer that hung up: nobody refused it.
+            return
+        self.counts["rsb_handshakes_refused_total",] += 1
+        self._fold(
+>>>>>>> guard
             {
                 "t": float(entry["t"]), "event": "handshake_refused", "who": who,
                 "source": str(entry.get("source", "")), "ok": False,
@@ -591,7 +606,10 @@ class HeadWorker(NodeWorker):
                 return
             code = await envoy.wait()
             if self._envoy is not envoy:
+<<<<<<< HEAD
                 # `stop` ended it.
+=======
+>>>>>>> guard
                 return
             self.alert("guard_died", why=f"exit status {code}; started again")
             await asyncio.sleep(0.1)
@@ -683,6 +701,11 @@ def _why(details: str) -> str:
     if details.startswith("http2.") and "remote_reset" not in details:
         return f"malformed: {details}"
     return ""
+
+
+def _short(uri: str) -> str:
+    """Return role/name/component of an identity's URI."""
+    return "/".join(uri.removeprefix("spiffe://").split("/")[1:])
 
 
 def _facts(lines: Any) -> Any:

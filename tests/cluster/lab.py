@@ -170,6 +170,11 @@ class Host:
             os.kill(self.pid, signal.SIGKILL)
         self._holder.wait(timeout=10)
 
+    def reboot(self) -> None:
+        """End everything here and start the machine again."""
+        self.kill()
+        self.boot()
+
     def close(self) -> None:
         """End the host for good."""
         with contextlib.suppress(Exception):
@@ -182,6 +187,8 @@ class Lab:
     def __init__(self) -> None:
         self.path = Path(tempfile.mkdtemp(prefix="rsb-lab-", dir="/var/tmp"))
         self.hosts: dict[str, Host] = {}
+        # By host: where its drivers find their cluster.
+        self.where: dict[str, str] = {}
         # Its standard input ends with us, whatever ends us.
         self._janitor = subprocess.Popen(
             ["sh", "-c", 'read _; exec rm -rf "$0"', str(self.path)],
@@ -204,8 +211,8 @@ class Lab:
     def sniff(self, file: Path) -> subprocess.Popen[bytes]:
         """Start tcpdump on the lab's bridge, every byte of each packet, to `file`."""
         process = subprocess.Popen(
-            ["nsenter", "-t", str(self.switch), "--net", "--", "tcpdump", "-i", "br0", "-s", "0",
-             "-U", "-Z", "root", "-w", str(file)],
+            ["nsenter", "-t", str(self.switch), "--net", "--",
+             "tcpdump", "-i", "br0", "-s", "0", "-U", "-Z", "root", "-w", str(file)],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE, preexec_fn=_die_with_parent,
         )  # fmt: skip

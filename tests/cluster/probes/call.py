@@ -1,9 +1,9 @@
-"""Calls a method of the GCS as whoever the arguments say; answers with JSON.
+"""Calls methods of the GCS as whoever each line of standard input says.
 
-    call.py ADDRESS CA CERT KEY TOKEN METHOD [KIND JSON]…
-
-The last two may come again. CERT and KEY may be ``-`` for none. KIND is the
-request's message of gcs_service_pb2, JSON its fields.
+A line is a JSON object: ``address``, ``ca``, ``cert``, ``key`` (paths, the last
+two may be null), ``token`` (path), ``method``, ``kind`` (a request's message of
+gcs_service_pb2) and ``fields`` (of that message, as JSON). Each is answered with
+a line: ``code``, ``details``, ``bytes``.
 """
 
 from __future__ import annotations
@@ -18,37 +18,37 @@ from google.protobuf import json_format
 from ray.core.generated import gcs_service_pb2 as pb
 
 
-def main() -> None:
-    """Make the calls and print a list of code, details, bytes."""
-    address, ca, cert, key, token, *rest = sys.argv[1:]
+def _read(path: str | None) -> bytes | None:
+    return None if path is None else Path(path).read_bytes()
+
+
+def call(ask: dict[str, Any]) -> dict[str, Any]:
+    """Make one call on a connection of its own."""
     credentials = grpc.ssl_channel_credentials(
-        Path(ca).read_bytes(),
-        None if key == "-" else Path(key).read_bytes(),
-        None if cert == "-" else Path(cert).read_bytes(),
+        _read(ask["ca"]), _read(ask["key"]), _read(ask["cert"])
     )
-    metadata = [("authorization", f"Bearer {Path(token).read_text().strip()}")]
-    said = []
-    with grpc.secure_channel(address, credentials) as channel:
-        for method, kind, fields in zip(rest[::3], rest[1::3], rest[2::3]):
-            message: Any = getattr(pb, kind)()
-            json_format.ParseDict(json.loads(fields), message)
-            call = channel.unary_unary(method)
-            try:
-                answer = call(
-                    message.SerializeToString(), timeout=8, metadata=metadata
-                )
-                said.append({"code": "OK", "details": "", "bytes": len(answer)})
-            except grpc.RpcError as error:
-                why = dict(error.trailing_metadata() or ()).get("x-rsb-why", "")
-                said.append(
-                    {
-                        "code": error.code().name,
-                        "details": f"{error.details()} {why}",
-                        "bytes": 0,
-                    }
-                )
-    print(json.dumps(said))
+    token = Path(ask["token"]).read_text().strip()
+    message: Any = getattr(pb, ask["kind"])()
+    json_format.ParseDict(ask["fields"], message)
+    # Without this, gRPC would use the connection of an equal channel again.
+    options = [("grpc.use_local_subchannel_pool", 1)]
+    with grpc.secure_channel(ask["address"], credentials, options) as channel:
+        try:
+            answer = channel.unary_unary(ask["method"])(
+                message.SerializeToString(),
+                timeout=8,
+                metadata=[("authorization", f"Bearer {token}")],
+            )
+        except grpc.RpcError as error:
+            why = dict(error.trailing_metadata() or ()).get("x-rsb-why", "")
+            return {
+                "code": error.code().name,
+                "details": f"{error.details()} {why}",
+                "bytes": 0,
+            }
+    return {"code": "OK", "details": "", "bytes": len(answer)}
 
 
 if __name__ == "__main__":
-    main()
+    for line in sys.stdin:
+        print(json.dumps(call(json.loads(line))), flush=True)
