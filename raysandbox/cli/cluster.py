@@ -273,11 +273,7 @@ def env(
         for warning in pki.check_identity(directory, component):
             print(f"raysandbox: warning: {warning}", file=sys.stderr)
     except ClusterError as error:
-<<<<<<< HEAD
         fail(error)
-    wanted = directory.tls_env(component)
-=======
-        _fail(error)
     if member.role == "driver" and not _raylet_here():
         print(
             "raysandbox: warning: no node of a cluster runs on this machine, and Ray's "
@@ -285,8 +281,7 @@ def env(
             "--num-cpus=0 if it is to run no tasks), or submit a job",
             file=sys.stderr,
         )
-    wanted = opened.tls_env(component)
->>>>>>> guard
+    wanted = directory.tls_env(component)
     wanted["RAY_ADDRESS"] = f"{settings.head_address}:{settings.port}"
     if command:
         try:
@@ -294,10 +289,7 @@ def env(
         except OSError as error:
             fail(ClusterError(where=command[0], what=str(error.strerror)))
     for key, value in wanted.items():
-<<<<<<< HEAD
         print(f"export {key}={shlex.quote(value)}")
-=======
-        print(f"export {key}='{value}'")
 
 
 def _raylet_here() -> bool:
@@ -308,151 +300,6 @@ def _raylet_here() -> bool:
         except OSError:
             continue
     return False
-
-
-@certs.command()
-def issue(
-    role: str, name: str, out: Annotated[Path, typer.Option(help="directory to make")],
-    cluster: Dir, address: Addresses = [],  # noqa: B006 - typer copies it
-    days: float = 365,
-) -> None:  # fmt: skip
-    """Issue a member's identity into a directory of its own."""
-    registry = _registry(cluster)
-    try:
-        for uri in registry.issue(role, name, address, out, days):
-            print(uri)
-    except ClusterError as error:
-        _fail(error)
-    if role in ("head", "node"):
-        print(f"`raysandbox cluster nodes add {name}` lets it join", file=sys.stderr)
-
-
-@certs.command("list")
-def list_(cluster: Dir, as_json: Json = False) -> None:
-    """List issued certificates; exit 1 if one ends within 30 days."""
-    from raysandbox.cluster.pki import describe
-
-    records = _registry(cluster).records()
-    if as_json:
-        print(json.dumps([{**r.as_json(), "state": r.state()} for r in records]))
-    else:
-        table = Table("identity", "addresses", "until", "state")
-        for record in records:
-            table.add_row(
-                describe(record), " ".join(record.addresses), record.end[:10],
-                record.state(),
-            )  # fmt: skip
-        Console().print(table)
-    if any(r.state() in ("expiring", "expired") for r in records):
-        raise typer.Exit(1)
-
-
-@certs.command()
-def renew(
-    member: Annotated[str, typer.Argument(help="role/name")],
-    out: Annotated[Path, typer.Option(help="the member's directory")],
-    cluster: Dir,
-    days: float = 365,
-) -> None:
-    """Issue a member's certificates again, in place.
-
-    The guard takes its new one up at once (`cluster reload`), new workers theirs
-    by themselves. Ray reads certificates for new connections and servers when
-    they are made, so raylet and GCS take theirs up when their node restarts:
-    renew one node after the other and restart each before its old one ends.
-    """
-    from raysandbox.cluster.settings import ClusterDir
-
-    registry = _registry(cluster)
-    role, _, name = member.partition("/")
-    try:
-        mine = [
-            r for r in registry.records()
-            if r.uri.split("/")[3:5] == [role, name] and not r.revoked
-        ]  # fmt: skip
-        if not mine:
-            raise ClusterError(where=member, what="has no certificate to renew")
-        target = ClusterDir(out)
-        registry.issue(role, name, list(mine[-1].addresses), target.path, days)
-    except ClusterError as error:
-        _fail(error)
-    _reload(cluster)
-    print(f"{member} renewed until {registry.records()[-1].end[:10]}")
-
-
-@certs.command()
-def revoke(
-    member: Annotated[str, typer.Argument(help="role/name, or an identity")],
-    cluster: Dir,
-) -> None:
-    """Revoke a member; the guard closes its connections."""
-    registry = _registry(cluster)
-    try:
-        for uri in registry.revoke(member):
-            print(f"revoked {uri}")
-    except ClusterError as error:
-        _fail(error)
-    _reload(cluster)
-
-
-@certs.command()
-def csr(
-    role: str, name: str, out: Annotated[Path, typer.Option(help="directory to make")],
-    cluster: Dir, address: Addresses = [],  # noqa: B006 - typer copies it
-) -> None:  # fmt: skip
-    """Make keys and signing requests for an external CA."""
-    from raysandbox.cluster import pki
-    from raysandbox.cluster.settings import write_file
-
-    registry = _registry(cluster)
-    try:
-        pki.check_member(role, name, address)
-        out.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for component in pki.COMPONENTS[role]:
-            uri = f"spiffe://{registry.name}/{role}/{name}/{component}"
-            key, request = pki.make_csr(uri, address)
-            write_file(out / f"{component}.key", key)
-            write_file(out / f"{component}.csr", request, 0o644)
-            print(f"{out / component}.csr  {uri}")
-    except ClusterError as error:
-        _fail(error)
-
-
-@certs.command("import")
-def import_(
-    source: Annotated[Path, typer.Argument(help="directory with .key and .pem files")],
-    cluster: Dir,
-) -> None:
-    """Install certificates that an external CA signed, after checking each."""
-    from raysandbox.cluster import pki
-    from raysandbox.cluster.settings import write_file
-
-    opened = _open(cluster)
-    try:
-        for path in sorted(source.glob("*.pem")):
-            component = path.stem
-            pki.load_chain(path)
-            write_file(opened.cert(component), path.read_bytes(), 0o644)
-            write_file(
-                opened.key(component), (source / f"{component}.key").read_bytes()
-            )
-            for warning in pki.check_identity(opened, component):
-                print(f"warning: {warning}")
-            print(f"{component}: installed")
-    except ClusterError as error:
-        _fail(error)
-
-
-def _reload(path: Path) -> None:
-    """Tell a running guard that inventory or revocations have changed."""
-    import signal
-
-    from raysandbox.cluster.start import _running
-
-    pid = _running(_open(path))
-    if pid:
-        os.kill(pid, signal.SIGHUP)
->>>>>>> guard
 
 
 @app.command()

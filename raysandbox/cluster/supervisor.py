@@ -262,7 +262,7 @@ class HeadWorker(NodeWorker):
         except OSError as error:
             # A fact could not be written down: for now, not for good.
             self.event("access_error", why=f"{type(error).__name__}: {error}")
-            return 503, "x-rsb-why: the guard's disk\r\n"
+            return 503, "the guard can't write to its disk"
         except Exception as error:  # noqa: BLE001 - our bug must refuse, not pass
             self.event("access_error", why=f"{type(error).__name__}: {error}")
             return 403, "internal error of the guard"
@@ -270,13 +270,8 @@ class HeadWorker(NodeWorker):
         if decision.alert:
             self.alert(
                 "unexpected_node" if "RegisterNode" in path else "odd_call",
-<<<<<<< HEAD
-                who="/".join(uri.split("/")[3:]), method=path,
-                object=decision.object, why=decision.why or decision.note,
-                refused=not decision.allowed,
-=======
-                who=_short(uri), method=path, object=decision.object, why=decision.why,
->>>>>>> guard
+                who=_short(uri), method=path, object=decision.object,
+                why=decision.why or decision.note, refused=not decision.allowed,
             )  # fmt: skip
         if decision.allowed:
             return 200, ""
@@ -387,16 +382,11 @@ class HeadWorker(NodeWorker):
                 )
 
     def _handshake(self, entry: dict[str, Any], who: str) -> None:
-<<<<<<< HEAD
-        self.metrics.handshakes.inc()
-        self._fold.add(
-=======
         if "system_library" in str(entry.get("tls", "")):
             # A peer that hung up: nobody refused it.
             return
-        self.counts["rsb_handshakes_refused_total",] += 1
-        self._fold(
->>>>>>> guard
+        self.metrics.handshakes.inc()
+        self._fold.add(
             {
                 "t": float(entry["t"]), "event": "handshake_refused", "who": who,
                 "source": str(entry.get("source", "")), "ok": False,
@@ -606,10 +596,7 @@ class HeadWorker(NodeWorker):
                 return
             code = await envoy.wait()
             if self._envoy is not envoy:
-<<<<<<< HEAD
                 # `stop` ended it.
-=======
->>>>>>> guard
                 return
             self.alert("guard_died", why=f"exit status {code}; started again")
             await asyncio.sleep(0.1)
