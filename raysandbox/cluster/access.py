@@ -258,6 +258,8 @@ class Access:
         call = _Call(uri, method, body, request_id, node_id, source)
         about = ""
         try:
+            if call.role not in self.settings.limits.roles:
+                raise _RefusedError("the caller has no role")
             if method != STREAM:
                 kind = self._kinds.get(method)
                 if kind is None:
@@ -702,12 +704,18 @@ class Access:
         if info.is_head_node and not (entry.head and call.role == "head"):
             return f"node {name!r} claims to be the head"
         rest = entry.resources.get("*", 0.0)
+        # Ray gives each node a resource of 1 in the name of its address, and the
+        # head one that draws what must run there.
+        own = {f"node:{info.node_manager_address}"}
+        if entry.head:
+            own.add("node:__internal_head__")
         for resource, amount in info.resources_total.items():
-            # A node's own id is a resource of 1 of each node.
-            if resource.startswith("node:"):
+            if resource in own and 0 <= amount <= 1:
                 continue
+            if resource.startswith("node:") or not amount >= 0:
+                return f"node {name!r} claims {amount:g} of {resource}"
             ceiling = entry.resources.get(resource, rest)
-            if math.isnan(amount) or amount > ceiling:
+            if amount > ceiling:
                 return (
                     f"node {name!r} claims {amount:g} of {resource}, the inventory "
                     f"allows {ceiling:g}"
