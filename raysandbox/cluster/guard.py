@@ -1,6 +1,6 @@
 """The guard's configuration: settings and identities in, Envoy's JSON out.
 
-Pure: nothing here touches a file or a process but `write`, which puts the
+Pure: nothing here touches a file or a process but `write_…`, which put the
 result where a running Envoy picks it up. One listener takes everybody's calls;
 its filters, in this order::
 
@@ -34,7 +34,14 @@ from raysandbox.cluster.settings import (
     write_file,
 )
 
-__all__ = ["bootstrap", "executable", "listeners", "secrets_of", "write"]
+__all__ = [
+    "bootstrap",
+    "executable",
+    "listeners",
+    "secrets_of",
+    "write_listeners",
+    "write_secrets",
+]
 
 Json = dict[str, Any]
 TYPE = "type.googleapis.com/envoy"
@@ -685,17 +692,26 @@ def bootstrap(settings: Settings, run: Path) -> Json:
     }  # fmt: skip
 
 
-def write(cluster: ClusterDir, crls: bytes, root_subject: str, digest: str) -> None:
-    """Write every file of the guard; a running one takes the changes up.
+def write_secrets(cluster: ClusterDir, crls: bytes, digest: str) -> None:
+    """Write the guard's certificates and the CRLs; a running guard takes them up.
 
-    The digest of what the files were made of is the version that Envoy reports.
+    Args:
+        cluster: Of which cluster.
+        crls: Every list, as PEM.
+        digest: Of what it was made from: the version that Envoy reports.
+    """
+    for name, text in secrets_of(cluster, crls).items():
+        body = json.loads(text)
+        write_file(cluster.run / name, json.dumps({"version_info": digest, **body}))
 
-    The listener's file comes last: a revocation closes the connections of the
-    old listener, and by then the new CRL must be in force.
+
+def write_listeners(cluster: ClusterDir, root_subject: str, digest: str) -> None:
+    """Write bootstrap and listeners; a running guard takes the latter up.
+
+    A new listener ends the connections of the old one. The secrets must be in
+    force by then, or one that was just revoked could come back in between.
     """
     settings, run = cluster.settings(), cluster.run
-    for name, text in secrets_of(cluster, crls).items():
-        write_file(run / name, text)
     write_file(run / "envoy.json", json.dumps(bootstrap(settings, run), indent=1))
     lds = listeners(settings, cluster.inventory(), run, root_subject)
     lds["version_info"] = digest

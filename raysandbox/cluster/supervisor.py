@@ -478,29 +478,65 @@ class HeadWorker(NodeWorker):
 
     # -- Envoy ----------------------------------------------------------------------
 
-    def write_guard(self, digest: str) -> None:
-        """Write the guard's files from the cluster directory."""
-        ca = pki.load_chain(self.dir.ca_cert)[0]
+    def write_secrets(self, digest: str) -> None:
+        """Write the guard's certificates and lists from the cluster directory."""
         pki.check_identity(self.dir, "guard")
-        guard.write(
-            self.dir, Registry(self.dir).crls(), ca.subject.rfc4514_string(), digest
-        )
+        guard.write_secrets(self.dir, Registry(self.dir).crls(), digest)
+
+    def write_listeners(self, digest: str) -> None:
+        """Write what depends on the inventory."""
+        ca = pki.load_chain(self.dir.ca_cert)[0]
+        guard.write_listeners(self.dir, ca.subject.rfc4514_string(), digest)
 
     def reload(self) -> None:
-        """Take up inventory, grants and revocations; bad files change nothing."""
+        """Take up inventory, grants, certificates and lists, once the last is done."""
+        before = self._reloading
+        loop = asyncio.get_running_loop()
+        self._reloading = loop.create_task(self._reload(before))
+
+    async def _reload(self, before: asyncio.Task[None] | None) -> None:
+        """Bring changes into force step by step; bad files change nothing."""
+        if before is not None:
+            await asyncio.wait([before])
         digest = self.dir.digest()
         try:
             pki.check_workers(self.dir)
             inventory, grants = self.dir.inventory(), self.dir.access()
             stock = Stock(self.dir)
-            self.write_guard(digest)
+            self.write_secrets(digest)
+            await self._until(
+                "/config_dump?resource=dynamic_active_secrets&name_regex=^members$",
+                f'"version_info": "{digest}"',
+            )
+            self.write_listeners(digest)
+            await self._until(
+                "/stats?filter=listener_manager.lds", f'lds.version_text: "{digest}"'
+            )
         except (ClusterError, OSError) as error:
             self.alert("reload_failed", why=str(error))
             self.loaded(digest, str(error))
             return
         self.stock = stock
         self.access.inventory, self.access.grants = inventory, grants
-        self._reloading = asyncio.get_running_loop().create_task(self._confirm(digest))
+        self.event("reloaded")
+        self._note_ends()
+        self.loaded(digest)
+
+    async def _until(self, path: str, words: str) -> None:
+        """Wait until Envoy says that it runs what was written.
+
+        Raises:
+            ClusterError: It does not within four seconds: it has refused it.
+        """
+        loop = asyncio.get_running_loop()
+        for _ in range(80):
+            if words in await loop.run_in_executor(None, self._admin, "GET", path):
+                return
+            await asyncio.sleep(0.05)
+        raise ClusterError(
+            where=str(self.dir.run / "envoy.log"),
+            what="the guard's program refused the new configuration",
+        )
 
     def _note_ends(self) -> None:
         """Put the ends of this member's certificates on the page."""
@@ -509,23 +545,6 @@ class HeadWorker(NodeWorker):
                 leaf = pki.load_chain(self.dir.cert(component))[0]
                 end = leaf.not_valid_after_utc.timestamp()
                 self.metrics.expires.labels(component).set(end)
-
-    async def _confirm(self, digest: str) -> None:
-        """Wait until Envoy runs the new listeners, or has refused them."""
-        loop = asyncio.get_running_loop()
-        for _ in range(80):
-            text = await loop.run_in_executor(
-                None, self._admin, "GET", "/stats?filter=listener_manager.lds"
-            )
-            if f'lds.version_text: "{digest}"' in text:
-                self.event("reloaded")
-                self._note_ends()
-                self.loaded(digest)
-                return
-            await asyncio.sleep(0.05)
-        why = "the guard's program refused the new configuration (envoy.log says why)"
-        self.alert("reload_failed", why=why)
-        self.loaded(digest, why)
 
     async def start(self) -> list[asyncio.Task[None]]:
         """Start the access service, then the guard."""
@@ -538,7 +557,9 @@ class HeadWorker(NodeWorker):
             await loop.create_unix_server(lambda: AccessServer(self), str(path))
         finally:
             os.umask(old)
-        self.write_guard(self.dir.digest())
+        digest = self.dir.digest()
+        self.write_secrets(digest)
+        self.write_listeners(digest)
         self._note_ends()
         self.event("supervisor_started", pid=os.getpid())
         if self._broken:
