@@ -80,7 +80,9 @@ def call(gcs: Gcs, path: str, body: str = "") -> dict[str, Any]:
 
 def call_all(gcs: Gcs, paths: list[str]) -> dict[str, Any]:
     """Call each method without arguments."""
-    return {"codes": {path: outcome(_discard, gcs, path, b"")["code"] for path in paths}}
+    return {
+        "codes": {path: outcome(_discard, gcs, path, b"")["code"] for path in paths}
+    }
 
 
 def short_ids(gcs: Gcs) -> None:
