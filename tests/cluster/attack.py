@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import socket
 import ssl
 import sys
@@ -122,12 +123,13 @@ def unregister_node(gcs: Gcs, node_id: str) -> None:
     gcs.raw(NODE + "UnregisterNode", ask.SerializeToString())
 
 
-def replace_function(gcs: Gcs, job: str, value: str) -> dict[str, Any]:
-    """Replace every function of a job by other bytes."""
+def replace_function(gcs: Gcs, job: str, function: str) -> dict[str, Any]:
+    """Replace every function of a job by another (pickled, as hex)."""
     keys = gcs.kv("Keys", namespace=b"fun", prefix=f"RemoteFunction:{job}:".encode())
     for key in keys.results:
-        gcs.kv("Put", namespace=b"fun", key=key, value=bytes.fromhex(value),
-               overwrite=True)  # fmt: skip
+        known = pickle.loads(gcs.kv("Get", namespace=b"fun", key=key).value)
+        value = pickle.dumps({**known, "function": bytes.fromhex(function)})
+        gcs.kv("Put", namespace=b"fun", key=key, value=value, overwrite=True)
     return {"replaced": len(keys.results)}
 
 

@@ -85,11 +85,11 @@ def stock_victim(stock: Stock) -> Iterator[Victim]:
 
 @pytest.fixture(scope="module")
 def evil_function(stock: Stock) -> str:
-    """The bytes that a job's function is replaced with, as hex."""code = (
-        "import ray, sys, ray.cloudpickle as cp\n"
+    """The bytes that a job's function is replaced with, as hex."""
+    code = (
+        "import sys, ray.cloudpickle as cp\n"
         "def f(): return 'evil'\n"
-        "sys.stdout.write(cp.dumps({'job_id': b'', 'function_name': 'f', "
-        "'module': '__driver__', 'function': cp.dumps(f), 'max_calls': 0}).hex())"
+        "sys.stdout.write(cp.dumps(f).hex())"
     )
     return stock.host.python(code).stdout
 
@@ -103,7 +103,8 @@ def test_rogue_node_joins_stock_and_not_here(
     """A raylet with the shared token joins stock Ray, gets tasks and reads arguments.
 
     Here it has the token too, and a driver's certificate, and is refused.
-    """rogue = hardened.rogue
+    """
+    rogue = hardened.rogue
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(stock.token)}
     rogue.run("ray", "start", f"--address={STOCK}:{PORT}", "--resources={\"loot\": 1}",
               *SMALL, env=token)  # fmt: skip
@@ -138,7 +139,8 @@ def test_rogue_node_joins_stock_and_not_here(
 def test_other_roles_register_no_node(
     hardened: Hardened, stock: Stock, attack: Attack, now: float, name: str
 ) -> None:
-    """RegisterNode is for nodes; on stock Ray it is for whoever has the token."""node = {"address": ROGUE}
+    """RegisterNode is for nodes; on stock Ray it is for whoever has the token."""
+    node = {"address": ROGUE}
     assert attack(stock.target, "register_node", node)["listed"]
     component = "driver" if name == "mallory" else "cli"
     assert attack(hardened.target(name, component), "register_node", node)["code"] == (
@@ -150,8 +152,9 @@ def test_other_roles_register_no_node(
 def test_workers_certificate_registers_no_node(
     hardened: Hardened, attack: Attack, now: float
 ) -> None:
-    """A worker's certificate, taken where user code runs, makes no node."""files = hardened.node.home / "c" / "run" / "workers-used"
-    stolen = next(iter(files.glob("*.pem")))
+    """A worker's certificate, taken where user code runs, makes no node."""
+    run = hardened.node.home / "c" / "run"
+    stolen = next(iter([*run.glob("workers-used/*.pem"), *run.glob("workers/*.pem")]))
     target = {**hardened.target("node", "raylet"), "cert": str(stolen),
               "key": str(stolen)}  # fmt: skip
     answer = attack(target, "register_node", {"address": NODE}, host="node")
@@ -162,7 +165,8 @@ def test_workers_certificate_registers_no_node(
 def test_stolen_node_identity_is_bound_to_its_address(
     hardened: Hardened, attack: Attack, now: float
 ) -> None:
-    """A node's certificate and key, used from another machine, are worth nothing."""target = hardened.target("node", "raylet")
+    """A node's certificate and key, used from another machine, are worth nothing."""
+    target = hardened.target("node", "raylet")
     assert attack(target, "register_node", {"address": NODE, "name": "node"})[
         "code"
     ] == (DENIED)
@@ -182,7 +186,8 @@ def test_stolen_node_identity_is_bound_to_its_address(
 def test_node_joins_only_as_the_inventory_says(
     hardened: Hardened, attack: Attack, now: float, claim: dict[str, Any], why: str
 ) -> None:
-    """A real node that claims more than its entry is refused, and somebody is told."""target = hardened.target("node", "raylet")
+    """A real node that claims more than its entry is refused, and somebody is told."""
+    target = hardened.target("node", "raylet")
     answer = attack(target, "register_node", claim, host="node")
     assert answer["code"] == DENIED
     assert why in answer["details"]
@@ -192,7 +197,8 @@ def test_node_joins_only_as_the_inventory_says(
 def test_node_ends_no_other_node(
     hardened: Hardened, stock: Stock, attack: Attack, now: float
 ) -> None:
-    """On stock Ray whoever has the token ends nodes; here not even a node does."""made = attack(stock.target, "register_node", {"address": ROGUE})
+    """On stock Ray whoever has the token ends nodes; here not even a node does."""
+    made = attack(stock.target, "register_node", {"address": ROGUE})
     assert attack(stock.target, "unregister_node", made["node_id"])["code"] == "OK"
     head = re.search(
         r"node ([0-9a-f]{56})", str(hardened.events(who="head/head/raylet"))
@@ -211,7 +217,8 @@ def test_node_ends_no_other_node(
 def test_plaintext_is_refused(
     hardened: Hardened, stock: Stock, attack: Attack, now: float
 ) -> None:
-    """Stock Ray talks to whoever connects; the guard hangs up without TLS."""clear = {"address": f"{HEAD}:{PORT}", "token": hardened.target("mallory")["token"]}
+    """Stock Ray talks to whoever connects; the guard hangs up without TLS."""
+    clear = {"address": f"{HEAD}:{PORT}", "token": hardened.target("mallory")["token"]}
     assert attack(stock.target, "list_keys", "fun", "")["code"] == "OK"
     assert attack(clear, "list_keys", "fun", "")["code"] == "UNAVAILABLE"
     hardened.expect_event(now, event="handshake_refused", source=ROGUE)
@@ -220,7 +227,8 @@ def test_plaintext_is_refused(
 def test_other_cas_certificate_is_refused(
     hardened: Hardened, attack: Attack, now: float
 ) -> None:
-    """The same identity, signed by a CA of the attacker's own, opens nothing."""rogue = hardened.rogue
+    """The same identity, signed by a CA of the attacker's own, opens nothing."""
+    rogue = hardened.rogue
     rogue.run(*CLI, "cluster", "init", "own", "--name=lab")
     rogue.run(*CLI, "cluster", "certs", "issue", "driver", "alice", "--cluster=own",
               f"--address={ROGUE}", "--out=forged")  # fmt: skip
@@ -235,7 +243,8 @@ def test_other_cas_certificate_is_refused(
 def test_expired_certificate_is_refused(
     hardened: Hardened, attack: Attack, now: float
 ) -> None:
-    """A certificate of the cluster's own CA opens nothing once it has expired."""hardened.cli("certs", "issue", "driver", "late", "--out=late",
+    """A certificate of the cluster's own CA opens nothing once it has expired."""
+    hardened.cli("certs", "issue", "driver", "late", "--out=late",
                  f"--address={ROGUE}", "--days=0.00003")  # fmt: skip
     target = hardened.target("late")
     time.sleep(3)
@@ -249,7 +258,8 @@ def test_expired_certificate_is_refused(
 def test_revoked_certificate_is_refused(
     hardened: Hardened, attack: Attack, now: float
 ) -> None:
-    """A revocation takes hold without a restart."""hardened.issue("driver", "gone", "gone", ROGUE)
+    """A revocation takes hold without a restart."""
+    hardened.issue("driver", "gone", "gone", ROGUE)
     target = hardened.target("gone")
     assert attack(target, "overwrite", "gone", "k", "v")["code"] == "OK"
     hardened.cli("certs", "revoke", "driver/gone")
@@ -264,7 +274,8 @@ def test_marker_on_the_wire(
     """A sniffer on the bridge reads stock Ray's payloads, and none of ours.
 
     Keys, arguments and objects between nodes carry a marker.
-    """text = MARKER.decode()
+    """
+    text = MARKER.decode()
 
     def seen(work: Any) -> bool:
         file = tmp_path / f"{time.monotonic_ns()}.pcap"
@@ -310,7 +321,8 @@ def test_real_gcs_is_reached_by_the_guard_alone(
     """The GCS's own port is closed to the network, and to the head's own processes.
 
     Even the head's raylet, with its certificate, can't go around the guard.
-    """port = PORT + 10000
+    """
+    port = PORT + 10000
     for host in ("rogue", "node"):
         answer = attack({"address": f"{HEAD}:{port}"}, "plain_port", host=host)
         assert answer == {"code": "OK", "error": "ConnectionRefusedError"}
@@ -356,7 +368,8 @@ def test_function_of_another_job_is_replaced_on_stock_only(
     hardened: Hardened, stock: Stock, attack: Attack, now: float, victim: Victim,
     stock_victim: Victim, evil_function: str,
 ) -> None:  # fmt: skip
-    """One job writes over another's function in the KV: its next worker runs it."""answer = attack(stock.target, "replace_function", stock_victim.job, evil_function)
+    """One job writes over another's function in the KV: its next worker runs it."""
+    answer = attack(stock.target, "replace_function", stock_victim.job, evil_function)
     assert answer["replaced"] >= 1
     assert stock_victim.calls_again() == "evil"
     answer = attack(
@@ -370,7 +383,8 @@ def test_function_of_another_job_is_replaced_on_stock_only(
 def test_function_keys_are_written_by_their_job_alone(
     hardened: Hardened, attack: Attack, victim: Victim
 ) -> None:
-    """Knowing the key's name, and not asking for a list first, does not help."""mallory = hardened.target("mallory")
+    """Knowing the key's name, and not asking for a list first, does not help."""
+    mallory = hardened.target("mallory")
     for key in (f"RemoteFunction:{victim.job}:x", f"ActorClass:{victim.job}:x", "x"):
         assert attack(mallory, "overwrite", "fun", key, "x")["code"] == DENIED
         assert attack(mallory, "read", "fun", key)["code"] == DENIED
@@ -381,7 +395,8 @@ def test_named_actor_of_another_is_killed_on_stock_only(
     hardened: Hardened, stock: Stock, attack: Attack, now: float, victim: Victim,
     stock_victim: Victim,
 ) -> None:  # fmt: skip
-    """An actor's id, which every lister sees, is enough on stock Ray to kill it."""found = attack(stock.target, "find_actor", "of-alice", "vault")
+    """An actor's id, which every lister sees, is enough on stock Ray to kill it."""
+    found = attack(stock.target, "find_actor", "of-alice", "vault")
     assert found["actor_id"] == stock_victim.actor
     assert attack(stock.target, "kill_actor", stock_victim.actor)["code"] == "OK"
     wait_for("the actor's end", lambda: not stock_victim.lives())
@@ -393,9 +408,10 @@ def test_named_actor_of_another_is_killed_on_stock_only(
 
 
 def test_named_actor_is_not_reached_by_rays_own_way(
-    hardened: Hardened, victim: Victim
+    hardened: Hardened, victim: Victim, now: float
 ) -> None:
-    """`ray.get_actor` in another's namespace is refused with the reason."""driver = hardened.driver("mallory")
+    """`ray.get_actor` in another's namespace is refused, in a task too."""
+    driver = hardened.driver("mallory")
     try:
         find = "ray.get_actor('vault', namespace='of-alice')"
         assert "Failed to look up actor" in driver.ask(find)["error"]
@@ -418,7 +434,8 @@ def test_keys_of_another_are_read_on_stock_only(
     hardened: Hardened, stock: Stock, attack: Attack, now: float, victim: Victim,
     stock_victim: Victim,
 ) -> None:  # fmt: skip
-    """Keys that alice wrote are read, written over and deleted by alice alone."""assert attack(stock.target, "read", "alice", "secret")["value"] == "of alice"
+    """Keys that alice wrote are read, written over and deleted by alice alone."""
+    assert attack(stock.target, "read", "alice", "secret")["value"] == "of alice"
     assert attack(stock.target, "overwrite", "alice", "secret", "x")["code"] == "OK"
     mallory = hardened.target("mallory")
     assert attack(mallory, "read", "alice", "secret")["code"] == DENIED
@@ -438,7 +455,8 @@ def test_keys_of_another_are_read_on_stock_only(
 def test_methods_of_other_roles_are_refused(
     hardened: Hardened, attack: Attack, now: float
 ) -> None:
-    """Every method that a role does not have is refused before the GCS sees it."""every = frozenset().union(*METHODS.values())
+    """Every method that a role does not have is refused before the GCS sees it."""
+    every = frozenset().union(*METHODS.values())
     for name, component, role in (
         ("mallory", "driver", "driver"), ("otto", "cli", "observer"),
         ("olga", "cli", "operator"), ("node", "raylet", "node"),
@@ -454,7 +472,8 @@ def test_methods_of_other_roles_are_refused(
 
 
 def test_another_token_is_refused(hardened: Hardened, attack: Attack) -> None:
-    """The certificate does not replace the token, nor two tokens one."""mallory = hardened.target("mallory")
+    """The certificate does not replace the token, nor two tokens one."""
+    mallory = hardened.target("mallory")
     wrong = hardened.rogue.home / "wrong"
     wrong.write_text("0" * 64)
     answer = attack({**mallory, "token": str(wrong)}, "read", "x", "y")
@@ -483,7 +502,8 @@ def test_gcs_is_ended_by_one_call_on_stock_only(
     hardened: Hardened, attack: Attack, lab: Lab, now: float, name: str,
     arguments: list[Any],
 ) -> None:  # fmt: skip
-    """One small call aborts a stock GCS; the guard refuses it."""process = lab.hosts["stock"].popen(sys.executable, "-c", GCS, STOCK)
+    """One small call aborts a stock GCS; the guard refuses it."""
+    process = lab.hosts["stock"].popen(sys.executable, "-c", GCS, STOCK)
     bare = {"address": f"{STOCK}:7000"}
     try:
         wait_for("a GCS", lambda: attack(bare, "list_keys", "x", "")["code"] == "OK")
@@ -497,7 +517,8 @@ def test_gcs_is_ended_by_one_call_on_stock_only(
 
 
 def test_malformed_grpc(hardened: Hardened, attack: Attack, now: float) -> None:
-    """Bytes that are no message, frame or method end the call, and nothing else."""gcs = _pid(hardened, "gcs_server")
+    """Bytes that are no message, frame or method end the call, and nothing else."""
+    gcs = _pid(hardened, "gcs_server")
     guard = _pid(hardened, "envoy")
     seen = attack(hardened.target("mallory"), "malformed")["seen"]
     assert set(seen.values()) == {DENIED}
@@ -517,7 +538,8 @@ def test_worker_of_a_job_is_no_driver_of_another(
     """Code in a task has its worker's certificate, and with it its own job's rights.
 
     Mallory's task uses it for raw calls on alice's actor and function.
-    """driver = hardened.driver("mallory")
+    """
+    driver = hardened.driver("mallory")
     raw = Path(__file__).with_name("attack.py").read_bytes()
     source = base64.b64encode(raw).decode()
     try:
