@@ -246,16 +246,29 @@ def _discard(gcs: Gcs, path: str, body: bytes) -> None:
     gcs.raw(path, body)
 
 
-def plain_port(gcs: Gcs) -> dict[str, Any]:
-    """Connect to a port and say what it answers to HTTP."""
-    host, _, port = gcs.target["address"].partition(":")
+def plain_ports(gcs: Gcs, ports: list[int]) -> dict[str, Any]:
+    """Connect to each port and say what it answers to HTTP."""
+    host = gcs.target["address"].partition(":")[0]
+    with ThreadPoolExecutor(16) as pool:
+        found = pool.map(lambda port: _plain_port(host, port), ports)
+        return {"answers": dict(zip(map(str, ports), found))}
+
+
+def _plain_port(host: str, port: int) -> str:
     try:
-        with socket.create_connection((host, int(port)), timeout=1) as sock:
+        with socket.create_connection((host, port), timeout=1) as sock:
             sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
             sock.settimeout(2)
-            return {"answer": sock.recv(64).decode(errors="replace")}
+            return sock.recv(64).decode(errors="replace")
     except OSError as error:
-        return {"error": type(error).__name__}
+        return type(error).__name__
+
+
+def batch(gcs: Gcs, calls: list[list[Any]]) -> dict[str, Any]:
+    """Do several attacks; return the code of each."""
+    return {
+        "codes": [outcome(globals()[name], gcs, *rest)["code"] for name, *rest in calls]
+    }
 
 
 def _flood(gcs: Gcs, seconds: float, threads: int, one: Any) -> dict[str, Any]:
