@@ -6,15 +6,16 @@ kinds of issuer exist::
     cluster CA        signs every member's leaf, and the workers' issuers
       └ workers of N  on node N; signs one short-lived leaf per worker process
     guard CA          signs one leaf, the guard's as a client of the real GCS
-    server anchor     not an issuer: the cluster CA's name and key, with an
-                      extended key usage of serverAuth alone
+    servers CA        signs one certificate: the cluster CA's name and key again,
+                      with an extended key usage of serverAuth alone
 
 The last two are how nothing but the guard reaches the real GCS. Ray gives a
 process one certificate and one set of anchors for both of its roles. The GCS
-gets {server anchor, guard CA}: as a client it can verify every raylet and
-worker, as a server it accepts only what the guard CA signed, because a client
-chain that ends in the server anchor has the wrong purpose (RFC 5280 4.2.1.12;
-checked by OpenSSL and BoringSSL for every certificate of a chain).
+gets {servers CA, guard CA}. Members send the servers CA's certificate after their
+own: as a client the GCS can verify every raylet and worker through it, as a
+server it refuses them, because on a client's way it has the wrong purpose (RFC
+5280 4.2.1.12). It must be a certificate on the way and not the anchor: BoringSSL,
+which gRPC has, looks at the purposes of what it was sent, never of an anchor.
 
 The registry of what was issued and revoked is in `registry`.
 
@@ -339,11 +340,13 @@ def _crl(
     return pem(builder.sign(key, hashes.SHA256()))
 
 
-def server_anchor(ca: x509.Certificate) -> x509.Certificate:
-    """Return the CA's name and key as an anchor for servers alone.
+def servers_only(
+    cluster_name: str, ca: x509.Certificate
+) -> tuple[x509.Certificate, x509.Certificate]:
+    """Make an anchor, and the way from it to the CA that is good for servers alone.
 
-    An anchor's own signature proves nothing and is checked by nobody, so this
-    needs no CA key and works for an external CA as well.
+    Needs no key of the CA, and so works for an external one. The anchor's own key
+    is thrown away.
     """
     public = ca.public_key()
     if not isinstance(public, ec.EllipticCurvePublicKey):
@@ -365,18 +368,37 @@ def server_anchor(ca: x509.Certificate) -> x509.Certificate:
             "-._/ alone",
         )
     _check_time(Path("CA"), [ca], "take another CA certificate")
-    return (
-        _builder(ca.subject, ca.subject, public, ca.not_valid_after_utc)
+    key, name = new_key(), _name(f"{cluster_name} servers CA")
+    anchor = Issuer(
+        _builder(name, name, key.public_key(), ca.not_valid_after_utc)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=2), True)
+        .add_extension(_CA_USAGE, True)
+        .sign(key, hashes.SHA256()),
+        key,
+    )
+    way = (
+        _builder(ca.subject, name, public, ca.not_valid_after_utc)
         .add_extension(x509.BasicConstraints(ca=True, path_length=1), True)
         .add_extension(_CA_USAGE, True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), True)
-        .sign(new_key(), hashes.SHA256())
+        .add_extension(anchor._authority(), False)
+        .sign(key, hashes.SHA256())
     )
+    return anchor.cert, way
 
 
-def mint_worker(issuer: Issuer, cluster_name: str, name: str,
-                addresses: Sequence[str]) -> tuple[bytes, str]:  # fmt: skip
-    """Make one worker process's certificate: key, leaf and issuer in one PEM.
+def mint_worker(
+    issuer: Issuer, cluster_name: str, name: str, addresses: Sequence[str],
+    way: bytes = b"",
+) -> tuple[bytes, str]:  # fmt: skip
+    """Make one worker process's certificate: key and chain in one PEM.
+
+    Args:
+        issuer: The node's.
+        cluster_name: For the identity.
+        name: The node's.
+        addresses: The node's.
+        way: What members send after their own certificate, see `servers_only`.
 
     Returns:
         The PEM and the identity's URI.
@@ -384,7 +406,7 @@ def mint_worker(issuer: Issuer, cluster_name: str, name: str,
     key = new_key()
     uri = f"spiffe://{cluster_name}/worker/{name}/{secrets.token_hex(8)}"
     leaf = issuer.leaf(uri, addresses, key.public_key(), WORKER_DAYS)
-    return key_pem(key) + pem(leaf) + pem(issuer.cert), uri
+    return key_pem(key) + pem(leaf) + pem(issuer.cert) + way, uri
 
 
 def make_csr(uri: str, addresses: Sequence[str], key: Key) -> bytes:
@@ -607,6 +629,11 @@ def _ends_soon(path: Path, cert: x509.Certificate, again: str) -> list[str]:
 def _check_issued(
     path: Path, chain: list[x509.Certificate], ca: x509.Certificate, ca_path: Path
 ) -> None:
+    # What members send for the GCS comes last and is another way to the same CA.
+    if len(chain) > 1 and (chain[-1].subject, chain[-1].public_key()) == (
+        ca.subject, ca.public_key(),
+    ):  # fmt: skip
+        chain = chain[:-1]
     for index, (cert, issuer) in enumerate(zip(chain, [*chain[1:], ca], strict=True)):
         try:
             cert.verify_directly_issued_by(issuer)

@@ -96,11 +96,12 @@ class Registry:
 
     def adopt(self, ca: x509.Certificate) -> None:
         """Install a CA certificate (our own or an external one) and the anchors."""
-        anchor = pki.server_anchor(ca)
+        anchor, way = pki.servers_only(self.name, ca)
         guard = pki.Issuer.root(f"{self.name} guard CA")
         for path in (self.dir.ca, self.dir.trust, self.dir.identity):
             path.mkdir(mode=0o700, exist_ok=True)
         write_file(self.dir.ca_cert, pki.pem(ca), 0o644)
+        write_file(self.dir.servers_cert, pki.pem(way), 0o644)
         write_file(
             self.dir.trust / "gcs.pem", pki.pem(anchor) + pki.pem(guard.cert), 0o644
         )
@@ -185,6 +186,8 @@ class Registry:
         write_file(out / "cluster.toml", settings, 0o644)
         target = ClusterDir(out)
         write_file(target.ca_cert, read_trusted(self.dir.ca_cert), 0o644)
+        way = read_trusted(self.dir.servers_cert)
+        write_file(target.servers_cert, way, 0o644)
         write_file(target.token, read_secret(self.dir.token))
         member = Member(role=cast(Role, role), name=name, addresses=tuple(addresses))
         write_file(target.path / "member.toml", toml_text(member), 0o644)
@@ -408,6 +411,8 @@ def install(target: ClusterDir, component: str, key: pki.Key, chain_pem: bytes) 
         paths = target.workers / "issuer.key", target.workers / "issuer.pem"
     else:
         paths = target.key(component), target.cert(component)
+        way = read_trusted(target.servers_cert)
+        chain_pem = chain_pem.removesuffix(way) + way
     _mkdir(paths[0].parent)
     write_file(paths[0], pki.key_pem(key))
     write_file(paths[1], chain_pem, 0o644)

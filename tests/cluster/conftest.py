@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -200,13 +199,7 @@ def lab() -> Iterator[Lab]:
         ):  # fmt: skip
             lab.host(name, address)
             lab.where[name] = "auto"
-        try:
-            yield lab
-        finally:
-            if keep := __import__("os").environ.get("RSB_KEEP_LOGS"):
-                for host in lab.hosts.values():
-                    shutil.copytree(host.home, Path(keep) / host.name,
-                                    dirs_exist_ok=True, symlinks=True)  # fmt: skip
+        yield lab
 
 
 @pytest.fixture(scope="session")

@@ -80,7 +80,7 @@ class Host:
             f"hostname {self.name} &&",
         )  # fmt: skip
         switch = self.lab.switch
-        _inside(switch, "ip", "link", "add", self.name, "type", "veth", "peer",
+        _inside(switch, "ip", "link", "add", "name", self.name, "type", "veth", "peer",
                 "name", "eth0", "netns", str(self.pid))  # fmt: skip
         _inside(switch, "ip", "link", "set", self.name, "master", "br0", "up")
         _inside(self.pid, "ip", "link", "set", "lo", "up")
@@ -212,7 +212,8 @@ class Lab:
         """Start tcpdump on the lab's bridge, every byte of each packet, to `file`."""
         process = subprocess.Popen(
             ["nsenter", "-t", str(self.switch), "--net", "--",
-             "tcpdump", "-i", "br0", "-s", "0", "-U", "-Z", "root", "-w", str(file)],
+             "tcpdump", "--immediate-mode", "-i", "br0", "-s", "0", "-U", "-Z", "root",
+             "-w", str(file)],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE, preexec_fn=_die_with_parent,
         )  # fmt: skip

@@ -127,6 +127,6 @@ def test_honest_work_was_not_refused(hardened: Hardened) -> None:
 
 def test_env_without_a_node_says_so(hardened: Hardened) -> None:
     """A driver needs a node of the cluster on its machine, and is told."""
-    out = hardened.rogue.run(*CLI, "cluster", "env",
-                             f"--cluster={hardened.head.home / 'alice'}", "--", "true")  # fmt: skip
+    mine = f"--cluster={hardened.head.home / 'alice'}"
+    out = hardened.rogue.run(*CLI, "cluster", "env", mine, "--", "true")
     assert "no node of a cluster runs on this machine" in out.stderr

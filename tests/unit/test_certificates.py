@@ -85,7 +85,7 @@ def test_every_component_checks_out(cluster: ClusterDir, tmp_path: Path) -> None
             assert pki.check_identity(
                 directory, component, addresses=member.addresses
             ) == []  # fmt: skip
-            (leaf,) = pki.load_chain(directory.cert(component))
+            leaf, _ = pki.load_chain(directory.cert(component))
             assert pki.identity_of(leaf) == (
                 f"spiffe://prod/{member.role}/{member.name}/{component}"
             )
@@ -182,7 +182,7 @@ def _writable_ca(cluster: ClusterDir) -> None:
 
 def _leaf_as_ca(cluster: ClusterDir) -> None:
     """Sign with the key of another leaf, and send that along as the issuer."""
-    (agent,) = pki.load_chain(cluster.cert("agent"))
+    agent, _ = pki.load_chain(cluster.cert("agent"))
     rogue = pki.Issuer(agent, pki.load_key(cluster.key("agent")))
     _replace(cluster, rogue, RAYLET)
     pem = cluster.cert("raylet").read_bytes() + pki.pem(agent)
