@@ -67,7 +67,8 @@ COMPONENTS: dict[str, tuple[str, ...]] = {
 }
 CA_DAYS = 3650
 LEAF_DAYS = 365
-WORKER_DAYS = 30
+# An actor may live as long as its node's issuer: it can't be given another one.
+WORKER_DAYS = LEAF_DAYS
 WARN_DAYS = 30
 # Clocks of machines that were just set up differ by more than NTP's milliseconds.
 BACKDATE = dt.timedelta(minutes=5)

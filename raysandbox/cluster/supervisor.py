@@ -28,6 +28,7 @@ import socket
 import sys
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from raysandbox.cluster.audit import AuditLog, Fold, tail_problem
 from raysandbox.cluster.errors import ClusterError
 from raysandbox.cluster.metrics import Metrics
 from raysandbox.cluster.registry import Registry
+from raysandbox.cluster.rolling import due
 from raysandbox.cluster.settings import ClusterDir, read_trusted, write_file
 
 __all__ = ["main"]
@@ -52,6 +54,8 @@ FLUSH_S = 0.1
 # be the next thing to fill up.
 FOLD_S = 1.0
 ALERTS_A_MINUTE = 10
+WAITING_POSTS = 100
+CHECK_ENDS_S = 12 * 3600
 REGISTER = "/ray.rpc.NodeInfoGcsService/RegisterNode"
 
 
@@ -135,6 +139,12 @@ class Stock:
         self.used = cluster.run / "workers-used"
         for path in (self.ready, self.used):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+        # Those of an issuer before may be revoked with it.
+        current = pki.pem(self.issuer.cert)
+        for file in self.ready.glob("*.pem"):
+            if not file.read_bytes().endswith(current):
+                file.unlink(missing_ok=True)
 
     def fill(self) -> None:
         """Make certificates up to the stock, and remove those of dead workers."""
@@ -227,6 +237,8 @@ class HeadWorker(NodeWorker):
         )  # fmt: skip
         self.metrics = Metrics()
         self._throttle = Throttle(ALERTS_A_MINUTE)
+        # One thread of its own: a receiver that hangs holds up nothing else.
+        self._poster, self._waiting = ThreadPoolExecutor(1), 0
         self._verdicts: dict[str, tuple[str, str]] = {}
         self._queue: list[dict[str, Any]] = []
         self._fold = Fold()
@@ -299,14 +311,21 @@ class HeadWorker(NodeWorker):
         self.event(name, alert=True, ok=False, **fields)
         text = json.dumps({"alert": name, "cluster": self.settings.name, **fields})
         print(f"raysandbox alert: {text}", file=sys.stderr, flush=True)
-        if self.settings.audit.webhook:
-            asyncio.get_running_loop().run_in_executor(None, self._post, text)
+        self._tell(text)
+
+    def _tell(self, text: str) -> None:
+        """Post to the webhook, if there is one that keeps up."""
+        if not self.settings.audit.webhook:
+            return
+        if self._waiting >= WAITING_POSTS:
+            self.metrics.events.labels("webhook_dropped").inc()
+            return
+        self._waiting += 1
+        self._poster.submit(self._post, text)
 
     def _post(self, text: str) -> None:
-        url = self.settings.audit.webhook
-        if not url or not url.startswith(("http://", "https://")):
-            return
-        request = urllib.request.Request(  # noqa: S310 - scheme checked above
+        url = self.settings.audit.webhook or ""
+        request = urllib.request.Request(  # noqa: S310 - http or https, says cluster.toml
             url, text.encode(), {"content-type": "application/json"}
         )
         try:
@@ -316,6 +335,8 @@ class HeadWorker(NodeWorker):
             # From a thread of the executor; counters are safe there.
             self.metrics.events.labels("webhook_failed").inc()
             print(f"raysandbox: webhook: {error}", file=sys.stderr, flush=True)
+        finally:
+            self._waiting -= 1
 
     def _push(self, record: dict[str, Any]) -> None:
         if len(self._queue) >= QUEUE_LINES:
@@ -447,9 +468,7 @@ class HeadWorker(NodeWorker):
                 file=sys.stderr,
                 flush=True,
             )
-            if self.settings.audit.webhook:
-                text = json.dumps({"alert": "audit_not_writable", "policy": policy})
-                asyncio.get_running_loop().run_in_executor(None, self._post, text)
+            self._tell(json.dumps({"alert": "audit_not_writable", "policy": policy}))
         if policy == "closed":
             self._admin("POST", "/runtime_modify?fault.http.abort.abort_percent=100")
 
@@ -572,7 +591,9 @@ class HeadWorker(NodeWorker):
             )
         await self._spawn()
         await self._until_listening()
-        tasks = [self._watch_envoy(), self._write(), self._watch_gcs()]
+        tasks = [
+            self._watch_envoy(), self._write(), self._watch_gcs(), self._watch_ends()
+        ]  # fmt: skip
         if self.settings.audit.metrics_port:
             await asyncio.start_server(
                 self._metrics, "127.0.0.1", self.settings.audit.metrics_port
@@ -636,6 +657,22 @@ class HeadWorker(NodeWorker):
         with contextlib.suppress(OSError):
             self.audit.append(self._queue)
             self.audit.close()
+
+    async def _watch_ends(self) -> None:
+        """Alert, twice a day, of members whose certificates end soon."""
+        while True:
+            try:
+                for member, record in due(Registry(self.dir), pki.WARN_DAYS).items():
+                    self.alert(
+                        "certificate_ends", who=member,
+                        why=f"{record.end}; `raysandbox cluster certs rolling`",
+                    )  # fmt: skip
+                for component in pki.COMPONENTS["head"]:
+                    for warning in pki.check_identity(self.dir, component):
+                        self.alert("certificate_ends", who="head", why=warning)
+            except ClusterError as error:
+                self.alert("certificate_bad", why=str(error))
+            await asyncio.sleep(CHECK_ENDS_S)
 
     # -- nodes that did not pass the guard --------------------------------------------
 
