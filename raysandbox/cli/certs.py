@@ -101,9 +101,11 @@ def renew(
 
     The old ones stay valid until they end. What takes the new ones up:
 
-    the guard, the workers' issuer: at once (`raysandbox cluster reload` there);
-    new connections and new workers: by themselves;
-    raylet, GCS and agents as servers: when their node restarts.
+    the guard and the workers' issuer: at once, or after `raysandbox cluster
+    reload` where they run; workers that start from then on.
+
+    raylet, GCS, agents and drivers: when they restart. They keep what they read
+    at their start, also when they connect again.
 
     `raysandbox cluster certs rolling` writes the steps for the whole cluster.
     """

@@ -7,6 +7,7 @@ the GCS would be.
 
 from __future__ import annotations
 
+import base64
 import json
 import subprocess
 import sys
@@ -52,24 +53,31 @@ class Guard:
         """Start the guard under a policy, on an empty disk."""
         self.host.run("sh", "-c", f"rm -rf {self.path}/audit/* {self.path}/run")
         text = (self.path / "cluster.toml").read_text().partition("[audit]")[0]
+        for key, value in more.items():
+            text = f"{key} = {json.dumps(value)}\n" + text
         text += f'[audit]\nwhen_disk_is_full = "{policy}"\n'
         (self.path / "cluster.toml").write_text(text)
         self.host.run(sys.executable, "-c", START, str(self.path))
 
-    def passes(self) -> bool:
-        """Whether a driver's call is let through to where the GCS would be."""
-        identity = self.host.home / "alice" / "identity"
+    def passes(
+        self, who: str = "alice/identity/driver", method: str = NODES,
+        kind: str = "GetAllNodeInfoRequest", fields: Any = None,
+    ) -> bool:  # fmt: skip
+        """Whether a call is let through to where the GCS would be."""
+        identity = self.host.home / who
         ask = {
-            "address": f"{HEAD}:6379", "ca": self.path / "ca.pem", "fields": {},
-            "cert": identity / "driver.pem", "key": identity / "driver.key",
-            "token": self.path / "token", "method": NODES,
-            "kind": "GetAllNodeInfoRequest",
+            "address": f"{HEAD}:6379", "ca": self.path / "ca.pem",
+            "fields": fields or {}, "cert": identity.with_suffix(".pem"),
+            "key": identity.with_suffix(".key"), "token": self.path / "token",
+            "method": method, "kind": kind,
         }  # fmt: skip
         assert self.probe.stdin is not None
         assert self.probe.stdout is not None
         self.probe.stdin.write(json.dumps(ask, default=str) + "\n")
         self.probe.stdin.flush()
         said = json.loads(self.probe.stdout.readline())
+        if said["code"] == "PERMISSION_DENIED":
+            return False
         assert said["code"] == "UNAVAILABLE", said
         assert "fault filter" in said["details"] or "upstream" in said["details"], said
         return "upstream" in said["details"]
@@ -183,3 +191,33 @@ def test_tampered_log_is_an_alert_at_the_next_start(guard: Guard) -> None:
     assert (out.returncode, "does not match its hash" in out.stderr) == (1, True)
     guard.host.run(sys.executable, "-c", START, str(guard.path))
     wait_for("the alert", lambda: '"alert": "audit_broken"' in guard.said())
+
+
+def test_observing_lets_a_stranger_through_with_an_alert(guard: Guard) -> None:
+    """
+    With admission = "observe" an unlisted node's join goes on to the GCS, is
+    recorded and alerted; the same join is refused under "enforce".
+    """
+    guard.host.run(
+        *RS, "cluster", "certs", "issue", "node", "ghost", "--address", HEAD,
+        "--out", str(guard.host.home / "ghost"), "--cluster", str(guard.path),
+    )  # fmt: skip
+    join = {
+        "who": "ghost/identity/raylet",
+        "method": "/ray.rpc.NodeInfoGcsService/RegisterNode",
+        "kind": "RegisterNodeRequest",
+        "fields": {
+            "nodeInfo": {
+                "nodeId": base64.b64encode(b"\7" * 28).decode(),
+                "nodeManagerAddress": HEAD,
+            }
+        },
+    }
+    guard.host.run(*RS, "cluster", "reload", "--cluster", str(guard.path))
+    assert not guard.passes(**join)
+    guard.host.run(*RS, "cluster", "down", "--cluster", str(guard.path))
+    guard.start("closed", admission="observe")
+    assert guard.passes(**join)
+    wait_for("the alert", lambda: '"alert": "unexpected_node"' in guard.said())
+    alerts = guard.audit("--json", "--what", "unexpected_node").splitlines()
+    assert json.loads(alerts[0])["refused"] is False

@@ -1,0 +1,144 @@
+"""Parts of the guard's surroundings that need no guard: page, rules, throttle."""
+
+from __future__ import annotations
+
+import re
+from importlib import resources
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from raysandbox.cluster import supervisor
+from raysandbox.cluster.metrics import Metrics
+from raysandbox.cluster.supervisor import AccessServer, Throttle
+
+
+def test_rules_ask_for_what_the_page_has() -> None:
+    """Every metric and label of the example rules is on the page."""
+    metrics = Metrics()
+    metrics.call("driver", False, 1)
+    page = metrics.page().decode()
+    text = resources.files("raysandbox.cluster").joinpath("alerts.yml").read_text()
+    rules = [r for group in yaml.safe_load(text)["groups"] for r in group["rules"]]
+    assert len(rules) >= 6
+    for rule in rules:
+        names = re.findall(r"\brsb_\w+", rule["expr"])
+        assert names
+        for name in names:
+            assert f"# TYPE {name} " in page, name
+        for label in re.findall(r"\{(\w+)", rule["expr"]):
+            assert f"{label}=" in page or label in ("alert", "event"), label
+
+
+def test_rules_name_alerts_that_exist() -> None:
+    """An alert that was renamed would never fire."""
+    text = resources.files("raysandbox.cluster").joinpath("alerts.yml").read_text()
+    source = resources.files("raysandbox.cluster").joinpath("supervisor.py").read_text()
+    for names in re.findall(r'alert=~?"([\w|]+)"', text):
+        for name in names.split("|"):
+            assert f'"{name}"' in source, name
+
+
+@given(st.text(max_size=30), st.booleans(), st.integers(0, 1 << 40))
+def test_labels_are_of_a_fixed_set(role: str, ok: bool, size: int) -> None:
+    """A role that a certificate made up is `other`, and breaks no line."""
+    metrics = Metrics()
+    metrics.call(role, ok, size)
+    for line in metrics.page().decode().splitlines():
+        assert line.startswith(("#", "rsb_"))
+
+
+def test_throttle_is_per_key_and_forgets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So many a minute for each key; endless keys share one."""
+    now = 0.0
+    monkeypatch.setattr(supervisor.time, "monotonic", lambda: now)
+    throttle = Throttle(2, keys=3)
+    assert [throttle.pass_("a") for _ in range(3)] == [True, True, False]
+    assert throttle.pass_("b")
+    passed = sum(throttle.pass_(f"new{n}") for n in range(100))
+    assert passed <= 4
+    now = 61.0
+    assert throttle.pass_("a")
+
+
+class _Transport:
+    def __init__(self) -> None:
+        self.written = b""
+        self.closed = False
+
+    def write(self, data: bytes) -> None:
+        self.written += data
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class _Worker:
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, dict[str, str], bytes]] = []
+
+    def answer(
+        self, path: str, headers: dict[str, str], body: bytes
+    ) -> tuple[int, str]:
+        self.asked.append((path, headers, body))
+        return (403, "no\r\nset-cookie: x") if body == b"bad" else (200, "")
+
+
+def _serve(*chunks: bytes) -> tuple[_Worker, bytes]:
+    worker: Any = _Worker()
+    server, transport = AccessServer(worker), _Transport()
+    server.connection_made(transport)  # type: ignore[arg-type]
+    for chunk in chunks:
+        server.data_received(chunk)
+    return worker, transport.written
+
+
+ASK = b"POST /x HTTP/1.1\r\nx-rsb-uri: u\r\ncontent-length: 3\r\n\r\n"
+
+
+@given(st.lists(st.integers(0, 200), max_size=6))
+def test_questions_are_found_however_they_are_cut(cuts: list[int]) -> None:
+    """Three requests on one connection, cut anywhere: each is answered once."""
+    data = ASK + b"abc" + ASK + b"bad" + ASK + b"\r\n\r"
+    edges = sorted({0, *[min(c, len(data)) for c in cuts], len(data)})
+    worker, answers = _serve(*(data[a:b] for a, b in zip(edges, edges[1:])))
+    assert [body for _, _, body in worker.asked] == [b"abc", b"bad", b"\r\n\r"]
+    assert answers.count(b"HTTP/1.1 200") == 2
+    assert answers.count(b"HTTP/1.1 403") == 1
+
+
+def test_reason_can_not_split_the_answer() -> None:
+    """What a caller named is in the reason; it stays within the body."""
+    _, answer = _serve(ASK + b"bad")
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert b"set-cookie" not in head
+    length = re.search(rb"content-length: (\d+)", head)
+    assert length is not None
+    assert int(length[1]) == len(body)
+
+
+@settings(max_examples=200)
+@given(st.lists(st.binary(max_size=60), max_size=5))
+def test_any_bytes_are_no_answer_or_an_error(chunks: list[bytes]) -> None:
+    """asyncio closes the connection of a protocol that raises; Envoy then refuses
+    the call. What must not be is an answer of 200 that nobody decided.
+    """
+    worker: Any = _Worker()
+    server, transport = AccessServer(worker), _Transport()
+    server.connection_made(transport)  # type: ignore[arg-type]
+    try:
+        for chunk in chunks:
+            server.data_received(chunk)
+    except (ValueError, IndexError):
+        pass
+    assert transport.written.count(b"HTTP/1.1 200") <= len(worker.asked)
+
+
+def test_page_is_served_on_loopback() -> None:
+    """The page is Prometheus' text format."""
+    page = Metrics().page().decode()
+    assert 'rsb_alerts_total{alert="unexpected_node"} 0.0' in page
+    assert "rsb_audit_writable 1.0" in page
