@@ -94,17 +94,17 @@ class Stock:
 class Hardened:
     """A head and a node with everything that raysandbox puts around them."""
 
-    def __init__(self, lab: Lab) -> None:
+    def __init__(self, lab: Lab, *head: str, node: bool = True) -> None:
         self.lab = lab
-        self.head, self.node, self.rogue = (
-            lab.hosts[name] for name in ("head", "node", "rogue")
-        )
+        self.head, self.rogue = lab.hosts["head"], lab.hosts["rogue"]
         self.path = self.head.home / "c"
         self.head.run(*CLI, "cluster", "init", "c", "--name=lab",
                       f"--head-address={HEAD}", f"--port={PORT}")  # fmt: skip
-        self.issue("node", "node", "../node/c", NODE)
-        self.cli("nodes", "add", "node", f"--address={NODE}", "--resource=CPU=4",
-                 "--resource=*=1e12")  # fmt: skip
+        if node:
+            self.node = lab.hosts["node"]
+            self.issue("node", "node", "../node/c", NODE)
+            self.cli("nodes", "add", "node", f"--address={NODE}", "--resource=CPU=4",
+                     "--resource=*=1e12")  # fmt: skip
         for name in DRIVERS:
             # Drivers run on nodes; mallory's laptop has what mallory has.
             self.issue("driver", name, name, HEAD, NODE, ROGUE)
@@ -113,8 +113,9 @@ class Hardened:
         # The log has a disk of its own that a test can fill.
         self.head.run("sh", "-c", "mkdir -p c/audit && "
                       "mount -t tmpfs -o size=24m,mode=700 tmpfs c/audit")  # fmt: skip
-        self.start_head()
-        self.start_node()
+        self.start_head(*head)
+        if node:
+            self.start_node()
 
     def issue(self, role: str, name: str, out: str, *addresses: str) -> Path:
         """Issue a member's directory, below the head's home."""
@@ -122,15 +123,21 @@ class Hardened:
         self.cli("certs", "issue", role, name, f"--out={out}", *given)
         return (self.head.home / out).resolve()
 
+    def gcs_memory_bytes(self) -> int:
+        """Return what the GCS holds."""
+        return memory_bytes(self.head, "gcs_server")
+
     def cli(self, *arguments: str, check: bool = True) -> Any:
         """Run `raysandbox cluster …` on the head."""
         return self.head.run(
             *CLI, "cluster", *arguments, "--cluster=c", check=check, timeout_s=60
         )
 
-    def start_head(self) -> None:
+    def start_head(self, *more: str) -> None:
         """Start the head's Ray."""
-        self.head.run(*CLI, "start", "--head", "--cluster=c", *SMALL, timeout_s=90)
+        self.head.run(
+            *CLI, "start", "--head", "--cluster=c", *SMALL, *more, timeout_s=90
+        )
 
     def start_node(self) -> None:
         """Start the node's Ray."""
@@ -183,6 +190,12 @@ class Hardened:
         )
         out = self.head.run(*self.env("alice"), sys.executable, "-c", code)
         return int(out.stdout.split("ALIVE")[1].split()[0])
+
+
+def memory_bytes(host: Host, comm: str) -> int:
+    """Return the resident memory of a host's process of that name."""
+    out = host.run("ps", "-C", comm, "-o", "rss=").stdout
+    return int(out.split()[0]) << 10
 
 
 Attack = Callable[..., dict[str, Any]]
