@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from raysandbox.cluster.audit import query
+from raysandbox.cluster.settings import ClusterDir
 from tests.cluster.lab import Host, Lab, wait_for
 from tests.require import require
 
@@ -105,6 +106,7 @@ class Hardened:
             self.issue("node", "node", "../node/c", NODE)
             self.cli("nodes", "add", "node", f"--address={NODE}", "--resource=CPU=4",
                      "--resource=*=1e12")  # fmt: skip
+        self.settings = ClusterDir(self.path).settings()
         for name in DRIVERS:
             # Drivers run on nodes; mallory's laptop has what mallory has.
             self.issue("driver", name, name, HEAD, NODE, ROGUE)
@@ -122,10 +124,6 @@ class Hardened:
         given = [f"--address={a}" for a in addresses]
         self.cli("certs", "issue", role, name, f"--out={out}", *given)
         return (self.head.home / out).resolve()
-
-    def gcs_memory_bytes(self) -> int:
-        """Return what the GCS holds."""
-        return memory_bytes(self.head, "gcs_server")
 
     def cli(self, *arguments: str, check: bool = True) -> Any:
         """Run `raysandbox cluster …` on the head."""
