@@ -20,13 +20,15 @@ from raysandbox.cluster.access import Access, Decision, grpc_message
 from raysandbox.cluster.methods import CONTENT, METHODS, PLAIN, STREAM, methods_of
 from raysandbox.cluster.settings import (
     ROLES,
-    Access as Grants,
     DriverAccess,
     Inventory,
     Limits,
     Node,
     RoleLimit,
     Settings,
+)
+from raysandbox.cluster.settings import (
+    Access as Grants,
 )
 
 pb: Any = gcs_service_pb2
@@ -224,14 +226,14 @@ def test_unknown_role_has_no_method(role: str) -> None:
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b"\0\0\0\0", b"\1\0\0\0\0", b"\0\0\0\0\1", b"\0\0\0\0\0x", b"\0\xff\xff\xff\xff",
-     frame(get(b"k")) * 2],
+    [b"", b"\0\0\0\0", b"\1\0\0\0\0", b"\0\0\0\0\1", b"\0\0\0\0\0x",
+     b"\0\xff\xff\xff\xff", frame(get(b"k")) * 2],
 )  # fmt: skip
 def test_body_that_is_not_one_plain_message_is_refused(
     world: World, body: bytes
 ) -> None:
     """Short, compressed, with another length, or with a second message behind."""
-    with pytest.raises(ValueError, match="frame|compressed|length"):
+    with pytest.raises(ValueError, match=r"frame|compressed|length"):
         grpc_message(body)
     said = world.access.decide(uri=ALICE, method=KV + "Get", body=body)
     assert "malformed" in said.why
@@ -297,8 +299,7 @@ def test_method_that_nobody_knows_is_refused(world: World) -> None:
 
 
 def test_function_table_is_its_jobs_alone(world: World) -> None:
-    """
-    One job can't read or replace another job's function.
+    """One job can't read or replace another job's function.
 
     On stock Ray with the token it can: the next task of that job runs it.
     """
@@ -432,8 +433,9 @@ def test_actor_id_can_not_name_another_job(world: World) -> None:
 
 
 def test_namespace_is_its_first_users(world: World) -> None:
-    """Named actors are found, made and listed in one's own namespaces, and in
-    those that access.toml grants.
+    """Named actors are found, made and listed in one's own namespaces alone.
+
+    And in those that access.toml grants.
     """
     named = pb.GetNamedActorInfoRequest(name="counter", ray_namespace="ns1")
     world.ok(ALICE, ACTOR + "GetNamedActorInfo", named)
@@ -549,7 +551,8 @@ def limited(**how: int) -> World:
     limit = {
         "calls_per_s": 10, "calls_burst": 10, "read_bytes_per_s": 100_000,
         "read_burst_bytes": 1_000_000, "write_bytes_per_s": 100_000,
-        "write_burst_bytes": 1_000_000, "in_flight": 2, "stored_bytes": 1_000_000, **how,
+        "write_burst_bytes": 1_000_000, "in_flight": 2, "stored_bytes": 1_000_000,
+        **how,
     }  # fmt: skip
     return World(limits=Limits(roles={"driver": RoleLimit(**limit)}))
 
@@ -584,9 +587,7 @@ def test_reads_cost_what_the_key_holds() -> None:
 
 def test_large_calls_in_flight_are_counted_until_they_end() -> None:
     """The place is free when the log says so, or after two minutes unheard."""
-    world = limited(
-        read_burst_bytes=1 << 30, read_bytes_per_s=1 << 30, in_flight=2
-    )
+    world = limited(read_burst_bytes=1 << 30, read_bytes_per_s=1 << 30, in_flight=2)
     world.ok(ALICE, KV + "Put", put(b"k", bytes(400_000)), request_id="w")
     world.access.ended("w", "driver/alice")
     world.ok(ALICE, KV + "Get", get(b"k"), request_id="a")

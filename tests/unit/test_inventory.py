@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from click.testing import Result
 from typer.testing import CliRunner
 
 from raysandbox.cli import app
@@ -29,7 +29,6 @@ from raysandbox.cluster.settings import (
     validate,
 )
 from tests.unit.test_certificates import make_cluster
-
 
 
 @pytest.fixture
@@ -132,7 +131,7 @@ def test_edits_at_once_are_all_kept(cluster: ClusterDir) -> None:
     [
         ("cluster.toml", 'name = "a"', "head_address: Field required"),
         ("cluster.toml", 'name = "a"\nhead_address = "h"\nx = 1', "x: Extra inputs"),
-        ("cluster.toml", 'name = "a\\n"\nhead_address = "h"', "name: .*must be 1 to 63"),
+        ("cluster.toml", 'name = "a\\n"\nhead_address = "h"', "name: .*be 1 to 63"),
         ("cluster.toml", 'name = "a"\nhead_address = "a b"', "head_address: "),
         ("cluster.toml", 'name = "a"\nhead_address = "h"\nport = 70000', "port: "),
         ("cluster.toml", 'name = "a"\nhead_address = "h"\nadmission = "off"',
@@ -226,9 +225,7 @@ def test_any_toml_is_a_model_or_an_error(
     st.text(st.characters(codec="utf-8", max_codepoint=0xFFFF), max_size=20),
     st.lists(st.text(st.characters(codec="ascii"), max_size=8), max_size=3),
 )
-def test_flat_models_come_back_from_their_text(
-    head: str, addresses: list[str]
-) -> None:
+def test_flat_models_come_back_from_their_text(head: str, addresses: list[str]) -> None:
     """What we write ourselves, quotes and line feeds included."""
     member = Member(role="node", name="n1", addresses=(*addresses, head))
     assert validate(Path("m"), toml_text(member), Member) == member

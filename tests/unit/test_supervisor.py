@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from importlib import resources
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -104,7 +105,7 @@ def test_questions_are_found_however_they_are_cut(cuts: list[int]) -> None:
     """Three requests on one connection, cut anywhere: each is answered once."""
     data = ASK + b"abc" + ASK + b"bad" + ASK + b"\r\n\r"
     edges = sorted({0, *[min(c, len(data)) for c in cuts], len(data)})
-    worker, answers = _serve(*(data[a:b] for a, b in zip(edges, edges[1:])))
+    worker, answers = _serve(*(data[a:b] for a, b in pairwise(edges)))
     assert [body for _, _, body in worker.asked] == [b"abc", b"bad", b"\r\n\r"]
     assert answers.count(b"HTTP/1.1 200") == 2
     assert answers.count(b"HTTP/1.1 403") == 1
@@ -123,8 +124,9 @@ def test_reason_can_not_split_the_answer() -> None:
 @settings(max_examples=200)
 @given(st.lists(st.binary(max_size=60), max_size=5))
 def test_any_bytes_are_no_answer_or_an_error(chunks: list[bytes]) -> None:
-    """asyncio closes the connection of a protocol that raises; Envoy then refuses
-    the call. What must not be is an answer of 200 that nobody decided.
+    """No bytes make an answer of 200 that nobody decided.
+
+    asyncio closes the connection of a protocol that raises; Envoy then refuses.
     """
     worker: Any = _Worker()
     server, transport = AccessServer(worker), _Transport()
