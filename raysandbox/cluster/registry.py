@@ -341,7 +341,18 @@ class Registry:
             ) from None
 
     def crls(self) -> bytes:
-        """Return every CRL of the cluster, concatenated."""
+        """Return every CRL of the cluster, concatenated.
+
+        Raises:
+            ClusterError: The CA's own is missing: the guard would refuse everybody
+                without it, and that would be the good case.
+        """
+        if not self._root_crl.exists():
+            raise ClusterError(
+                where=str(self._root_crl),
+                what="is missing: the CA's list of revoked certificates",
+                remedy="`raysandbox cluster certs trust CRL` for an external CA",
+            )
         files = sorted(self.dir.trust.glob("*.crl"))
         return b"".join(read_trusted(file) for file in files)
 

@@ -561,6 +561,8 @@ def test_external_ca(tmp_path: Path) -> None:
         assert pki.check_identity(head, component, addresses=[ADDRESS]) == []
     serial = load((signed / "cli.pem").read_bytes()).serial_number
     now = dt.datetime.now(dt.timezone.utc)
+    with pytest.raises(ClusterError, match="certs trust CRL"):
+        registry.crls()
     assert "Example" in registry.trust(ca.crl([(serial, now)]))
     with pytest.raises(ClusterError, match="was not signed by"):
         registry.trust(pki.Issuer.root("Example Corp CA 7").crl([]))

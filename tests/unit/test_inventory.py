@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from raysandbox.cli import app
 from raysandbox.cluster import inventory
+from raysandbox.cluster.audit import AuditLog
 from raysandbox.cluster.errors import ClusterError
 from raysandbox.cluster.settings import (
     Access,
@@ -334,3 +335,65 @@ def test_command_on_no_cluster_directory_says_so(
         assert out.exit_code == 1, out.stdout
         assert out.stderr.startswith("raysandbox: "), out.stderr
         assert "Traceback" not in out.stderr
+
+
+def test_commands_for_keys_that_stay_where_they_are(tmp_path: Path) -> None:
+    """bundle, csr, sign, import: the operator's side and the node's side."""
+    path, node = tmp_path / "c", tmp_path / "n1"
+    where, there = ("--cluster", str(path)), ("--cluster", str(node))
+    address = ("--address", "10.0.0.2")
+    assert (
+        _run("cluster", "init", str(path), "--head-address", "10.0.0.1").exit_code == 0
+    )
+    out = _run("cluster", "certs", "bundle", "node", "n1", *address, "--out", str(node),
+               *where)  # fmt: skip
+    assert out.exit_code == 0, out.stderr
+    assert not list(node.rglob("*.key"))
+    out = _run("doctor", "--json", *there)
+    checks = {row["check"]: row["state"] for row in json.loads(out.stdout)["checks"]}
+    assert checks["certificate raylet"] == "problem"
+    assert _run("cluster", "certs", "csr", *there).exit_code == 0
+    out = _run("cluster", "certs", "sign", str(node / "pending"), "driver/eve", *address,
+               "--out", str(tmp_path / "bad"), *where)  # fmt: skip
+    assert (out.exit_code, "no role has that component" in out.stderr) == (1, True)
+    assert not (tmp_path / "bad").exists()
+    signed = tmp_path / "signed"
+    out = _run("cluster", "certs", "sign", str(node / "pending"), "node/n1", *address,
+               "--out", str(signed), *where)  # fmt: skip
+    assert out.exit_code == 0, out.stderr
+    out = _run("cluster", "certs", "import", str(signed), *there)
+    assert (out.exit_code, out.stdout.count("installed")) == (0, 4), out.stderr
+    out = _run("doctor", "--json", *there)
+    checks = {row["check"]: row["state"] for row in json.loads(out.stdout)["checks"]}
+    assert checks["certificate raylet"] == checks["certificate workers"] == "ok"
+
+
+def test_rolling_is_a_script_that_a_shell_reads(tmp_path: Path) -> None:
+    """`sh -n` accepts what is printed, also for names of directories with spaces."""
+    path = tmp_path / "my cluster's"
+    assert _run("cluster", "init", str(path)).exit_code == 0
+    out = _run("cluster", "certs", "rolling", "--within-days", "400", "--cluster",
+               str(path), "--member-dir", "/etc/a b")  # fmt: skip
+    assert "raysandbox cluster up" in out.stdout
+    subprocess.run(["sh", "-n"], input=out.stdout, text=True, check=True)
+
+
+def test_audit_commands_on_their_own(tmp_path: Path) -> None:
+    """No log is an error, a span that is none too; a broken one exits 1 as JSON."""
+    path = tmp_path / "c"
+    where = ("--cluster", str(path))
+    assert _run("cluster", "init", str(path)).exit_code == 0
+    out = _run("audit", *where)
+    assert (out.exit_code, "there is no audit log" in out.stderr) == (1, True)
+    assert _run("audit", *where, "verify").exit_code == 1
+    log = AuditLog(path / "audit", 1 << 20, 9)
+    log.append([{"t": 0, "who": "driver/alice", "ok": True, "method": "/x/Y"}])
+    log.close()
+    assert "driver/alice Y" in _run("audit", *where).stdout
+    assert _run("audit", *where, "--since", "5 parsecs").exit_code == 2
+    assert _run("audit", *where, "--since", "1h").stdout == ""
+    assert "1 lines, unbroken" in _run("audit", *where, "verify").stdout
+    file = path / "audit" / "audit.jsonl"
+    file.write_text(file.read_text() * 2)
+    out = _run("audit", *where, "verify", "--json")
+    assert (out.exit_code, json.loads(out.stdout)["ok"]) == (1, False)
