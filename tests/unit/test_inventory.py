@@ -353,12 +353,13 @@ def test_commands_for_keys_that_stay_where_they_are(tmp_path: Path) -> None:
     checks = {row["check"]: row["state"] for row in json.loads(out.stdout)["checks"]}
     assert checks["certificate raylet"] == "problem"
     assert _run("cluster", "certs", "csr", *there).exit_code == 0
-    out = _run("cluster", "certs", "sign", str(node / "pending"), "driver/eve", *address,
+    pending = str(node / "pending")
+    out = _run("cluster", "certs", "sign", pending, "driver/eve", *address,
                "--out", str(tmp_path / "bad"), *where)  # fmt: skip
     assert (out.exit_code, "no role has that component" in out.stderr) == (1, True)
     assert not (tmp_path / "bad").exists()
     signed = tmp_path / "signed"
-    out = _run("cluster", "certs", "sign", str(node / "pending"), "node/n1", *address,
+    out = _run("cluster", "certs", "sign", pending, "node/n1", *address,
                "--out", str(signed), *where)  # fmt: skip
     assert out.exit_code == 0, out.stderr
     out = _run("cluster", "certs", "import", str(signed), *there)
