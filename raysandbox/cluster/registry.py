@@ -257,6 +257,16 @@ class Registry:
         ca = pki.load_chain(self.dir.ca_cert)[0]
         if not issuer_pem:
             checked = _checked_crl(crl_pem, ca)
+            if self._root_crl.exists():
+                # An older list would take back what was revoked since.
+                have = pki.load_crl(read_trusted(self._root_crl)).last_update_utc
+                new = pki.load_crl(checked).last_update_utc
+                if new < have:
+                    raise ClusterError(
+                        where="revocation list",
+                        what=f"is of {new:%Y-%m-%d %H:%M} UTC, older than the one in "
+                        f"force, of {have:%Y-%m-%d %H:%M} UTC",
+                    )
             write_file(self._root_crl, checked, 0o644)
             return ca.subject.rfc4514_string()
         try:

@@ -527,7 +527,7 @@ def test_any_bytes_as_request_or_list_are_an_error(data: bytes) -> None:
                 load(text)
 
 
-def test_external_ca(tmp_path: Path) -> None:
+def test_external_ca(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With an external CA, requests go out, certificates and lists come in.
 
     The cluster holds no key that could sign a member.
@@ -566,6 +566,12 @@ def test_external_ca(tmp_path: Path) -> None:
     assert "Example" in registry.trust(ca.crl([(serial, now)]))
     with pytest.raises(ClusterError, match="was not signed by"):
         registry.trust(pki.Issuer.root("Example Corp CA 7").crl([]))
+    with monkeypatch.context() as patch:
+        yesterday = now - dt.timedelta(days=1)
+        patch.setattr(pki, "_now", lambda: yesterday)
+        replayed = ca.crl([])
+    with pytest.raises(ClusterError, match="older than the one in force"):
+        registry.trust(replayed)
     crls = x509.load_pem_x509_crl((head.trust / "root.crl").read_bytes())
     assert [entry.serial_number for entry in crls] == [serial]
     assert len(list(head.trust.glob("*.crl"))) == 2

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from raysandbox.cli import app
-from raysandbox.cluster import inventory
+from raysandbox.cluster import inventory, pki
 from raysandbox.cluster.audit import AuditLog
 from raysandbox.cluster.errors import ClusterError
+from raysandbox.cluster.registry import Registry, install
 from raysandbox.cluster.settings import (
     Access,
     ClusterDir,
@@ -139,6 +140,8 @@ def test_edits_at_once_are_all_kept(cluster: ClusterDir) -> None:
          "admission: Input should be 'enforce' or 'observe'"),
         ("cluster.toml", 'name="a"\nhead_address="h"\n[audit]\nwebhook="file:///etc"',
          "audit.webhook: "),
+        ("cluster.toml", 'name="a"\nhead_address="h"\n[audit]\nwebhook="http://x.org"',
+         "audit.webhook: .*https"),
         ("cluster.toml", 'name="a"\nhead_address="h"\n[audit]\nanchor_file="x"',
          "audit.anchor_file: .*absolute"),
         ("member.toml", 'role = "root"\nname = "a"', "role: "),
@@ -398,3 +401,26 @@ def test_audit_commands_on_their_own(tmp_path: Path) -> None:
     file.write_text(file.read_text() * 2)
     out = _run("audit", *where, "verify", "--json")
     assert (out.exit_code, json.loads(out.stdout)["ok"]) == (1, False)
+
+
+def test_up_lists_all_that_is_wrong_and_starts_nothing(tmp_path: Path) -> None:
+    """A key that others can read, an expired certificate, a token that is open."""
+    cluster = make_cluster(tmp_path / "c")
+    cluster.key("agent").chmod(0o644)
+    cluster.token.chmod(0o640)
+    key = pki.new_key()
+    uri = "spiffe://prod/head/head/raylet"
+    root = Registry(cluster).root()
+    leaf = root.leaf(uri, ["10.1.2.3"], key.public_key(), -0.001)
+    install(cluster, "raylet", key, pki.pem(leaf))
+    out = subprocess.run(
+        [sys.executable, "-m", "raysandbox", "cluster", "up", "--cluster",
+         str(cluster.path)],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert out.returncode == 1
+    assert "nothing was started" in out.stderr
+    for says in ("agent.key: has mode 0644", "raylet.pem: expired", "token: has mode"):
+        assert says in out.stderr
+    assert "Traceback" not in out.stderr
+    assert not (cluster.run / "supervisor.pid").exists()
