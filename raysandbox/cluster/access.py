@@ -17,6 +17,7 @@ one of its role's. Here the request is parsed, and decided by what it names:
 * What a call costs is charged before it is made: bytes sent, bytes that the
   key is known to hold, one place in flight, bytes that stay stored. So a call
   that is abandoned at its deadline has cost its caller what it cost the GCS.
+  Over its limits a caller waits before it is refused (`budget`).
 
 Pure but for the clock: `Access` holds what is known and does no I/O.
 """
@@ -26,6 +27,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from typing import Any
@@ -33,13 +35,13 @@ from typing import Any
 from google.protobuf.message import DecodeError
 from ray.core.generated import common_pb2, pubsub_pb2
 
+from raysandbox.cluster.budget import PENALTY_S, Account, OverBudgetError
 from raysandbox.cluster.methods import CONTENT, STREAM
 from raysandbox.cluster.settings import (
     Access as Grants,
 )
 from raysandbox.cluster.settings import (
     Inventory,
-    RoleLimit,
     Settings,
 )
 from raysandbox.cluster.shapes import flaw, request_types
@@ -56,13 +58,8 @@ SHARED = {
     b"", b"session", b"cluster", b"tracing", b"dashboard", b"healthcheck",
     b"__autoscaler",
 }  # fmt: skip
-# From here on a call takes a place in flight. The end of a call is known when the
-# guard's log says so, some time later: a place for each small call would be held
-# long after it, and small calls are counted by their bucket anyhow.
-LARGE_BYTES = 64 << 10
-# A call that its end was never heard of is given up after this long.
-IN_FLIGHT_S = 120.0
 JOB_BYTES = 4
+MOST_ACCOUNTS = 100_000
 ACTOR_CREATION = _common.ACTOR_CREATION_TASK
 SYSTEM = "head/"
 
@@ -76,9 +73,10 @@ class Decision:
         retry: Refused for now: the client should come back.
         alert: Worth waking somebody: a node that must not be here.
         note: What is wrong with a call that is let through and alerted.
+        wait_s: How long the answer is to be held back.
     """
 
-    __slots__ = ("alert", "note", "object", "retry", "why")
+    __slots__ = ("alert", "note", "object", "retry", "wait_s", "why")
 
     def __init__(
         self,
@@ -88,9 +86,10 @@ class Decision:
         retry: bool = False,
         alert: bool = False,
         note: str = "",
+        wait_s: float = 0.0,
     ) -> None:
         self.why, self.object, self.retry, self.alert = why, object, retry, alert
-        self.note = note
+        self.note, self.wait_s = note, wait_s
 
     @property
     def allowed(self) -> bool:
@@ -102,35 +101,6 @@ class _RefusedError(Exception):
     def __init__(self, why: str, *, retry: bool = False, alert: bool = False) -> None:
         super().__init__(why)
         self.why, self.retry, self.alert = why, retry, alert
-
-
-class _Bucket:
-    """Tokens that refill; `take` may be asked for more than is left."""
-
-    __slots__ = ("burst", "left", "per_s", "seen")
-
-    def __init__(self, per_s: float, burst: float, now: float) -> None:
-        self.per_s, self.burst, self.left, self.seen = per_s, burst, burst, now
-
-    def take(self, amount: float, now: float) -> bool:
-        self.left = min(self.burst, self.left + (now - self.seen) * self.per_s)
-        self.seen = now
-        if amount > self.left:
-            return False
-        self.left -= amount
-        return True
-
-
-class _Caller:
-    """One identity's use of the GCS."""
-
-    __slots__ = ("flight", "reads", "stored", "writes")
-
-    def __init__(self, limit: RoleLimit, now: float) -> None:
-        self.reads = _Bucket(limit.read_bytes_per_s, limit.read_burst_bytes, now)
-        self.writes = _Bucket(limit.write_bytes_per_s, limit.write_burst_bytes, now)
-        self.flight: dict[str, float] = {}
-        self.stored = 0
 
 
 def grpc_message(body: bytes) -> bytes:
@@ -182,7 +152,9 @@ class Access:
         self.workers: dict[str, str] = {}
         self.added: dict[str, str] = {}
         self._adding: dict[str, tuple[str, str]] = {}
-        self._callers: dict[str, _Caller] = {}
+        self._accounts: dict[str, Account] = {}
+        self._open: dict[str, str] = {}
+        self._stored: Counter[str] = Counter()
         self._kinds = request_types(CONTENT)
         self._rules: dict[str, Callable[[_Call], None]] = _rules(self)
 
@@ -212,11 +184,10 @@ class Access:
             else:
                 getattr(self, table)[rest[0]] = rest[1]
 
-    def ended(self, request_id: str, who: str) -> None:
+    def ended(self, request_id: str) -> None:
         """A call has ended, in whatever way: its place in flight is free."""
-        caller = self._callers.get(who)
-        if caller is not None:
-            caller.flight.pop(request_id, None)
+        if name := self._open.pop(request_id, ""):
+            self._accounts[name].ended(request_id)
 
     def _fact(self, table: str, key: str, value: str) -> None:
         known: dict[str, str] = getattr(self, table)
@@ -229,13 +200,12 @@ class Access:
     ) -> None:
         self._drop_key(namespace, key)
         self.keys[namespace, key] = (owner, size, digest)
-        if caller := self._callers.get(self._payer(owner)):
-            caller.stored += size
+        self._stored[self._payer(owner)] += size
 
     def _drop_key(self, namespace: bytes, key: bytes) -> None:
         known = self.keys.pop((namespace, key), None)
-        if known and (caller := self._callers.get(self._payer(known[0]))):
-            caller.stored -= known[1]
+        if known:
+            self._stored[self._payer(known[0])] -= known[1]
 
     def _payer(self, owner: str) -> str:
         """Return the identity that pays for what a job or identity stores."""
@@ -256,10 +226,11 @@ class Access:
     ) -> Decision:
         """Decide one call; never raises for anything that a caller can send."""
         call = _Call(uri, method, body, request_id, node_id, source)
-        about = ""
+        about, wait_s = "", 0.0
         try:
-            if call.role not in self.settings.limits.roles:
-                raise _RefusedError("the caller has no role")
+            now = self._clock()
+            # A refused call counts too.
+            wait_s = self._account(call).count(now)
             if method != STREAM:
                 kind = self._kinds.get(method)
                 if kind is None:
@@ -272,56 +243,47 @@ class Access:
                     raise _RefusedError(f"malformed request: {problem}")
             about = call.about()
             self._rules.get(method, self.shape_only)(call)
-            if call.charge:
-                self._charge(call)
-        except _RefusedError as refused:
+            self._charge(call)
+        except (_RefusedError, OverBudgetError) as refused:
             return Decision(
-                refused.why, object=about, retry=refused.retry, alert=refused.alert
-            )
-        return Decision(object=about, alert=bool(call.note), note=call.note)
-
-    def caller(self, who: str, role: str) -> _Caller:
-        """Return an identity's counters."""
-        found = self._callers.get(who)
-        if found is None:
-            limit = self.settings.limits.roles[role]  # type: ignore[index]
-            found = self._callers[who] = _Caller(limit, self._clock())
-            found.stored = sum(
-                size for owner, size, _ in self.keys.values()
-                if self._payer(owner) == who
+                refused.why, object=about, retry=refused.retry,
+                alert=getattr(refused, "alert", False), wait_s=max(wait_s, PENALTY_S),
             )  # fmt: skip
+        return Decision(
+            object=about, alert=bool(call.note), note=call.note,
+            wait_s=max(wait_s, call.wait_s),
+        )  # fmt: skip
+
+    def _account(self, call: _Call) -> Account:
+        """Return who pays: a worker's calls are its job's owner's.
+
+        All workers of one owner have one account, beside the driver's own: a job
+        does not get more of the GCS by having more workers.
+        """
+        name = call.who
+        if call.role == "worker":
+            owner = self._owner(call) or call.uri
+            name = f"workers of {owner}"
+        found = self._accounts.get(name)
+        if found is None:
+            if len(self._accounts) >= MOST_ACCOUNTS:
+                self._accounts.clear()
+            limit = self.settings.limits.roles[call.role]  # type: ignore[index]
+            found = self._accounts[name] = Account(limit, self._clock())
+        call.account = name
         return found
 
     def _charge(self, call: _Call) -> None:
-        now = self._clock()
-        limit = self.settings.limits.roles[call.role]  # type: ignore[index]
-        caller = self.caller(call.who, call.role)
-        large = call.reads + call.writes >= LARGE_BYTES
-        if large and len(caller.flight) >= limit.in_flight:
-            for request, since in list(caller.flight.items()):
-                if now - since > IN_FLIGHT_S:
-                    del caller.flight[request]
-            if len(caller.flight) >= limit.in_flight:
-                raise _RefusedError(
-                    f"{limit.in_flight} large calls of this identity are in flight",
-                    retry=True,
-                )
-        if call.writes > limit.write_burst_bytes:
-            raise _RefusedError(
-                f"a request of {call.writes} bytes is over this role's limit of "
-                f"{limit.write_burst_bytes} (limits.roles.{call.role}"
-                ".write_burst_bytes)"
-            )
-        if call.reads > limit.read_burst_bytes:
-            raise _RefusedError(
-                f"a read of {call.reads} bytes is over this role's limit"
-            )
-        if not caller.writes.take(call.writes, now):
-            raise _RefusedError("this identity's bytes per second (write)", retry=True)
-        if not caller.reads.take(call.reads, now):
-            raise _RefusedError("this identity's bytes per second (read)", retry=True)
-        if large and call.request_id:
-            caller.flight[call.request_id] = now
+        """Charge for a call's bytes, once."""
+        if not call.charge:
+            return
+        call.charge = False
+        account = self._account(call)
+        call.wait_s = account.charge(
+            self._clock(), call.reads, call.writes, call.request_id
+        )
+        if call.request_id in account.flight:
+            self._open[call.request_id] = call.account
 
     # -- rules ----------------------------------------------------------------
 
@@ -502,16 +464,16 @@ class Access:
         known = self.keys.get((namespace, key))
         if known and not ask.overwrite:
             return
+        owner = known[0] if known else self._new_owner(call, namespace, key)
+        payer = self._payer(owner)
         limit = self.settings.limits.roles[call.role]  # type: ignore[index]
         grows = size - (known[1] if known else 0)
-        if self.caller(call.who, call.role).stored + grows > limit.stored_bytes:
+        if self._stored[payer] + grows > limit.stored_bytes:
             raise _RefusedError(
-                f"keys of {call.who} would hold more than {limit.stored_bytes} bytes "
+                f"keys of {payer} would hold more than {limit.stored_bytes} bytes "
                 f"(limits.roles.{call.role}.stored_bytes)"
             )
         self._charge(call)
-        call.charge = False
-        owner = known[0] if known else self._new_owner(call, namespace, key)
         digest = hashlib.sha256(ask.value).digest() if key.startswith(PACKAGE) else b""
         self._set_key(namespace, key, owner, size, digest)
         self._journal(["keys", namespace.hex(), key.hex(), owner, size, digest.hex()])
@@ -739,8 +701,8 @@ class _Call:
     """One call, and what it will cost."""
 
     __slots__ = (
-        "ask", "body_bytes", "charge", "method", "node_id", "note", "reads",
-        "request_id", "role", "source", "uri", "who", "writes",
+        "account", "ask", "body_bytes", "charge", "method", "node_id", "note", "reads",
+        "request_id", "role", "source", "uri", "wait_s", "who", "writes",
     )  # fmt: skip
 
     def __init__(
@@ -753,6 +715,8 @@ class _Call:
         self.role = self.who.partition("/")[0]
         self.ask: Any = None
         self.reads = self.writes = 0
+        self.wait_s = 0.0
+        self.account = ""
         self.charge = True
         self.note = ""
 

@@ -40,7 +40,7 @@ function envoy_on_request(handle)
   if uri == nil then return refuse(handle, role) end
   headers:add("x-rsb-uri", uri)
   headers:add("x-rsb-role", role)
-  headers:add("x-rsb-who", who)
+  headers:add("x-rsb-who", role == "worker" and uri or who)
   handle:streamInfo():dynamicMetadata():set("rsb", "uri", uri)
 
   -- Raylet's syncer sends the token twice and HTTP/2 folds the copies into one

@@ -225,7 +225,9 @@ def _rate_limit(limits: Limits) -> Json:
         descriptors.append(
             {
                 "entries": [{"key": "role", "value": role}, {"key": "who"}],
-                "token_bucket": _bucket(limit.calls_per_s, limit.calls_burst),
+                # The access service slows a caller down at its limit; this one
+                # keeps it from being asked too often.
+                "token_bucket": _bucket(2 * limit.calls_per_s, 2 * limit.calls_burst),
             }
         )
     return _typed(
@@ -635,7 +637,14 @@ def _pipe_cluster(name: str, endpoint: Json) -> Json:
         "type": "STATIC",
         "connect_timeout": "2s",
         "circuit_breakers": {
-            "thresholds": [{"max_connections": 256, "max_pending_requests": 1024}]
+            # More than the answers that the access service holds back.
+            "thresholds": [
+                {
+                    "max_connections": 1024,
+                    "max_pending_requests": 1024,
+                    "max_requests": 4096,
+                }
+            ]
         },
         "load_assignment": {
             "cluster_name": name,

@@ -123,7 +123,7 @@ def _default_limits() -> dict[Role, RoleLimit]:
     )
     user = RoleLimit(
         calls_per_s=200,
-        calls_burst=600,
+        calls_burst=1000,
         read_bytes_per_s=8 * MIB,
         read_burst_bytes=64 * MIB,
         write_bytes_per_s=256 << 10,
@@ -135,7 +135,7 @@ def _default_limits() -> dict[Role, RoleLimit]:
     return {
         "head": trusted,
         "node": trusted,
-        "worker": user.model_copy(update={"calls_per_s": 400, "calls_burst": 1200}),
+        "worker": user.model_copy(update={"calls_per_s": 400, "calls_burst": 2000}),
         "driver": user,
         "client": user,
         "operator": few.model_copy(update={"calls_per_s": 100}),

@@ -49,6 +49,9 @@ PIPE_BYTES = 1 << 20
 # Certificates that wait for workers: enough for a node's burst of starts.
 STOCK = 16
 QUEUE_LINES = 100_000
+# Answers that are held back, each on a connection of Envoy's of its own.
+MOST_WAITING, WAITING_EACH = 512, 32
+BUSY = "too many calls of this identity wait for its limits"
 FLUSH_S = 0.1
 # A flood of equal refusals is one line a second with a count, or the log would
 # be the next thing to fill up.
@@ -71,6 +74,8 @@ class AccessServer(asyncio.Protocol):
         self._buffer = bytearray()
         self._head: tuple[str, dict[str, str], int] | None = None
         self._transport: asyncio.Transport | None = None
+        self._waiting = False
+        self.who = ""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Keep the transport for the answers."""
@@ -79,7 +84,16 @@ class AccessServer(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """Collect whole requests and answer each."""
         self._buffer += data
-        while True:
+        self._serve()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """Forget an answer that nobody waits for any more."""
+        del error
+        self._worker.waiting.discard(self)
+        self._transport = None
+
+    def _serve(self) -> None:
+        while not self._waiting:
             if self._head is None:
                 end = self._buffer.find(b"\r\n\r\n")
                 if end < 0:
@@ -98,13 +112,28 @@ class AccessServer(asyncio.Protocol):
             body = bytes(self._buffer[:length])
             del self._buffer[:length]
             self._head = None
-            status, why = self._worker.answer(path, headers, body)
-            reason = "OK" if status == 200 else "No"
-            # What the caller of a refused call reads as its error.
-            text = f"raysandbox: {why}".encode() if why else b""
-            head = f"HTTP/1.1 {status} {reason}\r\ncontent-length: {len(text)}\r\n\r\n"
-            if self._transport is not None:
-                self._transport.write(head.encode() + text)
+            self.who = headers.get("x-rsb-uri", "")
+            status, why, wait_s = self._worker.answer(path, headers, body)
+            if wait_s and self._worker.may_wait(self):
+                self._waiting = True
+                asyncio.get_running_loop().call_later(wait_s, self._late, status, why)
+            else:
+                # Who has too much waiting already is refused at once.
+                self._answer(*((status, why) if not wait_s else (503, why or BUSY)))
+
+    def _late(self, status: int, why: str) -> None:
+        self._waiting = False
+        self._worker.waiting.discard(self)
+        self._answer(status, why)
+        self._serve()
+
+    def _answer(self, status: int, why: str) -> None:
+        reason = "OK" if status == 200 else "No"
+        # What the caller of a refused call reads as its error.
+        text = f"raysandbox: {why}".encode() if why else b""
+        head = f"HTTP/1.1 {status} {reason}\r\ncontent-length: {len(text)}\r\n\r\n"
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(head.encode() + text)
 
 
 class Throttle:
@@ -239,6 +268,7 @@ class HeadWorker(NodeWorker):
         self._throttle = Throttle(ALERTS_A_MINUTE)
         # One thread of its own: a receiver that hangs holds up nothing else.
         self._poster, self._waiting = ThreadPoolExecutor(1), 0
+        self.waiting: set[AccessServer] = set()
         self._verdicts: dict[str, tuple[str, str]] = {}
         self._queue: list[dict[str, Any]] = []
         self._fold = Fold()
@@ -253,8 +283,11 @@ class HeadWorker(NodeWorker):
 
     def answer(
         self, path: str, headers: dict[str, str], body: bytes
-    ) -> tuple[int, str]:
-        """Answer one question; any surprise is a refusal."""
+    ) -> tuple[int, str, float]:
+        """Answer one question, and say how long to hold the answer back.
+
+        Any surprise is a refusal.
+        """
         try:
             uri = headers.get("x-rsb-uri", "")
             if path == "/job" and headers.get("host") == "access":
@@ -262,13 +295,13 @@ class HeadWorker(NodeWorker):
 
                 reply = pb.GetNextJobIDReply.FromString(grpc_message(body))
                 self.access.learn_job(uri, reply.job_id)
-                return 200, ""
+                return 200, "", 0.0
             request_id = headers.get("x-request-id", "")
             if path == "/added" and headers.get("host") == "access":
                 self.access.learn_added(request_id)
-                return 200, ""
+                return 200, "", 0.0
             if headers.get("grpc-encoding", "identity") != "identity":
-                return 403, "compressed requests can't be checked"
+                return 403, "compressed requests can't be checked", 0.0
             decision = self.access.decide(
                 uri=uri, method=path, body=body, request_id=request_id,
                 node_id=headers.get("node_id", ""),
@@ -276,10 +309,10 @@ class HeadWorker(NodeWorker):
         except OSError as error:
             # A fact could not be written down: for now, not for good.
             self.event("access_error", why=f"{type(error).__name__}: {error}")
-            return 503, "the guard can't write to its disk"
+            return 503, "the guard can't write to its disk", 0.0
         except Exception as error:  # noqa: BLE001 - our bug must refuse, not pass
             self.event("access_error", why=f"{type(error).__name__}: {error}")
-            return 403, "internal error of the guard"
+            return 403, "internal error of the guard", 0.0
         self._verdicts[request_id] = (decision.object, decision.why)
         if decision.alert:
             self.alert(
@@ -288,9 +321,17 @@ class HeadWorker(NodeWorker):
                 why=decision.why or decision.note, refused=not decision.allowed,
             )  # fmt: skip
         if decision.allowed:
-            return 200, ""
+            return 200, "", decision.wait_s
         why = decision.why.replace("\r", " ").replace("\n", " ")[:300]
-        return (503 if decision.retry else 403), why
+        return (503 if decision.retry else 403), why, decision.wait_s
+
+    def may_wait(self, asked: AccessServer) -> bool:
+        """Whether one more answer may be held back: few for each caller."""
+        mine = sum(other.who == asked.who for other in self.waiting)
+        if len(self.waiting) >= MOST_WAITING or mine >= WAITING_EACH:
+            return False
+        self.waiting.add(asked)
+        return True
 
     # -- events -------------------------------------------------------------------
 
@@ -371,7 +412,7 @@ class HeadWorker(NodeWorker):
         request_id = str(entry.get("id", ""))
         about, why = self._verdicts.pop(request_id, ("", ""))
         name = "/".join(who.split("/")[:2])
-        self.access.ended(request_id, name)
+        self.access.ended(request_id)
         details = str(entry.get("details", ""))
         why = str(entry.get("why", "")) or why or _why(details)
         role = name.partition("/")[0]
