@@ -293,6 +293,56 @@ with grpc.secure_channel("{HEAD}:6379", credentials) as channel:
     assert log.read_text().split()[-1] == "UNAVAILABLE"
 
 
+JOB = """
+import time, ray
+ray.init(logging_level="ERROR", log_to_driver=False)
+
+@ray.remote
+class Counter:
+    def __init__(self):
+        self.value = 0
+    def add(self):
+        self.value += 1
+        return self.value
+
+@ray.remote(num_cpus=0.1)
+def square(x):
+    return x * x
+
+counter = Counter.options(num_cpus=0.1).remote()
+print("begun", ray.get(counter.add.remote()), flush=True)
+end, done = time.time() + 8, 0
+while time.time() < end:
+    assert ray.get(square.remote(done)) == done * done
+    assert ray.get(counter.add.remote()) == done + 2
+    done += 1
+late = Counter.options(num_cpus=0.1, name="late").remote()
+assert ray.get(late.add.remote()) == 1
+print("done", done, flush=True)
+"""
+
+
+def test_job_goes_on_while_others_are_revoked(cluster: Cluster) -> None:
+    """A revocation cuts every connection once; honest calls don't notice.
+
+    Tasks and an actor's calls before, during and after two revocations, and a new
+    actor at the end: none fails.
+    """
+    honest = cluster.issue("driver", "honest", NODE)
+    for name in ("mal", "lory"):
+        cluster.issue("driver", name, ROGUE)
+    job = cluster.node.popen(
+        *RS, "cluster", "env", "--cluster", str(honest), "--", sys.executable, "-c",
+        JOB, log="job.log",
+    )  # fmt: skip
+    log = cluster.node.home / "job.log"
+    wait_for("the job", lambda: log.exists() and "begun 1" in log.read_text(), 60)
+    for name in ("mal", "lory"):
+        cluster.cli("cluster", "certs", "revoke", f"driver/{name}")
+    assert job.wait(timeout=60) == 0, log.read_text()[-3000:]
+    assert int(log.read_text().split("done ")[1]) > 5
+
+
 def _node_issuer(cluster: Cluster) -> pki.Issuer:
     path = cluster.node.home / "c" / "workers"
     return pki.Issuer.load(path / "issuer.pem", path / "issuer.key")
