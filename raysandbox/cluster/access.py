@@ -186,8 +186,9 @@ class Access:
 
     def ended(self, request_id: str) -> None:
         """A call has ended, in whatever way: its place in flight is free."""
-        if name := self._open.pop(request_id, ""):
-            self._accounts[name].ended(request_id)
+        account = self._accounts.get(self._open.pop(request_id, ""))
+        if account is not None:
+            account.ended(request_id)
 
     def _fact(self, table: str, key: str, value: str) -> None:
         known: dict[str, str] = getattr(self, table)
@@ -229,6 +230,8 @@ class Access:
         about, wait_s = "", 0.0
         try:
             now = self._clock()
+            if call.role not in self.settings.limits.roles:
+                raise _RefusedError("the caller has no role")
             # A refused call counts too.
             wait_s = self._account(call).count(now)
             if method != STREAM:

@@ -257,6 +257,16 @@ class Registry:
         ca = pki.load_chain(self.dir.ca_cert)[0]
         if not issuer_pem:
             checked = _checked_crl(crl_pem, ca)
+            if self._root_crl.exists():
+                # An older list would take back what was revoked since.
+                have = pki.load_crl(read_trusted(self._root_crl)).last_update_utc
+                new = pki.load_crl(checked).last_update_utc
+                if new < have:
+                    raise ClusterError(
+                        where="revocation list",
+                        what=f"is of {new:%Y-%m-%d %H:%M} UTC, older than the one in "
+                        f"force, of {have:%Y-%m-%d %H:%M} UTC",
+                    )
             write_file(self._root_crl, checked, 0o644)
             return ca.subject.rfc4514_string()
         try:
@@ -341,7 +351,18 @@ class Registry:
             ) from None
 
     def crls(self) -> bytes:
-        """Return every CRL of the cluster, concatenated."""
+        """Return every CRL of the cluster, concatenated.
+
+        Raises:
+            ClusterError: The CA's own is missing: the guard would refuse everybody
+                without it, and that would be the good case.
+        """
+        if not self._root_crl.exists():
+            raise ClusterError(
+                where=str(self._root_crl),
+                what="is missing: the CA's list of revoked certificates",
+                remedy="`raysandbox cluster certs trust CRL` for an external CA",
+            )
         files = sorted(self.dir.trust.glob("*.crl"))
         return b"".join(read_trusted(file) for file in files)
 

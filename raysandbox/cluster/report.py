@@ -8,7 +8,7 @@ from typing import Any
 
 from raysandbox.cluster import audit, guard, pki, running, surfaces
 from raysandbox.cluster.errors import ClusterError
-from raysandbox.cluster.registry import NODES
+from raysandbox.cluster.registry import NODES, Registry
 from raysandbox.cluster.settings import ClusterDir, read_secret
 from raysandbox.cluster.start import _running
 
@@ -207,12 +207,7 @@ def _try(add: Any, check: str, how: Any) -> None:
 def _crls(cluster: ClusterDir) -> str:
     now = dt.datetime.now(dt.timezone.utc)
     files = sorted(cluster.trust.glob("*.crl"))
-    if not (cluster.trust / "root.crl").exists():
-        raise ClusterError(
-            where=str(cluster.trust / "root.crl"),
-            what="is missing: nobody's revocation would be seen",
-            remedy="`raysandbox cluster certs trust CRL`",
-        )
+    Registry(cluster).crls()
     for file in files:
         end = pki.load_crl(file.read_bytes()).next_update_utc
         if end is not None and end <= now:

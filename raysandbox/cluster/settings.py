@@ -33,6 +33,7 @@ import stat
 import sys
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -173,7 +174,7 @@ class Audit(_Model):
             can be written again, in the log.
         anchor_file: File on another disk or machine that the chain's end is
             appended to once a minute, for `raysandbox audit verify --anchors`.
-        webhook: URL that alerts are posted to, as JSON.
+        webhook: URL that alerts are posted to, as JSON; https, or on loopback.
         metrics_port: Loopback port of the Prometheus page; None: no page.
     """
 
@@ -181,8 +182,21 @@ class Audit(_Model):
     keep_files: int = Field(default=16, ge=1)
     when_disk_is_full: Literal["closed", "open"] = "closed"
     anchor_file: Path | None = None
-    webhook: str | None = Field(default=None, pattern=r"^https?://")
+    webhook: str | None = None
     metrics_port: int | None = Field(default=None, ge=1, le=65535)
+
+    @field_validator("webhook")
+    @classmethod
+    def _https(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        url = urlsplit(value)
+        local = url.hostname in ("localhost", "127.0.0.1", "::1")
+        if not url.hostname or not (
+            url.scheme == "https" or (url.scheme == "http" and local)
+        ):
+            raise ValueError("must be an https URL, or an http one on this machine")
+        return value
 
     @field_validator("anchor_file")
     @classmethod

@@ -172,7 +172,7 @@ class Stock:
         # Those of an issuer before may be revoked with it.
         current = pki.pem(self.issuer.cert)
         for file in self.ready.glob("*.pem"):
-            if not file.read_bytes().endswith(current):
+            if current not in file.read_bytes():
                 file.unlink(missing_ok=True)
 
     def fill(self) -> None:

@@ -38,8 +38,10 @@ class Guard:
     def __init__(self, host: Host) -> None:
         self.host, self.path = host, host.home / "c"
         host.run(*RS, "cluster", "init", str(self.path), "--head-address", HEAD)
-        host.run(*RS, "cluster", "certs", "issue", "driver", "alice", "--address", HEAD,
-                 "--out", str(host.home / "alice"), "--cluster", str(self.path))  # fmt: skip
+        host.run(
+            *RS, "cluster", "certs", "issue", "driver", "alice", "--address", HEAD,
+            "--out", str(host.home / "alice"), "--cluster", str(self.path),
+        )  # fmt: skip
         (self.path / "audit").mkdir(mode=0o700)
         host.run("mount", "-t", "tmpfs", "-o", "size=300k,mode=700", "tmpfs",
                  str(self.path / "audit"))  # fmt: skip
@@ -113,9 +115,9 @@ def guard() -> Iterator[Guard]:
 
 
 def test_closed_refuses_every_call_until_there_is_room(guard: Guard) -> None:
-    """
-    Nothing goes to the GCS that can't be recorded; with room again calls go on,
-    the gap is in the log, and the chain is whole.
+    """Nothing goes to the GCS that can't be recorded.
+
+    With room again calls go on, the gap is in the log, and the chain is whole.
     """
     guard.start("closed")
     assert guard.passes()
@@ -125,7 +127,9 @@ def test_closed_refuses_every_call_until_there_is_room(guard: Guard) -> None:
     assert not guard.passes()
     guard.free()
     wait_for("calls to go on", guard.passes)
-    wait_for("the gap in the log", lambda: "audit_writable_again" in guard.audit("--json"))
+    wait_for(
+        "the gap in the log", lambda: "audit_writable_again" in guard.audit("--json")
+    )
     assert json.loads(guard.audit("verify", "--json"))["ok"]
     denied = guard.audit("--denied", "--json").splitlines()
     assert any("the audit log can't be written" in line for line in denied)
@@ -146,14 +150,16 @@ def test_open_lets_calls_through_and_says_so(guard: Guard) -> None:
     for _ in range(5):
         assert guard.passes()
     guard.free()
-    wait_for("the gap in the log", lambda: "audit_writable_again" in guard.audit("--json"))
+    wait_for(
+        "the gap in the log", lambda: "audit_writable_again" in guard.audit("--json")
+    )
     assert json.loads(guard.audit("verify", "--json"))["ok"]
 
 
 def test_killed_supervisor_leaves_a_log_that_goes_on(guard: Guard) -> None:
-    """
-    SIGKILL in the middle: the parent starts it again, the guard is back, and the
-    log verifies and says that there was a restart.
+    """After SIGKILL the guard is back and the log verifies.
+
+    It says that there was a restart.
     """
     for _ in range(20):
         guard.passes()
@@ -165,8 +171,9 @@ def test_killed_supervisor_leaves_a_log_that_goes_on(guard: Guard) -> None:
     guard.host.run("sh", "-c", script)
     wait_for(
         "the restart in the log",
-        lambda: guard.audit("--json", "--what", "supervisor_started").count("\n")
-        > before,
+        lambda: (
+            guard.audit("--json", "--what", "supervisor_started").count("\n") > before
+        ),
     )
 
     def back() -> bool:
@@ -183,7 +190,10 @@ def test_tampered_log_is_an_alert_at_the_next_start(guard: Guard) -> None:
     """Whoever changed it while the guard was down is found without being asked."""
     guard.host.run(*RS, "cluster", "down", "--cluster", str(guard.path))
     guard.host.run(
-        "sed", "-i", "3s/supervisor\\|driver\\|GetAll/XXXX/", f"{guard.path}/audit/audit.jsonl"
+        "sed",
+        "-i",
+        "3s/supervisor\\|driver\\|GetAll/XXXX/",
+        f"{guard.path}/audit/audit.jsonl",
     )
     out = guard.host.run(
         *RS, "audit", "--cluster", str(guard.path), "verify", check=False
@@ -194,9 +204,9 @@ def test_tampered_log_is_an_alert_at_the_next_start(guard: Guard) -> None:
 
 
 def test_observing_lets_a_stranger_through_with_an_alert(guard: Guard) -> None:
-    """
-    With admission = "observe" an unlisted node's join goes on to the GCS, is
-    recorded and alerted; the same join is refused under "enforce".
+    """Observing, an unlisted node's join goes on to the GCS and is alerted.
+
+    The same join is refused with admission = "enforce".
     """
     guard.host.run(
         *RS, "cluster", "certs", "issue", "node", "ghost", "--address", HEAD,

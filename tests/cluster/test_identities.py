@@ -87,8 +87,12 @@ class Cluster:
         return out
 
     def call(
-        self, cert: Path | None, key: Path | None, method: str = NODES,
-        kind: str = "GetAllNodeInfoRequest", fields: Any = None,
+        self,
+        cert: Path | None,
+        key: Path | None,
+        method: str = NODES,
+        kind: str = "GetAllNodeInfoRequest",
+        fields: Any = None,
         host: Host | None = None,
     ) -> dict[str, Any]:
         """Call the guard from a host, by default the rogue's."""
@@ -213,13 +217,16 @@ def test_certificate_that_proves_nothing_fails_the_handshake(
         builder = pki._builder(
             pki._name("x"), root.cert.subject, key.public_key(), pki._in(5)
         )
-        builder._not_valid_before = dt.datetime.now(dt.timezone.utc).replace(tzinfo=None) + dt.timedelta(hours=1)
+        builder._not_valid_before = dt.datetime.now(dt.timezone.utc).replace(
+            tzinfo=None
+        ) + dt.timedelta(hours=1)
         chain = pki.pem(
-            builder.add_extension(pki._sans(uri, [ROGUE]), False)
-            .sign(root.key, pki.hashes.SHA256())
+            builder.add_extension(pki._sans(uri, [ROGUE]), False).sign(
+                root.key, pki.hashes.SHA256()
+            )
         )
     else:
-        (leaf,) = pki.load_chain(alice / "driver.pem")
+        leaf = pki.load_chain(alice / "driver.pem")[0]
         chain, key = _leaf(pki.Issuer(leaf, pki.load_key(alice / "driver.key")), uri)
         chain += pki.pem(leaf)
     before = time.time()
@@ -286,6 +293,56 @@ with grpc.secure_channel("{HEAD}:6379", credentials) as channel:
     assert log.read_text().split()[-1] == "UNAVAILABLE"
 
 
+JOB = """
+import time, ray
+ray.init(logging_level="ERROR", log_to_driver=False)
+
+@ray.remote
+class Counter:
+    def __init__(self):
+        self.value = 0
+    def add(self):
+        self.value += 1
+        return self.value
+
+@ray.remote(num_cpus=0.1)
+def square(x):
+    return x * x
+
+counter = Counter.options(num_cpus=0.1).remote()
+print("begun", ray.get(counter.add.remote()), flush=True)
+end, done = time.time() + 8, 0
+while time.time() < end:
+    assert ray.get(square.remote(done)) == done * done
+    assert ray.get(counter.add.remote()) == done + 2
+    done += 1
+late = Counter.options(num_cpus=0.1, name="late").remote()
+assert ray.get(late.add.remote()) == 1
+print("done", done, flush=True)
+"""
+
+
+def test_job_goes_on_while_others_are_revoked(cluster: Cluster) -> None:
+    """A revocation cuts every connection once; honest calls don't notice.
+
+    Tasks and an actor's calls before, during and after two revocations, and a new
+    actor at the end: none fails.
+    """
+    honest = cluster.issue("driver", "honest", NODE)
+    for name in ("mal", "lory"):
+        cluster.issue("driver", name, ROGUE)
+    job = cluster.node.popen(
+        *RS, "cluster", "env", "--cluster", str(honest), "--", sys.executable, "-c",
+        JOB, log="job.log",
+    )  # fmt: skip
+    log = cluster.node.home / "job.log"
+    wait_for("the job", lambda: log.exists() and "begun 1" in log.read_text(), 60)
+    for name in ("mal", "lory"):
+        cluster.cli("cluster", "certs", "revoke", f"driver/{name}")
+    assert job.wait(timeout=60) == 0, log.read_text()[-3000:]
+    assert int(log.read_text().split("done ")[1]) > 5
+
+
 def _node_issuer(cluster: Cluster) -> pki.Issuer:
     path = cluster.node.home / "c" / "workers"
     return pki.Issuer.load(path / "issuer.pem", path / "issuer.key")
@@ -303,9 +360,9 @@ def _node_issuer(cluster: Cluster) -> pki.Issuer:
     ],
 )
 def test_node_can_mint_its_own_workers_alone(cluster: Cluster, uri: str) -> None:
-    """
-    With the issuer's key of node n1 in hand, and on n1: any other identity than
-    a worker of n1 is refused, though the chain is good.
+    """The issuer's key of node n1 is good for workers of n1, and nothing else.
+
+    On n1 itself, with a good chain: any other identity is refused.
     """
     issuer = _node_issuer(cluster)
     for wanted, code in (
@@ -365,9 +422,9 @@ def _register(node_id: bytes, address: str, **more: Any) -> dict[str, Any]:
 def test_unexpected_node_is_refused_logged_counted_and_alerted(
     cluster: Cluster,
 ) -> None:
-    """
-    A node with a valid certificate that is not in the inventory: the join is
-    refused, and the log, the metrics and the webhook say so.
+    """A node with a valid certificate that is not in the inventory can't join.
+
+    The log, the metrics and the webhook say so.
     """
     stranger = cluster.issue("node", "stranger", ROGUE)
     said = cluster.call_as(
@@ -413,9 +470,9 @@ def test_node_that_claims_more_than_its_entry_is_refused(
 
 
 def test_node_that_bypassed_the_guard_is_found_and_removed(cluster: Cluster) -> None:
-    """
-    A node is put into the real GCS with the guard's own key, as whoever is root
-    on the head could: the watcher sees it, says so and takes it out.
+    """A node that got into the GCS without passing the guard is taken out.
+
+    It is put there with the guard's own key, as root on the head could.
     """
     identity = cluster.path / "identity"
     port = cluster.dir.settings().gcs_port
@@ -464,9 +521,9 @@ def _raylet_port(host: Host) -> int:
 
 
 def test_guard_takes_a_new_certificate_without_a_restart(cluster: Cluster) -> None:
-    """
-    Renewed in place: the guard serves the new one when the command returns and
-    its process is the same. Ray's processes serve what they read at their start:
+    """The guard serves a renewed certificate when the command returns.
+
+    Its process is the same. Ray's processes serve what they read at their start:
     that is what the rolling restart is for.
     """
     alice = cluster.lab.path / "driver-alice"
@@ -499,17 +556,22 @@ def _shim(cluster: Cluster, host: Host) -> None:
 
 
 def test_rolling_script_renews_and_restarts_a_node(cluster: Cluster) -> None:
-    """
-    What `certs rolling` prints is run as it is, with `on` and `copy` for this
-    lab: the raylet, which serves its old certificate until it ends, serves the
-    new one afterwards, and the node is back.
+    """What `certs rolling` prints renews a node and brings it back.
+
+    It is run as it is, with `on` and `copy` for this lab. The raylet serves its old
+    certificate until it ends, and the new one afterwards.
     """
     there = cluster.node.home / "c"
     old = _of(there / "identity" / "raylet.pem")
     assert _serial(cluster.node, NODE, _raylet_port(cluster.node)) == old
     text = cluster.cli(
-        "cluster", "certs", "rolling", "--within-days", "400",
-        "--member-dir", str(there),
+        "cluster",
+        "certs",
+        "rolling",
+        "--within-days",
+        "400",
+        "--member-dir",
+        str(there),
     ).stdout
     # The head's turn would restart it: an operator would let that wait too.
     script = text[: text.index("# The guard takes")]
@@ -523,7 +585,7 @@ def test_rolling_script_renews_and_restarts_a_node(cluster: Cluster) -> None:
         _shim(cluster, host)
     how = cluster.lab.path / "how"
     how.write_text(
-        f"on() {{ shift; PATH={cluster.lab.path}/n1-bin:$PATH; eval \"$*\"; }}\n"
+        f'on() {{ shift; PATH={cluster.lab.path}/n1-bin:$PATH; eval "$*"; }}\n'
         'copy() { cp -r "$1/." "$3/"; }\n'
     )
     out = subprocess.run(
@@ -576,9 +638,9 @@ def test_doctor_audits_the_running_cluster(cluster: Cluster) -> None:
 
 
 def test_quarantine_ends_a_node_and_release_takes_new_keys(cluster: Cluster) -> None:
-    """
-    The node goes out of Ray, its certificates and its workers' are refused; after
-    release the old keys stay dead and the new ones work.
+    """A quarantined node goes out of Ray; it and its workers are refused.
+
+    After release the old keys stay dead and the new ones work.
     """
     old = cluster.node.home / "c"
     assert "n1" in cluster.alive()

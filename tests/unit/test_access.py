@@ -20,13 +20,15 @@ from raysandbox.cluster.access import Access, Decision, grpc_message
 from raysandbox.cluster.methods import CONTENT, METHODS, PLAIN, STREAM, methods_of
 from raysandbox.cluster.settings import (
     ROLES,
-    Access as Grants,
     DriverAccess,
     Inventory,
     Limits,
     Node,
     RoleLimit,
     Settings,
+)
+from raysandbox.cluster.settings import (
+    Access as Grants,
 )
 
 pb: Any = gcs_service_pb2
@@ -224,14 +226,14 @@ def test_unknown_role_has_no_method(role: str) -> None:
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b"\0\0\0\0", b"\1\0\0\0\0", b"\0\0\0\0\1", b"\0\0\0\0\0x", b"\0\xff\xff\xff\xff",
-     frame(get(b"k")) * 2],
+    [b"", b"\0\0\0\0", b"\1\0\0\0\0", b"\0\0\0\0\1", b"\0\0\0\0\0x",
+     b"\0\xff\xff\xff\xff", frame(get(b"k")) * 2],
 )  # fmt: skip
 def test_body_that_is_not_one_plain_message_is_refused(
     world: World, body: bytes
 ) -> None:
     """Short, compressed, with another length, or with a second message behind."""
-    with pytest.raises(ValueError, match="frame|compressed|length"):
+    with pytest.raises(ValueError, match=r"frame|compressed|length"):
         grpc_message(body)
     said = world.access.decide(uri=ALICE, method=KV + "Get", body=body)
     assert "malformed" in said.why
@@ -297,8 +299,7 @@ def test_method_that_nobody_knows_is_refused(world: World) -> None:
 
 
 def test_function_table_is_its_jobs_alone(world: World) -> None:
-    """
-    One job can't read or replace another job's function.
+    """One job can't read or replace another job's function.
 
     On stock Ray with the token it can: the next task of that job runs it.
     """
@@ -432,8 +433,9 @@ def test_actor_id_can_not_name_another_job(world: World) -> None:
 
 
 def test_namespace_is_its_first_users(world: World) -> None:
-    """Named actors are found, made and listed in one's own namespaces, and in
-    those that access.toml grants.
+    """Named actors are found, made and listed in one's own namespaces alone.
+
+    And in those that access.toml grants.
     """
     named = pb.GetNamedActorInfoRequest(name="counter", ray_namespace="ns1")
     world.ok(ALICE, ACTOR + "GetNamedActorInfo", named)
@@ -549,7 +551,8 @@ def limited(**how: int) -> World:
     limit = {
         "calls_per_s": 10, "calls_burst": 10, "read_bytes_per_s": 100_000,
         "read_burst_bytes": 1_000_000, "write_bytes_per_s": 100_000,
-        "write_burst_bytes": 1_000_000, "in_flight": 2, "stored_bytes": 1_000_000, **how,
+        "write_burst_bytes": 1_000_000, "in_flight": 2, "stored_bytes": 1_000_000,
+        **how,
     }  # fmt: skip
     return World(limits=Limits(roles={"driver": RoleLimit(**limit)}))
 
@@ -566,11 +569,62 @@ def test_written_bytes_are_charged_and_refill() -> None:
     world.ok(ALICE, KV + "Put", big)
 
 
+def test_call_over_its_rate_waits_and_is_then_refused() -> None:
+    """Up to a second, which Ray's clients take as a slow answer; then come back."""
+    world = limited(calls_per_s=10, calls_burst=10)
+    waits = []
+    for _ in range(40):
+        said = world.ask(ALICE, KV + "Get", get(b"k"))
+        waits.append(said.wait_s)
+        if not said.allowed:
+            break
+    assert said.retry
+    assert waits[5] == 0
+    assert 0 < max(waits[:-1]) <= 1
+    assert len(waits) < 25
+    assert world.ok(BOB, KV + "Get", get(b"k")).wait_s == 0
+    world.now += 5
+    assert world.ok(ALICE, KV + "Get", get(b"k")).wait_s == 0
+
+
+def test_refusals_are_held_back_and_counted() -> None:
+    """A loop of calls that are refused for good is slowed down, and runs out."""
+    world = limited(calls_per_s=10, calls_burst=10)
+    said = world.no(BOB, ACTOR + "KillActorViaGcs", kill(ALICES))
+    assert said.wait_s > 0
+    for _ in range(40):
+        said = world.ask(BOB, ACTOR + "KillActorViaGcs", kill(ALICES))
+    assert said.retry
+
+
+def test_more_workers_do_not_mean_more_of_the_gcs() -> None:
+    """All workers of one driver share one account; another driver's do not."""
+    world = World(
+        limits=Limits(
+            roles={
+                "worker": RoleLimit(
+                    calls_per_s=10, calls_burst=20, read_bytes_per_s=1 << 20,
+                    read_burst_bytes=1 << 20, write_bytes_per_s=1 << 20,
+                    write_burst_bytes=1 << 20, in_flight=9, stored_bytes=1 << 20,
+                )
+            }
+        )
+    )  # fmt: skip
+    for index in range(60):
+        worker = f"spiffe://prod/worker/n1/w{index}"
+        said = world.ask(worker, KV + "Get", get(fun(ALICES), b"fun"))
+        said = world.ask(worker, KV + "Get", get(fun(ALICES), b"fun"))
+    assert said.retry
+    other = "spiffe://prod/worker/n1/other"
+    world.ok(other, KV + "Get", get(fun(BOBS), b"fun"))
+    assert world.ok(other, KV + "Get", get(fun(BOBS), b"fun")).wait_s == 0
+
+
 def test_request_over_the_burst_is_refused_for_good() -> None:
-    """No wait would help; the message names the setting."""
+    """No wait would help; the message names the limit."""
     world = limited(write_burst_bytes=300_000)
     said = world.no(ALICE, KV + "Put", put(b"k", bytes(300_001)))
-    assert "write_burst_bytes" in said.why
+    assert "limit of 300000" in said.why
 
 
 def test_reads_cost_what_the_key_holds() -> None:
@@ -584,15 +638,13 @@ def test_reads_cost_what_the_key_holds() -> None:
 
 def test_large_calls_in_flight_are_counted_until_they_end() -> None:
     """The place is free when the log says so, or after two minutes unheard."""
-    world = limited(
-        read_burst_bytes=1 << 30, read_bytes_per_s=1 << 30, in_flight=2
-    )
+    world = limited(read_burst_bytes=1 << 30, read_bytes_per_s=1 << 30, in_flight=2)
     world.ok(ALICE, KV + "Put", put(b"k", bytes(400_000)), request_id="w")
-    world.access.ended("w", "driver/alice")
+    world.access.ended("w")
     world.ok(ALICE, KV + "Get", get(b"k"), request_id="a")
     world.ok(ALICE, KV + "Get", get(b"k"), request_id="b")
     assert world.ask(ALICE, KV + "Get", get(b"k"), request_id="c").retry
-    world.access.ended("a", "driver/alice")
+    world.access.ended("a")
     world.ok(ALICE, KV + "Get", get(b"k"), request_id="c")
     assert world.ask(ALICE, KV + "Get", get(b"k"), request_id="d").retry
     world.now += 121

@@ -177,9 +177,9 @@ def test_tampering_is_seen(log: Path, attack: Callable[[Path], None]) -> None:
 
 
 def test_older_copy_of_everything_needs_an_anchor(tmp_path: Path) -> None:
-    """
-    A whole directory put back as it was passes the chain alone, and fails with
-    an anchor or a hash that was noted elsewhere.
+    """A whole directory put back as it was passes the chain alone.
+
+    It fails with an anchor or a hash that was noted elsewhere.
     """
     path, anchors = tmp_path / "audit", tmp_path / "elsewhere"
     first = AuditLog(path, 1 << 30, 9, anchors)
@@ -210,7 +210,7 @@ def test_log_written_anew_fails_against_the_anchor(tmp_path: Path) -> None:
     shutil.rmtree(path)
     _fill(path, 5)
     assert verify(path).lines == 5
-    with pytest.raises(ClusterError, match="another hash|not the one"):
+    with pytest.raises(ClusterError, match=r"another hash|not the one"):
         verify(path, anchors=anchors)
 
 
@@ -248,9 +248,9 @@ def test_rotation_says_what_it_removed(tmp_path: Path) -> None:
 
 
 def test_writer_goes_on_after_a_crash_in_a_line(tmp_path: Path) -> None:
-    """
-    Half a line, as a crash leaves it, is a note and not a break; the next
-    writer takes it out, says so, and the chain goes on.
+    """Half a line, as a crash leaves it, is a note and not a break.
+
+    The next writer takes it out, says so, and the chain goes on.
     """
     path = tmp_path / "audit"
     _fill(path, 3)
@@ -322,11 +322,10 @@ def test_file_taken_away_from_a_running_writer_is_said(tmp_path: Path) -> None:
 
 @pytest.mark.root
 def test_full_disk_loses_no_line_and_breaks_no_chain(tmp_path: Path) -> None:
-    """
-    On a disk of 256 KiB that fills up, an append fails whole and the chain is
-    as before; with room again the same records go in.
+    """On a disk that fills up an append fails whole, the chain as before.
 
-    The file system is real, in a mount namespace of its own.
+    With room again the same records go in. The file system is real, 256 KiB in a
+    mount namespace of its own.
     """
     require("root")
     code = textwrap.dedent(
@@ -364,8 +363,8 @@ def test_full_disk_loses_no_line_and_breaks_no_chain(tmp_path: Path) -> None:
     out = subprocess.run(
         [
             "unshare", "--mount", "--propagation", "private", "sh", "-c",
-            f"mount -t tmpfs -o size=256k tmpfs {disk} && exec {sys.executable} -c "
-            f'"$0" {disk}', code,
+            f'mount -t tmpfs -o size=256k tmpfs {disk} && exec "$1" -c "$0" {disk}',
+            code, sys.executable,
         ],
         capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.getcwd()},
     )  # fmt: skip
@@ -464,9 +463,9 @@ def test_any_record_survives(records: list[dict[str, object]]) -> None:
 
 
 def test_flood_of_different_refusals_is_bounded() -> None:
-    """
-    A caller that makes each refusal different gets `PER_CALLER` lines a turn
-    and a count; the others' refusals are still there.
+    """A caller that makes each refusal different gets few lines and a count.
+
+    The others' refusals are still there.
     """
     fold = Fold()
     for index in range(5000):
@@ -514,8 +513,7 @@ def test_plain_text_is_printable(text: str) -> None:
 
 
 def test_escape_sequences_do_not_reach_the_terminal(tmp_path: Path) -> None:
-    """
-    A key named by a hostile driver is shown with its escapes spelled out.
+    """A key named by a hostile driver is shown with its escapes spelled out.
 
     Positive control: the bytes are in the record.
     """

@@ -10,14 +10,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from click.testing import Result
 from typer.testing import CliRunner
 
 from raysandbox.cli import app
-from raysandbox.cluster import inventory
+from raysandbox.cluster import inventory, pki
+from raysandbox.cluster.audit import AuditLog
 from raysandbox.cluster.errors import ClusterError
+from raysandbox.cluster.registry import Registry, install
 from raysandbox.cluster.settings import (
     Access,
     ClusterDir,
@@ -29,7 +31,6 @@ from raysandbox.cluster.settings import (
     validate,
 )
 from tests.unit.test_certificates import make_cluster
-
 
 
 @pytest.fixture
@@ -132,13 +133,15 @@ def test_edits_at_once_are_all_kept(cluster: ClusterDir) -> None:
     [
         ("cluster.toml", 'name = "a"', "head_address: Field required"),
         ("cluster.toml", 'name = "a"\nhead_address = "h"\nx = 1', "x: Extra inputs"),
-        ("cluster.toml", 'name = "a\\n"\nhead_address = "h"', "name: .*must be 1 to 63"),
+        ("cluster.toml", 'name = "a\\n"\nhead_address = "h"', "name: .*be 1 to 63"),
         ("cluster.toml", 'name = "a"\nhead_address = "a b"', "head_address: "),
         ("cluster.toml", 'name = "a"\nhead_address = "h"\nport = 70000', "port: "),
         ("cluster.toml", 'name = "a"\nhead_address = "h"\nadmission = "off"',
          "admission: Input should be 'enforce' or 'observe'"),
         ("cluster.toml", 'name="a"\nhead_address="h"\n[audit]\nwebhook="file:///etc"',
          "audit.webhook: "),
+        ("cluster.toml", 'name="a"\nhead_address="h"\n[audit]\nwebhook="http://x.org"',
+         "audit.webhook: .*https"),
         ("cluster.toml", 'name="a"\nhead_address="h"\n[audit]\nanchor_file="x"',
          "audit.anchor_file: .*absolute"),
         ("member.toml", 'role = "root"\nname = "a"', "role: "),
@@ -226,9 +229,7 @@ def test_any_toml_is_a_model_or_an_error(
     st.text(st.characters(codec="utf-8", max_codepoint=0xFFFF), max_size=20),
     st.lists(st.text(st.characters(codec="ascii"), max_size=8), max_size=3),
 )
-def test_flat_models_come_back_from_their_text(
-    head: str, addresses: list[str]
-) -> None:
+def test_flat_models_come_back_from_their_text(head: str, addresses: list[str]) -> None:
     """What we write ourselves, quotes and line feeds included."""
     member = Member(role="node", name="n1", addresses=(*addresses, head))
     assert validate(Path("m"), toml_text(member), Member) == member
@@ -337,3 +338,89 @@ def test_command_on_no_cluster_directory_says_so(
         assert out.exit_code == 1, out.stdout
         assert out.stderr.startswith("raysandbox: "), out.stderr
         assert "Traceback" not in out.stderr
+
+
+def test_commands_for_keys_that_stay_where_they_are(tmp_path: Path) -> None:
+    """bundle, csr, sign, import: the operator's side and the node's side."""
+    path, node = tmp_path / "c", tmp_path / "n1"
+    where, there = ("--cluster", str(path)), ("--cluster", str(node))
+    address = ("--address", "10.0.0.2")
+    assert (
+        _run("cluster", "init", str(path), "--head-address", "10.0.0.1").exit_code == 0
+    )
+    out = _run("cluster", "certs", "bundle", "node", "n1", *address, "--out", str(node),
+               *where)  # fmt: skip
+    assert out.exit_code == 0, out.stderr
+    assert not list(node.rglob("*.key"))
+    out = _run("doctor", "--json", *there)
+    checks = {row["check"]: row["state"] for row in json.loads(out.stdout)["checks"]}
+    assert checks["certificate raylet"] == "problem"
+    assert _run("cluster", "certs", "csr", *there).exit_code == 0
+    pending = str(node / "pending")
+    out = _run("cluster", "certs", "sign", pending, "driver/eve", *address,
+               "--out", str(tmp_path / "bad"), *where)  # fmt: skip
+    assert (out.exit_code, "no role has that component" in out.stderr) == (1, True)
+    assert not (tmp_path / "bad").exists()
+    signed = tmp_path / "signed"
+    out = _run("cluster", "certs", "sign", pending, "node/n1", *address,
+               "--out", str(signed), *where)  # fmt: skip
+    assert out.exit_code == 0, out.stderr
+    out = _run("cluster", "certs", "import", str(signed), *there)
+    assert (out.exit_code, out.stdout.count("installed")) == (0, 4), out.stderr
+    out = _run("doctor", "--json", *there)
+    checks = {row["check"]: row["state"] for row in json.loads(out.stdout)["checks"]}
+    assert checks["certificate raylet"] == checks["certificate workers"] == "ok"
+
+
+def test_rolling_is_a_script_that_a_shell_reads(tmp_path: Path) -> None:
+    """`sh -n` accepts what is printed, also for names of directories with spaces."""
+    path = tmp_path / "my cluster's"
+    assert _run("cluster", "init", str(path)).exit_code == 0
+    out = _run("cluster", "certs", "rolling", "--within-days", "400", "--cluster",
+               str(path), "--member-dir", "/etc/a b")  # fmt: skip
+    assert "raysandbox cluster up" in out.stdout
+    subprocess.run(["sh", "-n"], input=out.stdout, text=True, check=True)
+
+
+def test_audit_commands_on_their_own(tmp_path: Path) -> None:
+    """No log is an error, a span that is none too; a broken one exits 1 as JSON."""
+    path = tmp_path / "c"
+    where = ("--cluster", str(path))
+    assert _run("cluster", "init", str(path)).exit_code == 0
+    out = _run("audit", *where)
+    assert (out.exit_code, "there is no audit log" in out.stderr) == (1, True)
+    assert _run("audit", *where, "verify").exit_code == 1
+    log = AuditLog(path / "audit", 1 << 20, 9)
+    log.append([{"t": 0, "who": "driver/alice", "ok": True, "method": "/x/Y"}])
+    log.close()
+    assert "driver/alice Y" in _run("audit", *where).stdout
+    assert _run("audit", *where, "--since", "5 parsecs").exit_code == 2
+    assert _run("audit", *where, "--since", "1h").stdout == ""
+    assert "1 lines, unbroken" in _run("audit", *where, "verify").stdout
+    file = path / "audit" / "audit.jsonl"
+    file.write_text(file.read_text() * 2)
+    out = _run("audit", *where, "verify", "--json")
+    assert (out.exit_code, json.loads(out.stdout)["ok"]) == (1, False)
+
+
+def test_up_lists_all_that_is_wrong_and_starts_nothing(tmp_path: Path) -> None:
+    """A key that others can read, an expired certificate, a token that is open."""
+    cluster = make_cluster(tmp_path / "c")
+    cluster.key("agent").chmod(0o644)
+    cluster.token.chmod(0o640)
+    key = pki.new_key()
+    uri = "spiffe://prod/head/head/raylet"
+    root = Registry(cluster).root()
+    leaf = root.leaf(uri, ["10.1.2.3"], key.public_key(), -0.001)
+    install(cluster, "raylet", key, pki.pem(leaf))
+    out = subprocess.run(
+        [sys.executable, "-m", "raysandbox", "cluster", "up", "--cluster",
+         str(cluster.path)],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert out.returncode == 1
+    assert "nothing was started" in out.stderr
+    for says in ("agent.key: has mode 0644", "raylet.pem: expired", "token: has mode"):
+        assert says in out.stderr
+    assert "Traceback" not in out.stderr
+    assert not (cluster.run / "supervisor.pid").exists()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from importlib import resources
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -72,19 +74,26 @@ class _Transport:
     def write(self, data: bytes) -> None:
         self.written += data
 
-    def close(self) -> None:
-        self.closed = True
+    def is_closing(self) -> bool:
+        return self.closed
 
 
 class _Worker:
     def __init__(self) -> None:
         self.asked: list[tuple[str, dict[str, str], bytes]] = []
+        self.waiting: set[object] = set()
 
     def answer(
         self, path: str, headers: dict[str, str], body: bytes
-    ) -> tuple[int, str]:
+    ) -> tuple[int, str, float]:
         self.asked.append((path, headers, body))
-        return (403, "no\r\nset-cookie: x") if body == b"bad" else (200, "")
+        if body == b"bad":
+            return 403, "no\r\nset-cookie: x", 0.0
+        return 200, "", 0.05 if body == b"hmm" else 0.0
+
+    def may_wait(self, server: object) -> bool:
+        self.waiting.add(server)
+        return True
 
 
 def _serve(*chunks: bytes) -> tuple[_Worker, bytes]:
@@ -104,10 +113,28 @@ def test_questions_are_found_however_they_are_cut(cuts: list[int]) -> None:
     """Three requests on one connection, cut anywhere: each is answered once."""
     data = ASK + b"abc" + ASK + b"bad" + ASK + b"\r\n\r"
     edges = sorted({0, *[min(c, len(data)) for c in cuts], len(data)})
-    worker, answers = _serve(*(data[a:b] for a, b in zip(edges, edges[1:])))
+    worker, answers = _serve(*(data[a:b] for a, b in pairwise(edges)))
     assert [body for _, _, body in worker.asked] == [b"abc", b"bad", b"\r\n\r"]
     assert answers.count(b"HTTP/1.1 200") == 2
     assert answers.count(b"HTTP/1.1 403") == 1
+
+
+def test_answer_that_waits_is_given_later_and_in_order() -> None:
+    """The next question on the connection is not answered before it."""
+
+    async def go() -> tuple[bytes, bytes]:
+        worker: Any = _Worker()
+        server, transport = AccessServer(worker), _Transport()
+        server.connection_made(transport)  # type: ignore[arg-type]
+        server.data_received(ASK + b"hmm" + ASK + b"bad")
+        at_once = transport.written
+        await asyncio.sleep(0.3)
+        assert not worker.waiting
+        return at_once, transport.written
+
+    at_once, later = asyncio.run(go())
+    assert at_once == b""
+    assert later.index(b" 200 ") < later.index(b" 403 ")
 
 
 def test_reason_can_not_split_the_answer() -> None:
@@ -123,8 +150,9 @@ def test_reason_can_not_split_the_answer() -> None:
 @settings(max_examples=200)
 @given(st.lists(st.binary(max_size=60), max_size=5))
 def test_any_bytes_are_no_answer_or_an_error(chunks: list[bytes]) -> None:
-    """asyncio closes the connection of a protocol that raises; Envoy then refuses
-    the call. What must not be is an answer of 200 that nobody decided.
+    """No bytes make an answer of 200 that nobody decided.
+
+    asyncio closes the connection of a protocol that raises; Envoy then refuses.
     """
     worker: Any = _Worker()
     server, transport = AccessServer(worker), _Transport()
