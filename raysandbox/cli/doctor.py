@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, Optional
 
 import typer
 from rich.console import Console
@@ -104,13 +105,21 @@ def doctor(
             "--profile", "-p", metavar="NAME", help="Only this one; repeatable."
         ),
     ] = None,
+    cluster: Annotated[
+        Optional[Path],  # noqa: UP045 - typer reads it at run time on Python 3.10
+        typer.Option(help="Audit this member of a cluster instead: its directory."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Say, for each profile, which walls this host and user can raise.
 
     What is missing comes with the exact remedy. Exit status: 0 if every profile
-    that was asked for can be enforced, 1 if not.
+    that was asked for can be enforced, 1 if not. With --cluster: 0 if no check of
+    the member found a problem, 1 if one did.
     """
+    if cluster is not None:
+        _examine_cluster(cluster, as_json)
+        return
     host = probe()
     try:
         launcher = launch.launcher_path()
@@ -140,6 +149,25 @@ def doctor(
         print(json.dumps(report, indent=2))
     else:
         _print(host, launcher or problem, found)
+    raise typer.Exit(0 if fine else 1)
+
+
+def _examine_cluster(path: Path, as_json: bool) -> None:
+    from raysandbox.cluster.audit import plain
+    from raysandbox.cluster.report import cluster_checks
+    from raysandbox.cluster.settings import ClusterDir
+
+    try:
+        checks = cluster_checks(ClusterDir(path))
+    except RaysandboxError as error:
+        checks = [{"check": "directory", "state": "problem", "reason": str(error)}]
+    fine = all(row["state"] != "problem" for row in checks)
+    if as_json:
+        print(json.dumps({"ok": fine, "checks": checks}, indent=2))
+    else:
+        for row in checks:
+            reason = f": {plain(row['reason'])}" if row["reason"] else ""
+            print(f"{row['state']:8} {row['check']}{reason}")
     raise typer.Exit(0 if fine else 1)
 
 
