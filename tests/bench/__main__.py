@@ -289,12 +289,20 @@ def files(rounds: int) -> list[Figure]:
     return found
 
 
+def cluster(rounds: int) -> list[Figure]:
+    """A hardened cluster against stock Ray, in peace and under floods."""
+    from tests.bench.cluster import rows
+
+    return [Figure(*row) for row in rows(rounds)]
+
+
 PARTS: dict[str, Callable[[int], list[Figure]]] = {
     "launch": launcher,
     "tasks": tasks,
     "argument": argument,
     "memory": memory,
     "files": files,
+    "cluster": cluster,
 }
 
 

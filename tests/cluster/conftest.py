@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from raysandbox.cluster.audit import query
+from raysandbox.cluster.settings import ClusterDir
 from tests.cluster.lab import Host, Lab, wait_for
 from tests.require import require
 
@@ -94,17 +95,18 @@ class Stock:
 class Hardened:
     """A head and a node with everything that raysandbox puts around them."""
 
-    def __init__(self, lab: Lab) -> None:
+    def __init__(self, lab: Lab, *head: str, node: bool = True) -> None:
         self.lab = lab
-        self.head, self.node, self.rogue = (
-            lab.hosts[name] for name in ("head", "node", "rogue")
-        )
+        self.head, self.rogue = lab.hosts["head"], lab.hosts["rogue"]
         self.path = self.head.home / "c"
         self.head.run(*CLI, "cluster", "init", "c", "--name=lab",
                       f"--head-address={HEAD}", f"--port={PORT}")  # fmt: skip
-        self.issue("node", "node", "../node/c", NODE)
-        self.cli("nodes", "add", "node", f"--address={NODE}", "--resource=CPU=4",
-                 "--resource=*=1e12")  # fmt: skip
+        if node:
+            self.node = lab.hosts["node"]
+            self.issue("node", "node", "../node/c", NODE)
+            self.cli("nodes", "add", "node", f"--address={NODE}", "--resource=CPU=4",
+                     "--resource=*=1e12")  # fmt: skip
+        self.settings = ClusterDir(self.path).settings()
         for name in DRIVERS:
             # Drivers run on nodes; mallory's laptop has what mallory has.
             self.issue("driver", name, name, HEAD, NODE, ROGUE)
@@ -113,8 +115,9 @@ class Hardened:
         # The log has a disk of its own that a test can fill.
         self.head.run("sh", "-c", "mkdir -p c/audit && "
                       "mount -t tmpfs -o size=24m,mode=700 tmpfs c/audit")  # fmt: skip
-        self.start_head()
-        self.start_node()
+        self.start_head(*head)
+        if node:
+            self.start_node()
 
     def issue(self, role: str, name: str, out: str, *addresses: str) -> Path:
         """Issue a member's directory, below the head's home."""
@@ -128,9 +131,11 @@ class Hardened:
             *CLI, "cluster", *arguments, "--cluster=c", check=check, timeout_s=60
         )
 
-    def start_head(self) -> None:
+    def start_head(self, *more: str) -> None:
         """Start the head's Ray."""
-        self.head.run(*CLI, "start", "--head", "--cluster=c", *SMALL, timeout_s=90)
+        self.head.run(
+            *CLI, "start", "--head", "--cluster=c", *SMALL, *more, timeout_s=90
+        )
 
     def start_node(self) -> None:
         """Start the node's Ray."""
@@ -183,6 +188,12 @@ class Hardened:
         )
         out = self.head.run(*self.env("alice"), sys.executable, "-c", code)
         return int(out.stdout.split("ALIVE")[1].split()[0])
+
+
+def memory_bytes(host: Host, comm: str) -> int:
+    """Return the resident memory of a host's process of that name."""
+    out = host.run("ps", "-C", comm, "-o", "rss=").stdout
+    return int(out.split()[0]) << 10
 
 
 Attack = Callable[..., dict[str, Any]]

@@ -85,6 +85,9 @@ class Host:
         _inside(switch, "ip", "link", "set", self.name, "master", "br0", "up")
         _inside(self.pid, "ip", "link", "set", "lo", "up")
         _inside(self.pid, "ip", "addr", "add", f"{self.address}/24", "dev", "eth0")
+        # The same in each life: neighbours remember it.
+        mac = "02:00:" + bytes(map(int, self.address.split("."))).hex(":")
+        _inside(self.pid, "ip", "link", "set", "eth0", "address", mac)
         _inside(self.pid, "ip", "link", "set", "eth0", "up")
 
     def env(self, extra: Mapping[str, str] | None = None) -> dict[str, str]:
