@@ -65,6 +65,7 @@ TABLES = (
     "submissions", "added",
 )  # fmt: skip
 MOST_ACCOUNTS = 100_000
+MOST_WORKERS = 100_000
 ACTOR_CREATION = _common.ACTOR_CREATION_TASK
 SYSTEM = "head/"
 
@@ -532,6 +533,7 @@ class Access:
     def new_actor(self, call: _Call) -> None:
         """An actor is made for the caller's own job, in its own namespace."""
         spec = call.ask.task_spec
+        call.writes = call.body_bytes
         job = spec.job_id.hex()
         if call.role == "worker":
             self._bind(call, job)
@@ -574,6 +576,7 @@ class Access:
             if spec.creator_job_id != spec.placement_group_id[-JOB_BYTES:]:
                 raise _RefusedError("the placement group's id names another job")
             job = spec.creator_job_id.hex()
+            call.writes = call.body_bytes
             self._added(job)
             # The GCS aborts on a bundle that asks for nothing.
             for bundle in spec.bundles:
@@ -641,17 +644,19 @@ class Access:
     def worker_info(self, call: _Call) -> None:
         """Workers report themselves, nodes their own workers' ends."""
         ask: Any = call.ask
-        if call.method.endswith("AddWorkerInfo"):
-            worker = ask.worker_data.worker_address.worker_id.hex()
-            if self.workers.setdefault(worker, call.uri) != call.uri:
-                raise _RefusedError("the worker id is another worker's")
-        if call.role == "driver":
-            return
-        data = ask.worker_data if call.role == "worker" else None
         if call.method.endswith("ReportWorkerFailure"):
             data = ask.worker_failure
-        if data is None:
-            return
+        else:
+            data = ask.worker_data
+            # It stays in the GCS, and here.
+            call.writes = call.body_bytes
+            worker = data.worker_address.worker_id.hex()
+            if self.workers.setdefault(worker, call.uri) != call.uri:
+                raise _RefusedError("the worker id is another worker's")
+            if len(self.workers) > MOST_WORKERS:
+                del self.workers[next(iter(self.workers))]
+            if call.role == "driver":
+                return
         node = self.nodes.get(data.worker_address.node_id.hex(), "")
         if node.partition("/")[2] != call.who.partition("/")[2]:
             raise _RefusedError("the worker is not of this node")
