@@ -215,7 +215,8 @@ def status(cluster: Dir, as_json: Json = False) -> None:
     else:
         state = "up" if found["running"] else "DOWN"
         print(f"{found['member']} of {found['cluster']}: {state}")
-        for kind, pid in found["processes"].items():
+        running = found["processes"].items() if found["running"] else ()
+        for kind, pid in running:
             print(f"  {kind}: {'pid ' + str(pid) if pid else 'ENDED'}")
         for node in found["nodes"]:
             print(f"  node {node['name'] or '(unknown)'} {node['address']}")

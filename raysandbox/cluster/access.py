@@ -28,7 +28,7 @@ import hashlib
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -59,7 +59,13 @@ SHARED = {
     b"__autoscaler",
 }  # fmt: skip
 JOB_BYTES = 4
+# What is known by name, and survives a restart.
+TABLES = (
+    "jobs", "bound", "namespaces", "job_namespace", "job_node", "nodes", "actors",
+    "submissions", "added",
+)  # fmt: skip
 MOST_ACCOUNTS = 100_000
+MOST_WORKERS = 100_000
 ACTOR_CREATION = _common.ACTOR_CREATION_TASK
 SYSTEM = "head/"
 
@@ -173,6 +179,8 @@ class Access:
     def replay(self, facts: Iterable[list[Any]]) -> None:
         """Take back what a former process wrote to the journal."""
         for table, *rest in facts:
+            if table not in (*TABLES, "keys", "gone"):
+                raise ValueError(f"no table {table!r}")
             if table == "keys":
                 namespace, key, owner, size, digest = rest
                 self._set_key(
@@ -184,6 +192,14 @@ class Access:
             else:
                 getattr(self, table)[rest[0]] = rest[1]
 
+    def facts(self) -> Iterator[list[Any]]:
+        """Yield what `replay` needs to bring this state back."""
+        for table in TABLES:
+            for key, value in getattr(self, table).items():
+                yield [table, key, value]
+        for (namespace, key), (owner, size, digest) in self.keys.items():
+            yield ["keys", namespace.hex(), key.hex(), owner, size, digest.hex()]
+
     def ended(self, request_id: str) -> None:
         """A call has ended, in whatever way: its place in flight is free."""
         account = self._accounts.get(self._open.pop(request_id, ""))
@@ -193,8 +209,9 @@ class Access:
     def _fact(self, table: str, key: str, value: str) -> None:
         known: dict[str, str] = getattr(self, table)
         if known.get(key) != value:
-            known[key] = value
+            # In this order: what could not be written down is not known either.
             self._journal([table, key, value])
+            known[key] = value
 
     def _set_key(
         self, namespace: bytes, key: bytes, owner: str, size: int, digest: bytes
@@ -459,8 +476,8 @@ class Access:
                         )
             for name in names:
                 if name in self.keys:
-                    self._drop_key(*name)
                     self._journal(["gone", name[0].hex(), name[1].hex()])
+                    self._drop_key(*name)
             return
         size = len(ask.key) + len(ask.value)
         call.writes += size
@@ -478,8 +495,8 @@ class Access:
             )
         self._charge(call)
         digest = hashlib.sha256(ask.value).digest() if key.startswith(PACKAGE) else b""
-        self._set_key(namespace, key, owner, size, digest)
         self._journal(["keys", namespace.hex(), key.hex(), owner, size, digest.hex()])
+        self._set_key(namespace, key, owner, size, digest)
 
     def _new_owner(self, call: _Call, namespace: bytes, key: bytes) -> str:
         if namespace == FUN:
@@ -516,6 +533,7 @@ class Access:
     def new_actor(self, call: _Call) -> None:
         """An actor is made for the caller's own job, in its own namespace."""
         spec = call.ask.task_spec
+        call.writes = call.body_bytes
         job = spec.job_id.hex()
         if call.role == "worker":
             self._bind(call, job)
@@ -558,6 +576,7 @@ class Access:
             if spec.creator_job_id != spec.placement_group_id[-JOB_BYTES:]:
                 raise _RefusedError("the placement group's id names another job")
             job = spec.creator_job_id.hex()
+            call.writes = call.body_bytes
             self._added(job)
             # The GCS aborts on a bundle that asks for nothing.
             for bundle in spec.bundles:
@@ -625,17 +644,19 @@ class Access:
     def worker_info(self, call: _Call) -> None:
         """Workers report themselves, nodes their own workers' ends."""
         ask: Any = call.ask
-        if call.method.endswith("AddWorkerInfo"):
-            worker = ask.worker_data.worker_address.worker_id.hex()
-            if self.workers.setdefault(worker, call.uri) != call.uri:
-                raise _RefusedError("the worker id is another worker's")
-        if call.role == "driver":
-            return
-        data = ask.worker_data if call.role == "worker" else None
         if call.method.endswith("ReportWorkerFailure"):
             data = ask.worker_failure
-        if data is None:
-            return
+        else:
+            data = ask.worker_data
+            # It stays in the GCS, and here.
+            call.writes = call.body_bytes
+            worker = data.worker_address.worker_id.hex()
+            if self.workers.setdefault(worker, call.uri) != call.uri:
+                raise _RefusedError("the worker id is another worker's")
+            if len(self.workers) > MOST_WORKERS:
+                del self.workers[next(iter(self.workers))]
+            if call.role == "driver":
+                return
         node = self.nodes.get(data.worker_address.node_id.hex(), "")
         if node.partition("/")[2] != call.who.partition("/")[2]:
             raise _RefusedError("the worker is not of this node")
