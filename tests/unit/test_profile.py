@@ -127,6 +127,23 @@ def test_strictest_is_the_shipped_one_whatever_shadows_it(write: Write) -> None:
     assert Path(profiles.strictest().source).parent == profiles.shipped_dir()
 
 
+def test_the_search_path_has_its_order(
+    site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the environment names, then the site's directory, then what is shipped."""
+    monkeypatch.setenv(ENV, f"{site}::{tmp_path}")
+    assert profiles.search_path() == [
+        site,
+        tmp_path,
+        Path("/etc/raysandbox/profiles"),
+        profiles.shipped_dir(),
+    ]
+    (tmp_path / "mine.toml").write_text("")
+    assert profiles.find("mine") == tmp_path / "mine.toml"
+    (site / "mine.toml").write_text("")
+    assert profiles.find("mine") == site / "mine.toml"
+
+
 def test_names_are_those_of_all_directories(write: Write) -> None:
     """Files whose name can't be a profile's are not listed."""
     write("", "mine")
