@@ -70,6 +70,19 @@ own(const char *directory, const char *file, uid_t owner)
         rs_die("cgroup_owner", path);
 }
 
+/* Version 2: what a group passes on to those below it has to be said. */
+static void
+pass_on_controllers(const char *directory)
+{
+    static const char *const NAMES[] = {"+memory", "+pids", "+cpu", "+io"};
+
+    for (size_t i = 0; i < sizeof NAMES / sizeof *NAMES; i++)
+        if (put(directory, "cgroup.subtree_control", NAMES[i],
+                strlen(NAMES[i])) != 0 &&
+            errno != ENOENT && errno != EINVAL)
+            rs_die("cgroup_controllers", directory);
+}
+
 void
 groups_enter(struct worker_groups *groups, const struct plan *plan, uid_t owner)
 {
@@ -85,7 +98,7 @@ groups_enter(struct worker_groups *groups, const struct plan *plan, uid_t owner)
             (size_t)snprintf(group->path, sizeof group->path,
                              "%s/raysandbox-%llu-%d-%llu-w%d", base,
                              pid_namespace(), getpid(), start, getppid()) >=
-                sizeof group->path) {
+                sizeof group->path - sizeof "/inner") {
             errno = E2BIG;
             rs_die("cgroup_create", base);
         }
@@ -110,6 +123,14 @@ groups_enter(struct worker_groups *groups, const struct plan *plan, uid_t owner)
                 put(group->path, file, value, length) != 0)
                 rs_die("cgroup_limit", file);
         }
+        if (group->version == 2)
+            pass_on_controllers(group->path);
+        /* The worker's namespace begins inside: its limits are out of reach even
+         * where it has the rights of whoever set them. */
+        size_t length = strlen(group->path);
+        snprintf(group->path + length, sizeof group->path - length, "/inner");
+        if (mkdir(group->path, 0755) != 0)
+            rs_die("cgroup_create", group->path);
         if (owner != geteuid()) {
             if (lchown(group->path, owner, owner) != 0)
                 rs_die("cgroup_owner", group->path);
@@ -207,9 +228,35 @@ groups_sweep(const struct plan *plan, pid_t raylet)
                 left++;
         }
         closedir(dir);
-        const char *name = strrchr(base, '/');
-        if (left == 0 && name != NULL && strcmp(name, "/raysandbox") == 0)
-            rmdir(base);
     }
     return left;
+}
+
+/* Remove a directory if it is one of ours, of this name, and empty by now. */
+static void
+remove_own(const char *directory, const char *name)
+{
+    const char *last = strrchr(directory, '/');
+
+    if (last != NULL && strncmp(last + 1, name, strlen(name)) == 0)
+        rmdir(directory);
+}
+
+void
+groups_remove_bases(const struct plan *plan)
+{
+    const struct record *record;
+    char parent[PATH_MAX];
+
+    for (size_t cursor = 0;
+         (record = plan_next(plan, R_CGROUP_BASE, &cursor));) {
+        const char *base = field_str(record, 4), *last = strrchr(base, '/');
+        if (last == NULL || (size_t)(last - base) >= sizeof parent)
+            continue;
+        /* The node's own group, or what all nodes share. */
+        remove_own(base, "raysandbox");
+        memcpy(parent, base, (size_t)(last - base));
+        parent[last - base] = '\0';
+        remove_own(parent, "raysandbox");
+    }
 }

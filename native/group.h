@@ -28,7 +28,9 @@ unsigned long long start_time(pid_t pid);
  * and enter it; the caller must have one thread.  Its name tells the worker's
  * pid namespace, pid and start time, and which raylet's it is:
  *
- *     raysandbox-<namespace>-<pid>-<start>-w<raylet's pid> */
+ *     raysandbox-<namespace>-<pid>-<start>-w<raylet's pid>
+ *
+ * What the worker sees, and is in, is the group "inner" in it. */
 void groups_enter(struct worker_groups *groups, const struct plan *plan, uid_t owner);
 
 /* In version 2 a group with children holds no process itself: move into a leaf.
@@ -38,5 +40,8 @@ void groups_enter_leaf(const struct worker_groups *groups);
 /* Remove groups of workers that are gone, and kill what is left in them.  With
  * raylet, that raylet's workers' groups too, living or not.  How many stay. */
 int groups_sweep(const struct plan *plan, pid_t raylet);
+
+/* Remove the directories in which the groups were, if nobody else's are there. */
+void groups_remove_bases(const struct plan *plan);
 
 #endif

@@ -47,6 +47,7 @@ keep(const struct plan *plan, pid_t raylet, int raylet_fd)
             break;
         nanosleep(&(struct timespec){.tv_nsec = STEP_MS * 1000000L}, NULL);
     }
+    groups_remove_bases(plan);
     _exit(0);
 }
 

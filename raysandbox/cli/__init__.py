@@ -21,10 +21,14 @@ _COMMANDS = {
     "doctor": ("doctor", "app", "What this host and user can enforce."),
     "profiles": ("profiles", "app", "List, show and check profiles."),
     "policy": ("policy", "app", "What this node's operator allows, and to whom."),
+    "ps": ("ps", "ps_app", "Workers and jails of this machine's nodes."),
+    "top": ("ps", "top_app", "The same, live."),
+    "events": ("ps", "events_app", "What became of jails; filter, follow."),
+    "kill": ("ps", "kill_app", "End a jail or a worker."),
     "demo": ("demo", "app", "The same attacks on stock Ray and in the sandbox."),
     "start": ("start", "app", "Start a node: `ray start`, every worker behind a wall."),
     "cluster": ("cluster", "app", "A hardened cluster: identities, guard, nodes."),
-    "audit": ("cluster", "audit_app", "Query and verify the audit log."),
+    "audit": ("audit", "app", "Query and verify the audit log."),
 }
 
 _EXIT_ERROR = 125

@@ -310,6 +310,10 @@ class Cgroups:
         """The directories that hold the groups, one per hierarchy."""
         return tuple(b.path for b in self._bases)
 
+    def described(self) -> list[list[Any]]:
+        """Return version, directory and controllers of each base, for JSON."""
+        return [[b.version, b.path, sorted(b.controllers)] for b in self._bases]
+
     @property
     def owned(self) -> tuple[tuple[str, str], ...]:
         """Directory and name prefix of every group that this process makes.
@@ -754,6 +758,16 @@ class Cgroup:
     report: dict[str, Status]
     _nodes: dict[str, Any] = field(default_factory=dict)
     _before: Usage = field(default_factory=Usage)
+
+    @property
+    def leaf(self) -> str:
+        """The name of its directories."""
+        return os.path.basename(self.dirs[0][1]) if self.dirs else ""
+
+    @property
+    def before(self) -> Usage:
+        """What had been used before the last `reset`, where counters go on."""
+        return self._before
 
     @property
     def paths(self) -> tuple[str, ...]:

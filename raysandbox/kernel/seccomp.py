@@ -346,24 +346,20 @@ def _compile_oci(library: Any, path: str, text: str, denied: int) -> bytes:
     return _export(made)
 
 
-def oci_calls(oci: OciPolicy) -> list[str]:
+def oci_calls(policy: OciPolicy) -> list[str]:
     """Return every call that an OCI policy allows in some form.
 
     Raises:
         ProfileError: It can't be used.
     """
     try:
-        entries = _read_oci(oci.text)
+        rules = oci.read(policy.text)
     except ValueError as error:
         raise ProfileError(
-            source=oci.path, where="syscalls", reason=str(error)
+            source=policy.path, where="syscalls", reason=str(error)
         ) from error
-    return [
-        call
-        for entry in entries
-        for call in entry.get("names") or [entry["name"]]
-        if entry["action"] == "SCMP_ACT_ALLOW" and _number(call) is not None
-    ]
+    allowed = dict.fromkeys(rule.call for rule in rules if rule.errno is None)
+    return [call for call in allowed if _number(call) is not None]
 
 
 # --- words ----------------------------------------------------------------------

@@ -191,7 +191,8 @@ def main(argv: list[str]) -> None:
         plan.set("__RAYSANDBOX_PRELOAD", preload)
     fd = os.memfd_create("plan", 0)
     os.write(fd, plan.encode())
-    os.execv(launcher, [launcher, f"--plan-fd={fd}", wrapper, *arguments])
+    command = [launcher, f"--plan-fd={fd}", wrapper, *arguments]
+    os.execv(launcher, command)  # noqa: S606 - the same process, on purpose
 
 
 if __name__ == "__main__":

@@ -110,5 +110,5 @@ def _local_policy() -> policies.Policy:
     return policies.Policy(
         description="a local cluster of the one who started it",
         offer=dict.fromkeys(offered, _LOCAL_TAGS),
-        rules=(policies.Rule(name="everybody", profiles=tuple(offered)),),
+        rules=(policies.Rule(name="everybody", profiles=tuple(offered), metadata={}),),
     )

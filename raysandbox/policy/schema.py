@@ -244,13 +244,10 @@ class Rule(Section):
             "Left out: any."
         ),
     ] = ()
-    metadata: Annotated[
-        dict[str, Pattern],
-        Field(
-            default_factory=dict,
-            description="Job metadata, as the GCS has it; values may have * and ?.",
-        ),
-    ]
+    metadata: dict[str, Pattern] = Field(
+        default_factory=dict,
+        description="Job metadata, as the GCS has it; values may have * and ?.",
+    )
     signers: Annotated[
         tuple[Pattern, ...],
         Unique,
@@ -514,13 +511,10 @@ class Policy(Section):
             "all others get strict."
         ),
     ] = STRICTEST
-    offer: Annotated[
-        dict[ProfileName, Annotated[int, Field(ge=1, le=_MOST_AT_ONCE)]],
-        Field(
-            default_factory=lambda: {STRICTEST: 64},
-            description="Profile to how many of it at once: the node's tags.",
-        ),
-    ]
+    offer: dict[ProfileName, Annotated[int, Field(ge=1, le=_MOST_AT_ONCE)]] = Field(
+        default_factory=lambda: {STRICTEST: 64},
+        description="Profile to how many of it at once: the node's tags.",
+    )
     rules: tuple[Rule, ...] = ()
     ceilings: Ceilings = Field(default_factory=Ceilings)
     runtime_env: RuntimeEnv = Field(default_factory=RuntimeEnv)

@@ -119,6 +119,20 @@ OptionalSize = Annotated[
         {"anyOf": [{"type": "string", "pattern": SIZE_PATTERN}, _UNLIMITED]}
     ),
 ]
+
+
+def _count(value: object) -> object:
+    value = _or_unlimited(value)
+    if value is not None and (type(value) is not int or value < 1):
+        raise ValueError('must be a whole number from 1, or "unlimited"')
+    return value
+
+
+OptionalCount = Annotated[
+    int | None,
+    BeforeValidator(_count),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, _UNLIMITED]}),
+]
 OptionalDuration = Annotated[
     Duration | None,
     BeforeValidator(_or_unlimited),
@@ -485,9 +499,7 @@ class Syscalls(_Section):
         if both:
             raise ValueError(f"{', '.join(both)} can't be in both allow and deny")
         if self.oci is not None and (self.allow or self.deny):
-            raise ValueError(
-                "allow and deny can't be combined with oci: change its file"
-            )
+            raise ValueError("oci replaces allow and deny: write them in its file")
         return self
 
     @property
@@ -568,7 +580,7 @@ class Limits(_Section):
 
 
 class ObjectStore(_Section):
-    """How much one task may take from and put into Ray's object store."""
+    """How much a task and a job may take from and put into Ray's object store."""
 
     weak: ClassVar[Mapping[str, tuple[object, ...]]] = {}
 
@@ -581,6 +593,36 @@ class ObjectStore(_Section):
     max_put_bytes: Annotated[
         Size, Field(alias="max_put", description="All puts and results together.")
     ] = 512 << 20
+    max_put_objects: Annotated[
+        OptionalCount, Field(description="How many puts and results.")
+    ] = 10_000
+    max_arguments_bytes: Annotated[
+        OptionalSize,
+        Field(alias="max_arguments", description="All arguments together."),
+    ] = 2 << 30
+    max_argument_objects: Annotated[
+        OptionalCount, Field(description="How many arguments.")
+    ] = 10_000
+    max_job_bytes: Annotated[
+        OptionalSize,
+        Field(
+            alias="max_job",
+            description="Puts and results of a whole job that a node's store has.",
+        ),
+    ] = 4 << 30
+    max_job_objects: Annotated[
+        OptionalCount, Field(description="How many of those.")
+    ] = 100_000
+    max_job_arguments_bytes: Annotated[
+        OptionalSize,
+        Field(
+            alias="max_job_arguments",
+            description="Arguments of all tasks of a job that run on a node.",
+        ),
+    ] = 16 << 30
+    max_job_argument_objects: Annotated[
+        OptionalCount, Field(description="How many of those.")
+    ] = 100_000
 
 
 class Results(_Section):

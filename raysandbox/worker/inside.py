@@ -75,12 +75,14 @@ class Entered:
         threads: How many there were.
         protections: What was enforced.
         took_s: Seconds that it took.
+        group: Name of the control group that this process is in now.
     """
 
     scratch: str
     threads: int
     protections: tuple[plan.Protection, ...]
     took_s: float
+    group: str
 
 
 class NotRestrictedError(SetupError):
@@ -147,7 +149,8 @@ def enter(profile: Profile, worker: Worker) -> Entered:
         step = error.step if isinstance(error, SetupError) else "worker_walls"
         raise NotRestrictedError(step=step, detail=str(error)) from error
     protections = (*ready.protections, *_of_group(group))
-    return Entered(scratch, threads, protections, time.monotonic() - begun)
+    took_s = time.monotonic() - begun
+    return Entered(scratch, threads, protections, took_s, group.leaf)
 
 
 def _has_own_user() -> bool:

@@ -180,15 +180,14 @@ class TrustedPath(list):  # type: ignore[type-arg]
     def of_worker(cls, entries: Iterable[str]) -> TrustedPath:
         """Take over a worker's path without what its runtime_env put there.
 
-        Ray's agent passes those directories by ``PYTHONPATH``; all of them lie
-        below the session's ``runtime_resources``.
+        All of that lies below the session's ``runtime_resources``: what Ray's
+        agent passes by ``PYTHONPATH``, and the packages of a pip environment.
         """
         root = os.path.realpath(runtime_resources()) + "/"
-        variables = os.environ.get("PYTHONPATH", "").split(":")
         user = [
             entry
             for entry in dict.fromkeys(entries)
-            if entry in variables and os.path.realpath(entry).startswith(root)
+            if entry and os.path.realpath(entry).startswith(root)
         ]
         made = cls(entry for entry in entries if entry and entry not in user)
         # Behind the node's wall they come by another way, not into this path.
@@ -637,6 +636,24 @@ def run_setup_hook(runtime_env: str) -> str:
 def runtime_resources() -> str:
     """Return where Ray unpacks what runtime environments bring."""
     return str(ray_worker.global_worker.node.get_runtime_env_dir_path())
+
+
+def session_dir() -> str:
+    """Return Ray's directory of this session."""
+    return str(ray_worker.global_worker.node.get_session_dir_path())
+
+
+def store_socket() -> str:
+    """Return the path of the node's object store's socket."""
+    return str(ray_worker.global_worker.node.plasma_store_socket_name)
+
+
+def live_jobs(gcs_client: Any) -> set[str]:
+    """Return the jobs that have not ended, as hex."""
+    table = gcs_client.get_all_job_info(
+        skip_submission_job_info_field=True, skip_is_running_tasks_field=True
+    )
+    return {job.hex() for job, data in table.items() if not data.is_dead}
 
 
 def session_log_dir() -> str:

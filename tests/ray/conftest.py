@@ -43,6 +43,16 @@ PROFILES = {
         max_result = "1MiB"
         max_put = "1536KiB"
         """,
+    "frugal": """
+        extends = "standard"
+        [object_store]
+        max_arguments = "1200KiB"
+        max_argument_objects = 3
+        max_put_objects = 3
+        max_job = "2MiB"
+        max_job_objects = 4
+        max_job_arguments = "1MiB"
+        """,
     "lethal": """
         extends = "standard"
         [syscalls]
@@ -132,8 +142,9 @@ def offered(cluster: str) -> tuple[str, dict[str, float]]:
 @pytest.fixture(autouse=True)
 def by_value(request: pytest.FixtureRequest) -> None:
     """Functions of the test modules travel by value: jails don't see our files."""
-    if request.module.__name__.endswith("test_sealed"):
-        return  # drivers of its own
+    own = ("test_sealed", "test_bad_input", "test_policy", "test_observe")
+    if request.module.__name__.endswith(own):
+        return  # drivers of their own
     request.getfixturevalue("cluster")
     if not ray.is_initialized():
         # A module with a cluster of its own came before.

@@ -24,7 +24,12 @@ import ray
 options = json.loads(sys.argv[1])
 ray.init(include_dashboard=False, logging_level="ERROR", log_to_driver=False, **options)
 node = ray._private.worker._global_node
-print(json.dumps({"address": node.gcs_address, "session": node.get_session_dir_path()}))
+found = {
+    "address": node.gcs_address,
+    "session": node.get_session_dir_path(),
+    "node": node.node_id,
+}
+print(json.dumps(found))
 sys.stdout.flush()
 sys.stdin.read()
 ray.shutdown()
@@ -56,13 +61,20 @@ def told(run):
 def ask(tag=None, **options):
     "Run a task with a tag and say which profile it found itself under."
     resources = {f"sandbox:{tag}": 1} if tag else {}
-    return told(lambda: ray.get(where.options(resources=resources, **options).remote(), timeout=60))
+    task = where.options(resources=resources, **options)
+    return told(lambda: ray.get(task.remote(), timeout=60))
 
 
 @ray.remote(max_retries=0)
 def where():
-    import os
-    return os.environ.get("RAYSANDBOX_PROFILE", "ran")
+    from raysandbox.jail.ray_facade import context
+    return context["profile"]
+
+
+def spoken(word):
+    "Tell the test something; wait until it answers."
+    print(json.dumps(word), flush=True)
+    sys.stdin.readline()
 """
 
 
@@ -72,10 +84,15 @@ class Policed:
     Attributes:
         address: Of its GCS.
         session: Ray's session directory.
+        node: Ray's id of the node.
     """
 
     def __init__(
-        self, policy: str, resources: dict[str, float], profiles: dict[str, str]
+        self,
+        policy: str,
+        resources: dict[str, float],
+        profiles: dict[str, str],
+        variables: dict[str, str] | None = None,
     ) -> None:
         # Not in /tmp: who may write there could replace the directory.
         self.home = Path(tempfile.mkdtemp(prefix="rsx-policy-", dir=Path.home()))
@@ -92,6 +109,7 @@ class Policed:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(16),
             "PYTHONPATH": str(Path(__file__).parents[2]),
+            **(variables or {}),
         }
         options = {"num_cpus": 2, "resources": resources, "_temp_dir": self.temporary}
         self._keeper = subprocess.Popen(
@@ -104,6 +122,7 @@ class Policed:
         assert self._keeper.stdout is not None
         told = json.loads(self._keeper.stdout.readline())
         self.address, self.session = told["address"], Path(told["session"])
+        self.node = told["node"]
 
     def drive(
         self,
@@ -112,12 +131,36 @@ class Policed:
         namespace: str = "",
         metadata: dict[str, str] | None = None,
         runtime_env: dict[str, Any] | None = None,
+        hook: bool = True,
     ) -> Any:
         """Run a driver; return what ``body`` left in ``result``."""
-        environment = {
-            "worker_process_setup_hook": "raysandbox.worker_hook",
-            **(runtime_env or {}),
-        }
+        with self.driver(
+            body,
+            namespace=namespace,
+            metadata=metadata,
+            runtime_env=runtime_env,
+            hook=hook,
+        ) as driver:
+            try:
+                out, err = driver.communicate(timeout=150)
+            finally:
+                driver.kill()
+        assert driver.returncode == 0, err
+        return json.loads(out.splitlines()[-1])
+
+    def driver(
+        self,
+        body: str,
+        *,
+        namespace: str = "",
+        metadata: dict[str, str] | None = None,
+        runtime_env: dict[str, Any] | None = None,
+        hook: bool = True,
+    ) -> subprocess.Popen[str]:
+        """Start a driver; it prints ``result`` at its end."""
+        environment = dict(runtime_env or {})
+        if hook:
+            environment["worker_process_setup_hook"] = "raysandbox.worker_hook"
         options = {
             "address": self.address,
             "namespace": namespace or "anonymous",
@@ -127,15 +170,14 @@ class Policed:
         script = _DRIVER + textwrap.dedent(body) + "\nprint(json.dumps(result))\n"
         variables = dict(self._environment)
         variables.pop("RAYSANDBOX_POLICY")
-        done = subprocess.run(
+        return subprocess.Popen(
             [sys.executable, "-c", script, json.dumps(options)],
-            capture_output=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=100,
             env=variables,
         )
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout.splitlines()[-1])
 
     def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run a raysandbox command against this node."""
