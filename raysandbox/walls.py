@@ -60,6 +60,8 @@ _RAYS_OWN = {
     "pid": "raylet signals its workers by their pids, so they keep its namespace",
     "network": "Ray's own connections start in the worker",
 }
+# Before, truncate(2) went past it.
+_LEAST_ABI = 3
 # Sockets of anybody who may be asked by their path, and System V memory by number.
 _NAMESPACED_GROUPS = ("local_sockets", "ipc")
 # What an owner may do to a file that it can't open: where the view is no mount of
@@ -261,7 +263,7 @@ def _landlock(
     report: _Report, host: Host, around: Surroundings
 ) -> tuple[landlock.Handled, tuple[int, ...]]:
     profile, abi = report.profile, host.landlock_abi
-    least = max(1, profile.landlock.min_abi)
+    least = max(_LEAST_ABI, profile.landlock.min_abi)
     if abi < least or not profile.landlock.enabled:
         raise UnsupportedError(
             feature="landlock",
@@ -269,7 +271,7 @@ def _landlock(
             have="landlock.enabled = false"
             if not profile.landlock.enabled
             else (f"ABI {abi}" if abi else "none"),
-            remedy="boot Linux 5.13 or later with landlock in lsm=, and leave it on",
+            remedy="boot Linux 6.2 or later with landlock in lsm=, and leave it on",
             profile=profile.name,
         )
     governed, missing = landlock.handled(abi), []
