@@ -423,10 +423,12 @@ class Cgroups:
             if base not in bases:
                 bases.append(base)
 
-        # For their counters, limits or not.
-        for controller in ("memory", "pids", "cpuacct"):
-            if controller in self._by_controller:
-                use(self._by_controller[controller])
+        # For their counters, limits or not; and for what a base that was named to us
+        # may limit itself.
+        for controller in ("memory", "pids", "cpuacct", "cpu"):
+            named = self._by_controller.get(controller)
+            if named is not None and (controller != "cpu" or not named.owned):
+                use(named)
         for base in self._bases:
             if base.version == 2:
                 use(base)

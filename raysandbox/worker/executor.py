@@ -332,6 +332,8 @@ class JailExecutor(seams.Executor):
         try:
             return self._gate.profile(self._worker, task)
         except TaskRefused as error:
+            if self._refusal is not None:
+                raise  # written down when the worker first looked
             self._figures.policy_refused(error.limit)
             # A worker without jails has no pump that would do it.
             self._figures.flush()
