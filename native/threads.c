@@ -280,10 +280,10 @@ rs_restrict_threads(int ruleset, const char *canary_path, const uint8_t *filter,
     own_pid = getpid();
     ruleset_fd = ruleset;
     canary = canary_path;
-    if (is_held()) {
-        errno = EINVAL;
+    int canary_fd = open(canary, O_RDONLY | O_CLOEXEC);
+    if (canary_fd < 0)
         return fail(report, size, "the canary can't be opened before either");
-    }
+    close(canary_fd);
     if (number == 0) {
         errno = EBUSY;
         return fail(report, size, "every real-time signal is taken");

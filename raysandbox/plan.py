@@ -39,6 +39,7 @@ __all__ = [
     "State",
     "compile",
     "python_paths",
+    "survey",
     "system_paths",
     "text",
     "u32",
@@ -272,13 +273,23 @@ def compile(  # noqa: A001 - plan.compile, as re.compile
             requires.
     """
     builder = Builder(profile, host, context)
-    builder.namespaces()
-    builder.root()
-    builder.limits()
-    builder.landlock()
-    builder.seccomp()
-    builder.surroundings()
+    builder.build()
+    if builder.missing:
+        raise builder.missing[0]
     return Plan(profile.name, tuple(builder.records), tuple(builder.protections))
+
+
+def survey(
+    profile: Profile, host: Host, context: Context
+) -> tuple[tuple[Protection, ...], tuple[UnsupportedError, ...]]:
+    """Say what would hold, and all that is required and missing.
+
+    Raises:
+        ProfileError: As :func:`compile`.
+    """
+    builder = Builder(profile, host, context)
+    builder.build()
+    return tuple(builder.protections), tuple(builder.missing)
 
 
 class Builder:
@@ -288,8 +299,17 @@ class Builder:
         self.profile, self.host, self.context = profile, host, context
         self.records: list[tuple[int, bytes]] = []
         self.protections: list[Protection] = []
+        self.missing: list[UnsupportedError] = []
         self.readable: list[str] = []
         self.writable: list[str] = []
+
+    def build(self) -> None:
+        self.namespaces()
+        self.root()
+        self.limits()
+        self.landlock()
+        self.seccomp()
+        self.surroundings()
 
     def add(self, kind: int, payload: bytes) -> None:
         self.records.append((kind, payload))
@@ -300,16 +320,20 @@ class Builder:
     def lacking(
         self, feature: str, need: str, have: str, remedy: str, *, required: bool
     ) -> None:
-        """Refuse if the profile requires ``feature``, else record it as off."""
-        if required:
-            raise UnsupportedError(
+        """Note what is missing if the profile requires it, else that it is off."""
+        if not required:
+            why = f"need {need}, have {have}; the profile does not require it"
+            self.protect(feature, State.OFF, why)
+            return
+        self.missing.append(
+            UnsupportedError(
                 feature=feature,
                 need=need,
                 have=have,
                 remedy=remedy,
                 profile=self.profile.name,
             )
-        self.protect(feature, State.OFF, f"{have}; the profile does not require it")
+        )
 
     def namespaces(self) -> None:
         wanted = self.profile.namespaces
@@ -322,13 +346,14 @@ class Builder:
                     reason="no jail can be built without this namespace",
                 )
         if self.host.namespaces_reason:
-            raise UnsupportedError(
-                feature="namespaces",
-                need="user, pid and mount namespaces for this user",
-                have=self.host.namespaces_reason,
-                remedy=self.host.namespaces_remedy,
-                profile=self.profile.name,
+            self.lacking(
+                "namespaces",
+                "user, pid and mount namespaces for this user",
+                self.host.namespaces_reason,
+                self.host.namespaces_remedy,
+                required=True,  # whatever the profile says: no jail without them
             )
+            return
         outer = inner = 0
         for name, flag in _NEW.items():
             if not getattr(wanted, name):
@@ -405,7 +430,8 @@ class Builder:
                         source=self.profile.name,
                         where=where,
                         value=path,
-                        reason="does not exist on this host",
+                        reason="does not exist on this host"
+                        + (f" ({entry})" if entry != path else ""),
                     )
         for path in _outermost(paths):
             flags = _BIND_READ_ONLY if read_only else 0
@@ -557,6 +583,8 @@ class Builder:
     def seccomp(self) -> None:
         from raysandbox.kernel import seccomp
 
+        self.protect("no new privileges", State.ENFORCED)
+        self.protect("no capabilities", State.ENFORCED)
         if not self.host.seccomp:
             self.lacking(
                 "seccomp",
@@ -582,8 +610,6 @@ class Builder:
             )
         else:
             self.protect("seccomp", State.ENFORCED)
-        self.protect("no new privileges", State.ENFORCED)
-        self.protect("no capabilities", State.ENFORCED)
 
     def surroundings(self) -> None:
         context = self.context

@@ -155,6 +155,13 @@ event(const char *format, ...)
     }
 }
 
+/* -1 where there is no limit: JSON readers lose precision at 2^64 - 1. */
+static long long
+shown(uint64_t limit)
+{
+    return limit > INT64_MAX ? -1 : (long long)limit;
+}
+
 static const char *
 job_hex(const struct job *job)
 {
@@ -462,17 +469,13 @@ refused(const struct link *link)
     const struct job *job = worker->job;
 
     event("\"event\": \"quota_refused\", \"pid\": %d, \"job\": \"%s\", "
-          "\"job_bytes\": [%llu, %llu], \"job_objects\": [%llu, %llu], "
-          "\"worker_bytes\": [%llu, %llu], \"worker_objects\": [%llu, %llu]}\n",
-          worker->pid, job_hex(job),
-          (unsigned long long)job->count.bytes,
-          (unsigned long long)worker->job_limits.bytes,
-          (unsigned long long)job->count.objects,
-          (unsigned long long)worker->job_limits.objects,
-          (unsigned long long)worker->count.bytes,
-          (unsigned long long)worker->limits.bytes,
-          (unsigned long long)worker->count.objects,
-          (unsigned long long)worker->limits.objects);
+          "\"job_bytes\": [%lld, %lld], \"job_objects\": [%lld, %lld], "
+          "\"worker_bytes\": [%lld, %lld], \"worker_objects\": [%lld, %lld]}\n",
+          worker->pid, job_hex(job), (long long)job->count.bytes,
+          shown(worker->job_limits.bytes), (long long)job->count.objects,
+          shown(worker->job_limits.objects), (long long)worker->count.bytes,
+          shown(worker->limits.bytes), (long long)worker->count.objects,
+          shown(worker->limits.objects));
 }
 
 static void
@@ -854,13 +857,6 @@ bind_worker(int fd, const struct bind_message *message, ssize_t size)
     worker->bound = 1;
     worker->actor_bound = (message->flags & 1) != 0;
     return "ok";
-}
-
-/* -1 where there is no limit: JSON readers lose precision at 2^64 - 1. */
-static long long
-shown(uint64_t limit)
-{
-    return limit > INT64_MAX ? -1 : (long long)limit;
 }
 
 static void

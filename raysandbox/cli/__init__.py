@@ -28,7 +28,7 @@ _COMMANDS = {
     "demo": ("demo", "app", "The same attacks on stock Ray and in the sandbox."),
     "start": ("start", "app", "Start a node: `ray start`, every worker behind a wall."),
     "cluster": ("cluster", "app", "A hardened cluster: identities, guard, nodes."),
-    "audit": ("cluster", "audit_app", "Query and verify the audit log."),
+    "audit": ("audit", "app", "Query and verify the audit log."),
 }
 
 _EXIT_ERROR = 125

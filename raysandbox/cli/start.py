@@ -38,9 +38,9 @@ def start(
 
     opened = None
     if cluster is not None:
-        from raysandbox.cli.cluster import open_cluster
+        from raysandbox.cli.member import opened as open_directory
 
-        opened = open_cluster(cluster)
+        opened = open_directory(cluster)
     try:
         run(context.args, policy=policy, cluster=opened)
     except RaysandboxError as error:

@@ -17,6 +17,7 @@ one of its role's. Here the request is parsed, and decided by what it names:
 * What a call costs is charged before it is made: bytes sent, bytes that the
   key is known to hold, one place in flight, bytes that stay stored. So a call
   that is abandoned at its deadline has cost its caller what it cost the GCS.
+  Over its limits a caller waits before it is refused (`budget`).
 
 Pure but for the clock: `Access` holds what is known and does no I/O.
 """
@@ -26,38 +27,46 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
 from typing import Any
 
 from google.protobuf.message import DecodeError
-from ray.core.generated import gcs_service_pb2 as _pb
+from ray.core.generated import common_pb2, pubsub_pb2
 
-from raysandbox.cluster.methods import STREAM
+from raysandbox.cluster.budget import PENALTY_S, Account, OverBudgetError
+from raysandbox.cluster.methods import CONTENT, STREAM
 from raysandbox.cluster.settings import (
     Access as Grants,
 )
 from raysandbox.cluster.settings import (
     Inventory,
-    RoleLimit,
     Settings,
 )
+from raysandbox.cluster.shapes import flaw, request_types
 
 __all__ = ["Access", "Decision", "grpc_message"]
 
-# The generated module makes its classes when it is imported.
-pb: Any = _pb
+# Generated modules make their names when they are imported.
+_pubsub: Any = pubsub_pb2
+_common: Any = common_pb2
 
 FUN, PACKAGE, JOB, USAGE = b"fun", b"gcs://", b"job", b"usage_stats"
 # Written by Ray's own head and read by everybody who starts.
-SHARED = {b"", b"session", b"cluster", b"tracing", b"dashboard", b"healthcheck"}
-# From here on a call takes a place in flight. The end of a call is known when the
-# guard's log says so, some time later: a place for each small call would be held
-# long after it, and small calls are counted by their bucket anyhow.
-LARGE_BYTES = 64 << 10
-# A call that its end was never heard of is given up after this long.
-IN_FLIGHT_S = 120.0
+SHARED = {
+    b"", b"session", b"cluster", b"tracing", b"dashboard", b"healthcheck",
+    b"__autoscaler",
+}  # fmt: skip
 JOB_BYTES = 4
+# What is known by name, and survives a restart.
+TABLES = (
+    "jobs", "bound", "namespaces", "job_namespace", "job_node", "nodes", "actors",
+    "submissions", "added",
+)  # fmt: skip
+MOST_ACCOUNTS = 100_000
+MOST_WORKERS = 100_000
+ACTOR_CREATION = _common.ACTOR_CREATION_TASK
 SYSTEM = "head/"
 
 
@@ -69,9 +78,11 @@ class Decision:
         object: What the call names, for the audit log.
         retry: Refused for now: the client should come back.
         alert: Worth waking somebody: a node that must not be here.
+        note: What is wrong with a call that is let through and alerted.
+        wait_s: How long the answer is to be held back.
     """
 
-    __slots__ = ("alert", "object", "retry", "why")
+    __slots__ = ("alert", "note", "object", "retry", "wait_s", "why")
 
     def __init__(
         self,
@@ -80,8 +91,11 @@ class Decision:
         object: str = "",  # noqa: A002 - the audit log's word
         retry: bool = False,
         alert: bool = False,
+        note: str = "",
+        wait_s: float = 0.0,
     ) -> None:
         self.why, self.object, self.retry, self.alert = why, object, retry, alert
+        self.note, self.wait_s = note, wait_s
 
     @property
     def allowed(self) -> bool:
@@ -93,35 +107,6 @@ class _RefusedError(Exception):
     def __init__(self, why: str, *, retry: bool = False, alert: bool = False) -> None:
         super().__init__(why)
         self.why, self.retry, self.alert = why, retry, alert
-
-
-class _Bucket:
-    """Tokens that refill; `take` may be asked for more than is left."""
-
-    __slots__ = ("burst", "left", "per_s", "seen")
-
-    def __init__(self, per_s: float, burst: float, now: float) -> None:
-        self.per_s, self.burst, self.left, self.seen = per_s, burst, burst, now
-
-    def take(self, amount: float, now: float) -> bool:
-        self.left = min(self.burst, self.left + (now - self.seen) * self.per_s)
-        self.seen = now
-        if amount > self.left:
-            return False
-        self.left -= amount
-        return True
-
-
-class _Caller:
-    """One identity's use of the GCS."""
-
-    __slots__ = ("flight", "reads", "stored", "writes")
-
-    def __init__(self, limit: RoleLimit, now: float) -> None:
-        self.reads = _Bucket(limit.read_bytes_per_s, limit.read_burst_bytes, now)
-        self.writes = _Bucket(limit.write_bytes_per_s, limit.write_burst_bytes, now)
-        self.flight: dict[str, float] = {}
-        self.stored = 0
 
 
 def grpc_message(body: bytes) -> bytes:
@@ -170,7 +155,13 @@ class Access:
         self.actors: dict[str, str] = {}
         self.keys: dict[tuple[bytes, bytes], tuple[str, int, bytes]] = {}
         self.submissions: dict[str, str] = {}
-        self._callers: dict[str, _Caller] = {}
+        self.workers: dict[str, str] = {}
+        self.added: dict[str, str] = {}
+        self._adding: dict[str, tuple[str, str]] = {}
+        self._accounts: dict[str, Account] = {}
+        self._open: dict[str, str] = {}
+        self._stored: Counter[str] = Counter()
+        self._kinds = request_types(CONTENT)
         self._rules: dict[str, Callable[[_Call], None]] = _rules(self)
 
     # -- what becomes known ---------------------------------------------------
@@ -180,9 +171,16 @@ class Access:
         job = number.to_bytes(JOB_BYTES, "little").hex()
         self._fact("jobs", job, uri if "/worker/" in uri else _who(uri))
 
+    def learn_added(self, request_id: str) -> None:
+        """The GCS has answered an AddJob: it has the job now."""
+        if known := self._adding.pop(request_id, None):
+            self._fact("added", *known)
+
     def replay(self, facts: Iterable[list[Any]]) -> None:
         """Take back what a former process wrote to the journal."""
         for table, *rest in facts:
+            if table not in (*TABLES, "keys", "gone"):
+                raise ValueError(f"no table {table!r}")
             if table == "keys":
                 namespace, key, owner, size, digest = rest
                 self._set_key(
@@ -194,30 +192,38 @@ class Access:
             else:
                 getattr(self, table)[rest[0]] = rest[1]
 
-    def ended(self, request_id: str, who: str) -> None:
+    def facts(self) -> Iterator[list[Any]]:
+        """Yield what `replay` needs to bring this state back."""
+        for table in TABLES:
+            for key, value in getattr(self, table).items():
+                yield [table, key, value]
+        for (namespace, key), (owner, size, digest) in self.keys.items():
+            yield ["keys", namespace.hex(), key.hex(), owner, size, digest.hex()]
+
+    def ended(self, request_id: str) -> None:
         """A call has ended, in whatever way: its place in flight is free."""
-        caller = self._callers.get(who)
-        if caller is not None:
-            caller.flight.pop(request_id, None)
+        account = self._accounts.get(self._open.pop(request_id, ""))
+        if account is not None:
+            account.ended(request_id)
 
     def _fact(self, table: str, key: str, value: str) -> None:
         known: dict[str, str] = getattr(self, table)
         if known.get(key) != value:
-            known[key] = value
+            # In this order: what could not be written down is not known either.
             self._journal([table, key, value])
+            known[key] = value
 
     def _set_key(
         self, namespace: bytes, key: bytes, owner: str, size: int, digest: bytes
     ) -> None:
         self._drop_key(namespace, key)
         self.keys[namespace, key] = (owner, size, digest)
-        if caller := self._callers.get(self._payer(owner)):
-            caller.stored += size
+        self._stored[self._payer(owner)] += size
 
     def _drop_key(self, namespace: bytes, key: bytes) -> None:
         known = self.keys.pop((namespace, key), None)
-        if known and (caller := self._callers.get(self._payer(known[0]))):
-            caller.stored -= known[1]
+        if known:
+            self._stored[self._payer(known[0])] -= known[1]
 
     def _payer(self, owner: str) -> str:
         """Return the identity that pays for what a job or identity stores."""
@@ -238,69 +244,66 @@ class Access:
     ) -> Decision:
         """Decide one call; never raises for anything that a caller can send."""
         call = _Call(uri, method, body, request_id, node_id, source)
-        about = ""
+        about, wait_s = "", 0.0
         try:
-            rule = self._rules.get(method)
-            if rule is None:
-                raise _RefusedError(f"{method} is not one that the guard knows")
+            now = self._clock()
+            if call.role not in self.settings.limits.roles:
+                raise _RefusedError("the caller has no role")
+            # A refused call counts too.
+            wait_s = self._account(call).count(now)
             if method != STREAM:
-                kind = _KINDS[method]
+                kind = self._kinds.get(method)
+                if kind is None:
+                    raise _RefusedError(f"{method} is not one that the guard knows")
                 try:
                     call.ask = kind.FromString(grpc_message(body))
                 except (ValueError, DecodeError) as error:
                     raise _RefusedError(f"malformed request: {error}") from None
+                if problem := flaw(call.ask):
+                    raise _RefusedError(f"malformed request: {problem}")
             about = call.about()
-            rule(call)
-            if call.charge:
-                self._charge(call)
-        except _RefusedError as refused:
+            self._rules.get(method, self.shape_only)(call)
+            self._charge(call)
+        except (_RefusedError, OverBudgetError) as refused:
             return Decision(
-                refused.why, object=about, retry=refused.retry, alert=refused.alert
-            )
-        return Decision(object=about)
-
-    def caller(self, who: str, role: str) -> _Caller:
-        """Return an identity's counters."""
-        found = self._callers.get(who)
-        if found is None:
-            limit = self.settings.limits.roles[role]  # type: ignore[index]
-            found = self._callers[who] = _Caller(limit, self._clock())
-            found.stored = sum(
-                size for owner, size, _ in self.keys.values()
-                if self._payer(owner) == who
+                refused.why, object=about, retry=refused.retry,
+                alert=getattr(refused, "alert", False), wait_s=max(wait_s, PENALTY_S),
             )  # fmt: skip
+        return Decision(
+            object=about, alert=bool(call.note), note=call.note,
+            wait_s=max(wait_s, call.wait_s),
+        )  # fmt: skip
+
+    def _account(self, call: _Call) -> Account:
+        """Return who pays: a worker's calls are its job's owner's.
+
+        All workers of one owner have one account, beside the driver's own: a job
+        does not get more of the GCS by having more workers.
+        """
+        name = call.who
+        if call.role == "worker":
+            owner = self._owner(call) or call.uri
+            name = f"workers of {owner}"
+        found = self._accounts.get(name)
+        if found is None:
+            if len(self._accounts) >= MOST_ACCOUNTS:
+                self._accounts.clear()
+            limit = self.settings.limits.roles[call.role]  # type: ignore[index]
+            found = self._accounts[name] = Account(limit, self._clock())
+        call.account = name
         return found
 
     def _charge(self, call: _Call) -> None:
-        now = self._clock()
-        limit = self.settings.limits.roles[call.role]  # type: ignore[index]
-        caller = self.caller(call.who, call.role)
-        large = call.reads + call.writes >= LARGE_BYTES
-        if large and len(caller.flight) >= limit.in_flight:
-            for request, since in list(caller.flight.items()):
-                if now - since > IN_FLIGHT_S:
-                    del caller.flight[request]
-            if len(caller.flight) >= limit.in_flight:
-                raise _RefusedError(
-                    f"{limit.in_flight} large calls of this identity are in flight",
-                    retry=True,
-                )
-        if call.writes > limit.write_burst_bytes:
-            raise _RefusedError(
-                f"a request of {call.writes} bytes is over this role's limit of "
-                f"{limit.write_burst_bytes} (limits.roles.{call.role}"
-                ".write_burst_bytes)"
-            )
-        if call.reads > limit.read_burst_bytes:
-            raise _RefusedError(
-                f"a read of {call.reads} bytes is over this role's limit"
-            )
-        if not caller.writes.take(call.writes, now):
-            raise _RefusedError("this identity's bytes per second (write)", retry=True)
-        if not caller.reads.take(call.reads, now):
-            raise _RefusedError("this identity's bytes per second (read)", retry=True)
-        if large and call.request_id:
-            caller.flight[call.request_id] = now
+        """Charge for a call's bytes, once."""
+        if not call.charge:
+            return
+        call.charge = False
+        account = self._account(call)
+        call.wait_s = account.charge(
+            self._clock(), call.reads, call.writes, call.request_id
+        )
+        if call.request_id in account.flight:
+            self._open[call.request_id] = call.account
 
     # -- rules ----------------------------------------------------------------
 
@@ -473,27 +476,27 @@ class Access:
                         )
             for name in names:
                 if name in self.keys:
-                    self._drop_key(*name)
                     self._journal(["gone", name[0].hex(), name[1].hex()])
+                    self._drop_key(*name)
             return
         size = len(ask.key) + len(ask.value)
         call.writes += size
         known = self.keys.get((namespace, key))
         if known and not ask.overwrite:
             return
+        owner = known[0] if known else self._new_owner(call, namespace, key)
+        payer = self._payer(owner)
         limit = self.settings.limits.roles[call.role]  # type: ignore[index]
         grows = size - (known[1] if known else 0)
-        if self.caller(call.who, call.role).stored + grows > limit.stored_bytes:
+        if self._stored[payer] + grows > limit.stored_bytes:
             raise _RefusedError(
-                f"keys of {call.who} would hold more than {limit.stored_bytes} bytes "
+                f"keys of {payer} would hold more than {limit.stored_bytes} bytes "
                 f"(limits.roles.{call.role}.stored_bytes)"
             )
         self._charge(call)
-        call.charge = False
-        owner = known[0] if known else self._new_owner(call, namespace, key)
         digest = hashlib.sha256(ask.value).digest() if key.startswith(PACKAGE) else b""
-        self._set_key(namespace, key, owner, size, digest)
         self._journal(["keys", namespace.hex(), key.hex(), owner, size, digest.hex()])
+        self._set_key(namespace, key, owner, size, digest)
 
     def _new_owner(self, call: _Call, namespace: bytes, key: bytes) -> str:
         if namespace == FUN:
@@ -530,12 +533,22 @@ class Access:
     def new_actor(self, call: _Call) -> None:
         """An actor is made for the caller's own job, in its own namespace."""
         spec = call.ask.task_spec
+        call.writes = call.body_bytes
         job = spec.job_id.hex()
         if call.role == "worker":
             self._bind(call, job)
         elif not self._same_owner(call, job):
             raise _RefusedError(f"job {job} is not a job of {call.who}")
+        # The GCS aborts on a task of another kind, on a caller without an id, without
+        # a namespace, and on a job that it does not have yet.
+        if spec.type != ACTOR_CREATION:
+            raise _RefusedError("the task is not one that makes an actor")
+        if not (spec.caller_address.worker_id and spec.caller_address.node_id):
+            raise _RefusedError("the task has no caller")
+        self._added(job)
         made = spec.actor_creation_task_spec
+        if not made.ray_namespace:
+            raise _RefusedError("the actor has no namespace")
         if made.actor_id.hex()[-2 * JOB_BYTES :] != job:
             raise _RefusedError("the actor's id names another job")
         if made.name:
@@ -544,6 +557,10 @@ class Access:
                     f"namespace {made.ray_namespace!r} is another driver's"
                 )
             self._fact("actors", made.actor_id.hex(), made.ray_namespace)
+
+    def _added(self, job: str) -> None:
+        if job not in self.added:
+            raise _RefusedError(f"job {job} has not begun", retry=True)
 
     def placement_group(self, call: _Call) -> None:
         """Placement groups are made and removed by their job's owner."""
@@ -559,13 +576,47 @@ class Access:
             if spec.creator_job_id != spec.placement_group_id[-JOB_BYTES:]:
                 raise _RefusedError("the placement group's id names another job")
             job = spec.creator_job_id.hex()
+            call.writes = call.body_bytes
+            self._added(job)
+            # The GCS aborts on a bundle that asks for nothing.
+            for bundle in spec.bundles:
+                amounts = list(bundle.unit_resources.values())
+                if not amounts or not all(0 < a < math.inf for a in amounts):
+                    raise _RefusedError("a bundle asks for nothing, or for no amount")
         else:
             job = ask.placement_group_id[-JOB_BYTES:].hex()
         if not self._same_owner(call, job):
             raise _RefusedError(f"the placement group belongs to job {job}")
 
-    def next_job(self, call: _Call) -> None:
-        """Anybody whose role has the method may begin a job."""
+    def shape_only(self, call: _Call) -> None:
+        """What is well-formed may be asked, and stores nothing for long."""
+        call.reads = call.body_bytes
+
+    def task_events(self, call: _Call) -> None:
+        """Events of tasks that are named: the GCS aborts on one that is not."""
+        data = call.ask.data
+        for item in (*data.events_by_task, *data.dropped_task_attempts):
+            if not item.task_id:
+                raise _RefusedError("malformed request: an event of no task")
+        call.reads = call.body_bytes
+
+    def publish(self, call: _Call) -> None:
+        """Errors and, from nodes, logs and usage: the GCS crashes on others."""
+        ask: Any = call.ask
+        for message in ask.pub_messages:
+            inner = message.WhichOneof("inner_message")
+            channel = message.channel_type
+            if (channel, inner) == (ERROR_CHANNEL, "error_info_message"):
+                continue
+            if (channel, inner) in NODE_CHANNELS and call.role in ("head", "node"):
+                continue
+            raise _RefusedError(f"{call.role} may not publish {inner} on {channel}")
+        call.reads = call.body_bytes
+
+    def own_worker(self, call: _Call) -> None:
+        """A worker that the GCS knows, and the caller is: it crashes on others."""
+        if self.workers.get(call.ask.worker_id.hex()) != call.uri:
+            raise _RefusedError("the worker is not the caller")
 
     def add_job(self, call: _Call) -> None:
         """A node registers the jobs of the drivers that run on it."""
@@ -578,6 +629,7 @@ class Access:
         if self.job_node.get(job, call.who) != call.who:
             raise _RefusedError(f"job {job} was added by {self.job_node[job]}")
         namespace = data.config.ray_namespace
+        self._adding[call.request_id] = job, call.who
         self._fact("job_node", job, call.who)
         self._fact("job_namespace", job, namespace)
         if namespace and namespace not in self.namespaces:
@@ -592,13 +644,19 @@ class Access:
     def worker_info(self, call: _Call) -> None:
         """Workers report themselves, nodes their own workers' ends."""
         ask: Any = call.ask
-        if call.role == "driver":
-            return
-        data = ask.worker_data if call.role == "worker" else None
         if call.method.endswith("ReportWorkerFailure"):
             data = ask.worker_failure
-        if data is None:
-            return
+        else:
+            data = ask.worker_data
+            # It stays in the GCS, and here.
+            call.writes = call.body_bytes
+            worker = data.worker_address.worker_id.hex()
+            if self.workers.setdefault(worker, call.uri) != call.uri:
+                raise _RefusedError("the worker id is another worker's")
+            if len(self.workers) > MOST_WORKERS:
+                del self.workers[next(iter(self.workers))]
+            if call.role == "driver":
+                return
         node = self.nodes.get(data.worker_address.node_id.hex(), "")
         if node.partition("/")[2] != call.who.partition("/")[2]:
             raise _RefusedError("the worker is not of this node")
@@ -608,8 +666,11 @@ class Access:
         info = call.ask.node_info
         node_id = info.node_id.hex()
         problem = self._unfit(call, info)
-        if problem and self.settings.admission == "enforce":
+        entry = self.inventory.nodes.get(call.who.partition("/")[2])
+        quarantined = entry is not None and entry.quarantined
+        if problem and (quarantined or self.settings.admission == "enforce"):
             raise _RefusedError(problem, alert=True)
+        call.note = problem
         if self.nodes.get(node_id, call.who) != call.who:
             raise _RefusedError("the node id is another node's", alert=True)
         self._fact("nodes", node_id, call.who)
@@ -621,7 +682,7 @@ class Access:
             return f"node {name!r} is not in the inventory"
         if entry.quarantined:
             return f"node {name!r} is quarantined"
-        if info.node_manager_address not in entry.addresses:
+        if not entry.has_address(info.node_manager_address):
             return (
                 f"node {name!r} claims address {info.node_manager_address}, the "
                 f"inventory says {', '.join(entry.addresses)}"
@@ -629,12 +690,18 @@ class Access:
         if info.is_head_node and not (entry.head and call.role == "head"):
             return f"node {name!r} claims to be the head"
         rest = entry.resources.get("*", 0.0)
+        # Ray gives each node a resource of 1 in the name of its address, and the
+        # head one that draws what must run there.
+        own = {f"node:{info.node_manager_address}"}
+        if entry.head:
+            own.add("node:__internal_head__")
         for resource, amount in info.resources_total.items():
-            # A node's own id is a resource of 1 of each node.
-            if resource.startswith("node:"):
+            if resource in own and 0 <= amount <= 1:
                 continue
+            if resource.startswith("node:") or not amount >= 0:
+                return f"node {name!r} claims {amount:g} of {resource}"
             ceiling = entry.resources.get(resource, rest)
-            if math.isnan(amount) or amount > ceiling:
+            if amount > ceiling:
                 return (
                     f"node {name!r} claims {amount:g} of {resource}, the inventory "
                     f"allows {ceiling:g}"
@@ -658,8 +725,8 @@ class _Call:
     """One call, and what it will cost."""
 
     __slots__ = (
-        "ask", "body_bytes", "charge", "method", "node_id", "reads", "request_id",
-        "role", "source", "uri", "who", "writes",
+        "account", "ask", "body_bytes", "charge", "method", "node_id", "note", "reads",
+        "request_id", "role", "source", "uri", "wait_s", "who", "writes",
     )  # fmt: skip
 
     def __init__(
@@ -672,7 +739,10 @@ class _Call:
         self.role = self.who.partition("/")[0]
         self.ask: Any = None
         self.reads = self.writes = 0
+        self.wait_s = 0.0
+        self.account = ""
         self.charge = True
+        self.note = ""
 
     def about(self) -> str:
         """Name the object for the audit log."""
@@ -726,38 +796,18 @@ def _reserved(key: bytes) -> bool:
 _KV = "/ray.rpc.InternalKVGcsService/InternalKV"
 _ACTOR = "/ray.rpc.ActorInfoGcsService/"
 _GROUP = "/ray.rpc.PlacementGroupInfoGcsService/"
-_KINDS: dict[str, Any] = {
-    **{
-        _KV + name: getattr(pb, f"InternalKV{name}Request")
-        for name in ("Get", "MultiGet", "Put", "Del", "Exists", "Keys")
-    },
-    _ACTOR + "CreateActor": pb.CreateActorRequest,
-    _ACTOR + "RegisterActor": pb.RegisterActorRequest,
-    _ACTOR + "GetNamedActorInfo": pb.GetNamedActorInfoRequest,
-    _ACTOR + "ListNamedActors": pb.ListNamedActorsRequest,
-    _ACTOR + "KillActorViaGcs": pb.KillActorViaGcsRequest,
-    _ACTOR + "ReportActorOutOfScope": pb.ReportActorOutOfScopeRequest,
-    _ACTOR + "RestartActorForLineageReconstruction": (
-        pb.RestartActorForLineageReconstructionRequest
-    ),
-    _GROUP + "CreatePlacementGroup": pb.CreatePlacementGroupRequest,
-    _GROUP + "GetNamedPlacementGroup": pb.GetNamedPlacementGroupRequest,
-    _GROUP + "RemovePlacementGroup": pb.RemovePlacementGroupRequest,
-    "/ray.rpc.JobInfoGcsService/AddJob": pb.AddJobRequest,
-    "/ray.rpc.JobInfoGcsService/GetNextJobID": pb.GetNextJobIDRequest,
-    "/ray.rpc.JobInfoGcsService/MarkJobFinished": pb.MarkJobFinishedRequest,
-    "/ray.rpc.NodeInfoGcsService/RegisterNode": pb.RegisterNodeRequest,
-    "/ray.rpc.NodeInfoGcsService/UnregisterNode": pb.UnregisterNodeRequest,
-    "/ray.rpc.WorkerInfoGcsService/AddWorkerInfo": pb.AddWorkerInfoRequest,
-    "/ray.rpc.WorkerInfoGcsService/ReportWorkerFailure": (
-        pb.ReportWorkerFailureRequest
-    ),
+_PUBSUB = "/ray.rpc.ObservabilityPubSubService/"
+_WORKER = "/ray.rpc.WorkerInfoGcsService/"
+ERROR_CHANNEL = _pubsub.RAY_ERROR_INFO_CHANNEL
+NODE_CHANNELS = {
+    (_pubsub.RAY_LOG_CHANNEL, "log_batch_message"),
+    (_pubsub.RAY_NODE_RESOURCE_USAGE_CHANNEL, "node_resource_usage_message"),
 }
 
 
 def _rules(access: Access) -> dict[str, Callable[[_Call], None]]:
     return {
-        **{m: access.kv for m in _KINDS if m.startswith(_KV)},
+        **{m: access.kv for m in CONTENT if m.startswith(_KV)},
         _ACTOR + "CreateActor": access.new_actor,
         _ACTOR + "RegisterActor": access.new_actor,
         _ACTOR + "GetNamedActorInfo": access.named_actor,
@@ -769,11 +819,14 @@ def _rules(access: Access) -> dict[str, Callable[[_Call], None]]:
         _GROUP + "GetNamedPlacementGroup": access.placement_group,
         _GROUP + "RemovePlacementGroup": access.placement_group,
         "/ray.rpc.JobInfoGcsService/AddJob": access.add_job,
-        "/ray.rpc.JobInfoGcsService/GetNextJobID": access.next_job,
         "/ray.rpc.JobInfoGcsService/MarkJobFinished": access.finish_job,
         "/ray.rpc.NodeInfoGcsService/RegisterNode": access.register_node,
         "/ray.rpc.NodeInfoGcsService/UnregisterNode": access.unregister_node,
-        "/ray.rpc.WorkerInfoGcsService/AddWorkerInfo": access.worker_info,
-        "/ray.rpc.WorkerInfoGcsService/ReportWorkerFailure": access.worker_info,
+        "/ray.rpc.TaskInfoGcsService/AddTaskEventData": access.task_events,
+        _PUBSUB + "GcsPublish": access.publish,
+        _WORKER + "AddWorkerInfo": access.worker_info,
+        _WORKER + "ReportWorkerFailure": access.worker_info,
+        _WORKER + "UpdateWorkerDebuggerPort": access.own_worker,
+        _WORKER + "UpdateWorkerNumPausedThreads": access.own_worker,
         STREAM: access.sync,
     }

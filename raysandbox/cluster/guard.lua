@@ -3,8 +3,8 @@
 
 local CLUSTER = "@CLUSTER@"
 local ROOT = "@ROOT@"
-local PER_NODE = @PER_NODE@
 local SYNC = "/ray.rpc.syncer.RaySyncer/StartSync"
+local ADD_JOB = "/ray.rpc.JobInfoGcsService/AddJob"
 local NEXT_JOB = "/ray.rpc.JobInfoGcsService/GetNextJobID"
 local MARKS = {"x-rsb-uri", "x-rsb-role", "x-rsb-who", "x-rsb-seen"}
 
@@ -22,7 +22,7 @@ local function identity(ssl)
   if role == nil then return nil, "the certificate's identity is of another cluster" end
   local issuer = ssl:issuerPeerCertificate()
   if role == "worker" then
-    if issuer ~= "CN=workers of " .. name and not (PER_NODE and issuer == ROOT) then
+    if issuer ~= "CN=workers of " .. name then
       return nil, "a worker's certificate from an issuer that is not its node's"
     end
   elseif issuer ~= ROOT then
@@ -40,7 +40,7 @@ function envoy_on_request(handle)
   if uri == nil then return refuse(handle, role) end
   headers:add("x-rsb-uri", uri)
   headers:add("x-rsb-role", role)
-  headers:add("x-rsb-who", who)
+  headers:add("x-rsb-who", role == "worker" and uri or who)
   handle:streamInfo():dynamicMetadata():set("rsb", "uri", uri)
 
   -- Raylet's syncer sends the token twice and HTTP/2 folds the copies into one
@@ -63,22 +63,32 @@ function envoy_on_request(handle)
     end
   elseif path == NEXT_JOB then
     handle:streamInfo():dynamicMetadata():set("rsb", "next_job", uri)
+  elseif path == ADD_JOB then
+    handle:streamInfo():dynamicMetadata():set("rsb", "add_job", headers:get("x-request-id"))
   end
   handle:clearRouteCache()
 end
 
--- A new job belongs to whom the GCS gave its number: told to the access service
--- before the answer goes out, so that the job's first call is already known.
-function envoy_on_response(handle)
-  local meta = handle:streamInfo():dynamicMetadata():get("rsb")
-  if meta == nil or meta["next_job"] == nil then return end
-  local body = handle:body()
-  if body == nil or body:length() < 5 then return end
+-- A new job belongs to whom the GCS gave its number, and has begun when the GCS
+-- says so: told to the access service before the answer goes out, so that the
+-- job's next call is already known.
+local function tell(handle, path, header, value, body)
   local answer = handle:httpCall("access", {
-    [":method"] = "POST", [":path"] = "/job", [":authority"] = "access",
-    ["x-rsb-uri"] = meta["next_job"],
-  }, body:getBytes(0, body:length()), 2000)
+    [":method"] = "POST", [":path"] = path, [":authority"] = "access", [header] = value,
+  }, body, 2000)
   if answer == nil or answer[":status"] ~= "200" then
     handle:headers():replace("grpc-status", "14")
+  end
+end
+
+function envoy_on_response(handle)
+  local meta = handle:streamInfo():dynamicMetadata():get("rsb")
+  if meta == nil then return end
+  if meta["next_job"] ~= nil then
+    local body = handle:body()
+    if body == nil or body:length() < 5 then return end
+    tell(handle, "/job", "x-rsb-uri", meta["next_job"], body:getBytes(0, body:length()))
+  elseif meta["add_job"] ~= nil and handle:headers():get("grpc-status") == nil then
+    tell(handle, "/added", "x-request-id", meta["add_job"], "")
   end
 end

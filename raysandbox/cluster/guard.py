@@ -1,6 +1,6 @@
 """The guard's configuration: settings and identities in, Envoy's JSON out.
 
-Pure: nothing here touches a file or a process but `write`, which puts the
+Pure: nothing here touches a file or a process but `write_…`, which put the
 result where a running Envoy picks it up. One listener takes everybody's calls;
 its filters, in this order::
 
@@ -34,7 +34,14 @@ from raysandbox.cluster.settings import (
     write_file,
 )
 
-__all__ = ["bootstrap", "executable", "listeners", "secrets_of", "write"]
+__all__ = [
+    "bootstrap",
+    "executable",
+    "listeners",
+    "secrets_of",
+    "write_listeners",
+    "write_secrets",
+]
 
 Json = dict[str, Any]
 TYPE = "type.googleapis.com/envoy"
@@ -138,14 +145,11 @@ def secrets_of(cluster: ClusterDir, crls: bytes) -> dict[str, str]:
 
 def _lua(settings: Settings, root_subject: str) -> str:
     source = resources.files("raysandbox.cluster").joinpath("guard.lua").read_text()
-    per_node = settings.worker_certificates == "per-node"
     # Lua patterns read '-' and '.' as operators.
     cluster = re.sub(r"([.-])", r"%\1", settings.name)
-    return (
-        source.replace("@CLUSTER@", cluster)
-        .replace("@ROOT@", root_subject)
-        .replace("@PER_NODE@", str(per_node).lower())
-    )
+    # As decimal escapes: a CA's name can't end the string that it is put into.
+    root = "".join(f"\\{byte:03d}" for byte in root_subject.encode())
+    return source.replace("@CLUSTER@", cluster).replace("@ROOT@", root)
 
 
 def _who(pattern: str) -> Json:
@@ -221,7 +225,9 @@ def _rate_limit(limits: Limits) -> Json:
         descriptors.append(
             {
                 "entries": [{"key": "role", "value": role}, {"key": "who"}],
-                "token_bucket": _bucket(limit.calls_per_s, limit.calls_burst),
+                # The access service slows a caller down at its limit; this one
+                # keeps it from being asked too often.
+                "token_bucket": _bucket(2 * limit.calls_per_s, 2 * limit.calls_burst),
             }
         )
     return _typed(
@@ -266,9 +272,6 @@ def _ext_authz(settings: Settings) -> Json:
         http_service={
             "server_uri": {
                 "uri": "http://access/", "cluster": "access", "timeout": "5s"
-            },
-            "authorization_response": {
-                "allowed_client_headers": {"patterns": [{"prefix": "x-rsb-why"}]}
             },
         },
         allowed_headers={"patterns": exact},
@@ -634,7 +637,14 @@ def _pipe_cluster(name: str, endpoint: Json) -> Json:
         "type": "STATIC",
         "connect_timeout": "2s",
         "circuit_breakers": {
-            "thresholds": [{"max_connections": 256, "max_pending_requests": 1024}]
+            # More than the answers that the access service holds back.
+            "thresholds": [
+                {
+                    "max_connections": 1024,
+                    "max_pending_requests": 1024,
+                    "max_requests": 4096,
+                }
+            ]
         },
         "load_assignment": {
             "cluster_name": name,
@@ -668,7 +678,10 @@ def bootstrap(settings: Settings, run: Path) -> Json:
         },
         "dynamic_resources": {"lds_config": lds},
         "static_resources": {"clusters": clusters},
-        "stats_config": {"stats_matcher": {"reject_all": True}},
+        "stats_config": {"stats_matcher": {"inclusion_list": {"patterns": [
+            # The one that the supervisor reads after a reload.
+            {"exact": "listener_manager.lds.version_text"}
+        ]}}},
         "layered_runtime": {
             "layers": [{"name": "admin", "admin_layer": {}}]
         },
@@ -688,15 +701,31 @@ def bootstrap(settings: Settings, run: Path) -> Json:
     }  # fmt: skip
 
 
-def write(cluster: ClusterDir, crls: bytes, root_subject: str) -> None:
-    """Write every file of the guard; a running one takes the changes up.
+def write_secrets(cluster: ClusterDir, crls: bytes, digest: str) -> None:
+    """Write the guard's certificates and the CRLs; a running guard takes them up.
 
-    The listener's file comes last: a revocation closes the connections of the
-    old listener, and by then the new CRL must be in force.
+    Args:
+        cluster: Of which cluster.
+        crls: Every list, as PEM.
+        digest: Of what it was made from: the version that Envoy reports.
+    """
+    for name, text in secrets_of(cluster, crls).items():
+        body = json.loads(text)
+        write_file(cluster.run / name, json.dumps({"version_info": digest, **body}))
+
+
+def write_listeners(cluster: ClusterDir, root_subject: str, digest: str) -> None:
+    """Write bootstrap and listeners; a running guard takes the latter up.
+
+    A new listener ends the connections of the old one. The secrets must be in
+    force by then, or one that was just revoked could come back in between.
     """
     settings, run = cluster.settings(), cluster.run
-    for name, text in secrets_of(cluster, crls).items():
-        write_file(run / name, text)
     write_file(run / "envoy.json", json.dumps(bootstrap(settings, run), indent=1))
     lds = listeners(settings, cluster.inventory(), run, root_subject)
+    lds["version_info"] = digest
+    for listener in lds["resources"]:
+        # Without a change in the listener Envoy would keep the connections of
+        # those that were just revoked.
+        listener["metadata"] = {"filter_metadata": {"rsb": {"version": digest}}}
     write_file(run / "lds.json", json.dumps(lds, indent=1))

@@ -10,7 +10,7 @@ is one line.
 
 from __future__ import annotations
 
-__all__ = ["CONTENT", "METHODS", "STREAM", "methods_of"]
+__all__ = ["CONTENT", "METHODS", "PLAIN", "STREAM", "methods_of"]
 
 STREAM = "/ray.rpc.syncer.RaySyncer/StartSync"
 
@@ -90,7 +90,6 @@ _WORK = (
     | _of("ObservabilityPubSubService", "GcsPublish", "ReportJobError")
     | _of("RuntimeEnvGcsService", "PinRuntimeEnvURI")
     | _of("TaskInfoGcsService", "AddTaskEventData", "GetTaskEvents")
-    | _of("RayEventExportGcsService", "AddEvents")
     | _of(
         "WorkerInfoGcsService",
         "AddWorkerInfo",
@@ -114,7 +113,6 @@ _NODE = (
     | _of("ObservabilityPubSubService", "GcsPublish", "ReportJobError")
     | _of("WorkerInfoGcsService", "ReportWorkerFailure")
     | _of("TaskInfoGcsService", "AddTaskEventData")
-    | _of("RayEventExportGcsService", "AddEvents")
     | frozenset({STREAM})
 )
 _HEAD = (
@@ -147,30 +145,32 @@ METHODS: dict[str, frozenset[str]] = {
     "observer": _STATE | _KV_READ,
 }
 
-# Decided on their content too, by the access service.
-CONTENT: frozenset[str] = (
-    _KV
+# Requests that carry no identifier and name nothing of anybody's. Every other one
+# is parsed by the access service before the GCS sees it.
+PLAIN: frozenset[str] = (
+    _of("InternalKVGcsService", "GetInternalConfig")
+    | _of("JobInfoGcsService", "GetAllJobInfo")
+    | _of("NodeInfoGcsService", "GetClusterId")
     | _of(
-        "ActorInfoGcsService",
-        "CreateActor",
-        "GetNamedActorInfo",
-        "KillActorViaGcs",
-        "ListNamedActors",
-        "RegisterActor",
-        "ReportActorOutOfScope",
-        "RestartActorForLineageReconstruction",
+        "NodeResourceInfoGcsService",
+        "GetAllAvailableResources",
+        "GetAllResourceUsage",
+        "GetAllTotalResources",
+        "GetDrainingNodes",
     )
-    | _of("JobInfoGcsService", "AddJob", "GetNextJobID", "MarkJobFinished")
-    | _of("NodeInfoGcsService", "RegisterNode", "UnregisterNode")
+    | _of("PlacementGroupInfoGcsService", "GetAllPlacementGroup")
+    | _of("RuntimeEnvGcsService", "PinRuntimeEnvURI")
+    | _of("WorkerInfoGcsService", "GetAllWorkerInfo")
     | _of(
-        "PlacementGroupInfoGcsService",
-        "CreatePlacementGroup",
-        "GetNamedPlacementGroup",
-        "RemovePlacementGroup",
+        "autoscaler.AutoscalerStateService",
+        "GetClusterResourceState",
+        "GetClusterStatus",
+        "ReportAutoscalingState",
+        "ReportClusterConfig",
+        "RequestClusterResourceConstraint",
     )
-    | _of("WorkerInfoGcsService", "AddWorkerInfo", "ReportWorkerFailure")
-    | frozenset({STREAM})
 )
+CONTENT: frozenset[str] = frozenset().union(*METHODS.values()) - PLAIN
 
 
 def methods_of(role: str) -> frozenset[str]:

@@ -6,15 +6,18 @@ kinds of issuer exist::
     cluster CA        signs every member's leaf, and the workers' issuers
       └ workers of N  on node N; signs one short-lived leaf per worker process
     guard CA          signs one leaf, the guard's as a client of the real GCS
-    server anchor     not an issuer: the cluster CA's name and key, with an
-                      extended key usage of serverAuth alone
+    servers CA        signs one certificate: the cluster CA's name and key again,
+                      with an extended key usage of serverAuth alone
 
 The last two are how nothing but the guard reaches the real GCS. Ray gives a
 process one certificate and one set of anchors for both of its roles. The GCS
-gets {server anchor, guard CA}: as a client it can verify every raylet and
-worker, as a server it accepts only what the guard CA signed, because a client
-chain that ends in the server anchor has the wrong purpose (RFC 5280 4.2.1.12;
-checked by OpenSSL and BoringSSL for every certificate of a chain).
+gets {servers CA, guard CA}. Members send the servers CA's certificate after their
+own: as a client the GCS can verify every raylet and worker through it, as a
+server it refuses them, because on a client's way it has the wrong purpose (RFC
+5280 4.2.1.12). It must be a certificate on the way and not the anchor: BoringSSL,
+which gRPC has, looks at the purposes of what it was sent, never of an anchor.
+
+The registry of what was issued and revoked is in `registry`.
 
 Keys are P-256: a handshake costs a starting worker 1 ms, not 10.
 """
@@ -22,41 +25,32 @@ Keys are P-256: a handshake costs a starting worker 1 ms, not 10.
 from __future__ import annotations
 
 import datetime as dt
-import fcntl
 import ipaddress
-import json
-import os
 import re
 import secrets
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from raysandbox.cluster.errors import ClusterError
 from raysandbox.cluster.settings import (
-    NAME,
-    ROLES,
     ClusterDir,
-    Member,
-    Role,
     read_secret,
-    write_file,
+    read_trusted,
 )
 
 __all__ = [
     "COMPONENTS",
     "Issuer",
-    "Record",
-    "Registry",
     "check_identity",
-    "describe",
+    "check_issuer",
+    "check_pair",
+    "check_workers",
     "identity_of",
     "make_csr",
     "mint_worker",
@@ -73,10 +67,14 @@ COMPONENTS: dict[str, tuple[str, ...]] = {
 }
 CA_DAYS = 3650
 LEAF_DAYS = 365
-WORKER_DAYS = 30
+# An actor may live as long as its node's issuer: it can't be given another one.
+WORKER_DAYS = LEAF_DAYS
 WARN_DAYS = 30
 # Clocks of machines that were just set up differ by more than NTP's milliseconds.
 BACKDATE = dt.timedelta(minutes=5)
+
+LOCAL = ("127.0.0.1", "localhost")
+HOST = re.compile(r"^[a-zA-Z0-9]([a-zA-Z0-9.-]{0,251}[a-zA-Z0-9])?\Z")
 
 Key = ec.EllipticCurvePrivateKey
 
@@ -93,11 +91,11 @@ def _name(text: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
 
 
-def _pem(cert: x509.Certificate | x509.CertificateRevocationList) -> bytes:
+def pem(cert: x509.Certificate | x509.CertificateRevocationList) -> bytes:
     return cert.public_bytes(serialization.Encoding.PEM)
 
 
-def _key_pem(key: Key) -> bytes:
+def key_pem(key: Key) -> bytes:
     return key.private_bytes(
         serialization.Encoding.PEM,
         serialization.PrivateFormat.PKCS8,
@@ -126,13 +124,7 @@ def load_key(path: Path) -> Key:
 def load_chain(path: Path) -> list[x509.Certificate]:
     """Load the certificates of a PEM file, leaf first."""
     try:
-        chain = x509.load_pem_x509_certificates(path.read_bytes())
-    except OSError as error:
-        raise ClusterError(
-            where=str(path),
-            what=f"can't be read: {error.strerror}",
-            remedy="issue the certificate again, or run as the directory's owner",
-        ) from None
+        chain = x509.load_pem_x509_certificates(read_trusted(path))
     except ValueError as error:
         raise ClusterError(
             where=str(path), what=f"is not a certificate in PEM: {error}"
@@ -146,18 +138,41 @@ def identity_of(cert: x509.Certificate) -> str:
         san = cert.extensions.get_extension_for_class(x509.SubjectAlternativeName)
     except x509.ExtensionNotFound:
         return ""
-    uris = san.value.get_values_for_type(x509.UniformResourceIdentifier)
+    uris = _uris(san.value)
     return uris[0] if len(uris) == 1 else ""
+
+
+def _is_ip(address: str) -> bool:
+    try:
+        ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    return True
+
+
+def check_address(address: str, *, ip_only: bool) -> None:
+    """Refuse what is no IP address (or host name, where that is allowed)."""
+    if _is_ip(address):
+        ip = ipaddress.ip_address(address)
+        if ip.is_unspecified or ip.is_multicast:
+            raise ClusterError(where=f"address {address}", what="is nobody's own")
+    elif ip_only or not HOST.match(address):
+        raise ClusterError(
+            where=f"address {address!r}",
+            what="is no IP address; nodes are bound to theirs by the guard"
+            if ip_only
+            else "is neither an IP address nor a host name",
+        )
 
 
 def _sans(uri: str, addresses: Sequence[str]) -> x509.SubjectAlternativeName:
     names: list[x509.GeneralName] = [x509.UniformResourceIdentifier(uri)]
     # gRPC checks a server's address against these; Ray dials by IP and, for
     # itself, by loopback.
-    for address in dict.fromkeys([*addresses, "127.0.0.1", "localhost"]):
-        try:
+    for address in dict.fromkeys([*addresses, *LOCAL]):
+        if _is_ip(address):
             names.append(x509.IPAddress(ipaddress.ip_address(address)))
-        except ValueError:
+        else:
             names.append(x509.DNSName(address))
     return x509.SubjectAlternativeName(names)
 
@@ -193,6 +208,20 @@ _LEAF_USAGE = x509.KeyUsage(
 _BOTH = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
 
 
+def workers_of(name: str) -> str:
+    """Return the common name of a node's issuer; the guard looks for it."""
+    return f"workers of {name}"
+
+
+def _constraints(cluster_name: str, addresses: Sequence[str]) -> x509.NameConstraints:
+    hosts = [a for a in addresses if not _is_ip(a)]
+    allowed: list[x509.GeneralName] = [
+        x509.UniformResourceIdentifier(cluster_name),
+        *(x509.DNSName(host) for host in dict.fromkeys([*hosts, "localhost"])),
+    ]
+    return x509.NameConstraints(allowed, None)
+
+
 class Issuer:
     """A CA certificate and its key."""
 
@@ -221,19 +250,35 @@ class Issuer:
             )
         return issuer
 
-    def sub(self, common_name: str, days: int = LEAF_DAYS) -> Issuer:
-        """Make a CA below this one that can sign leaves alone."""
+    def sub(
+        self, cluster_name: str, name: str, addresses: Sequence[str], days: float
+    ) -> Issuer:
+        """Make the issuer of one node's workers: it can sign leaves alone.
+
+        Its name constraints keep it to this cluster's URIs and to the node's host
+        names. They can't say which role and which address: URI constraints see
+        the host part only (RFC 5280 4.2.1.10), and BoringSSL, which gRPC and Envoy
+        use, refuses every chain with constraints on addresses. Role and node are
+        what the guard decides by the issuer's own name.
+        """
         key = new_key()
-        cert = (
-            _builder(
-                _name(common_name), self.cert.subject, key.public_key(), self._end(days)
-            )
+        public = key.public_key()
+        return Issuer(self.sub_for(cluster_name, name, addresses, days, public), key)
+
+    def sub_for(
+        self, cluster_name: str, name: str, addresses: Sequence[str], days: float,
+        public: ec.EllipticCurvePublicKey,
+    ) -> x509.Certificate:  # fmt: skip
+        """Sign the issuer of one node's workers, whose key is elsewhere."""
+        subject = _name(workers_of(name))
+        return (
+            _builder(subject, self.cert.subject, public, self._end(days))
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), True)
             .add_extension(_CA_USAGE, True)
+            .add_extension(_constraints(cluster_name, addresses), True)
             .add_extension(self._authority(), False)
             .sign(self.key, hashes.SHA256())
         )
-        return Issuer(cert, key)
 
     def leaf(
         self,
@@ -263,23 +308,7 @@ class Issuer:
         It lives as long as the CA: a list that ran out would refuse everybody,
         and each revocation writes a new one anyhow.
         """
-        builder = (
-            x509.CertificateRevocationListBuilder()
-            .issuer_name(self.cert.subject)
-            .last_update(_now() - BACKDATE)
-            .next_update(self.cert.not_valid_after_utc)
-            .add_extension(self._authority(), False)
-            .add_extension(x509.CRLNumber(int(_now().timestamp() * 1000)), False)
-        )
-        for serial, when in revoked:
-            entry = (
-                x509.RevokedCertificateBuilder()
-                .serial_number(serial)
-                .revocation_date(when)
-                .build()
-            )
-            builder = builder.add_revoked_certificate(entry)
-        return _pem(builder.sign(self.key, hashes.SHA256()))
+        return _crl(self.cert.subject, self.key, self.cert.not_valid_after_utc, revoked)
 
     def _authority(self) -> x509.AuthorityKeyIdentifier:
         public = self.cert.public_key()
@@ -288,303 +317,89 @@ class Issuer:
         return x509.AuthorityKeyIdentifier.from_issuer_public_key(public)
 
 
-def server_anchor(ca: x509.Certificate) -> x509.Certificate:
-    """Return the CA's name and key as an anchor for servers alone.
+def _crl(
+    issuer: x509.Name, key: Key, end: dt.datetime,
+    revoked: Sequence[tuple[int, dt.datetime]],
+) -> bytes:  # fmt: skip
+    authority = x509.AuthorityKeyIdentifier.from_issuer_public_key(key.public_key())
+    builder = (
+        x509.CertificateRevocationListBuilder()
+        .issuer_name(issuer)
+        .last_update(_now() - BACKDATE)
+        .next_update(end)
+        .add_extension(authority, False)
+        .add_extension(x509.CRLNumber(int(_now().timestamp() * 1000)), False)
+    )
+    for serial, when in revoked:
+        entry = (
+            x509.RevokedCertificateBuilder()
+            .serial_number(serial)
+            .revocation_date(when)
+            .build()
+        )
+        builder = builder.add_revoked_certificate(entry)
+    return pem(builder.sign(key, hashes.SHA256()))
 
-    An anchor's own signature proves nothing and is checked by nobody, so this
-    needs no CA key and works for an external CA as well.
+
+def servers_only(
+    cluster_name: str, ca: x509.Certificate
+) -> tuple[x509.Certificate, x509.Certificate]:
+    """Make an anchor, and the way from it to the CA that is good for servers alone.
+
+    Needs no key of the CA, and so works for an external one. The anchor's own key
+    is thrown away.
     """
     public = ca.public_key()
     if not isinstance(public, ec.EllipticCurvePublicKey):
+        raise ClusterError(where="CA", what="its key is not an elliptic-curve key")
+    limits = _basic(ca)
+    if not limits.ca or limits.path_length == 0:
         raise ClusterError(
-            where="ca.pem", what="the CA's key is not an elliptic-curve key"
+            where="CA",
+            what="must be a CA that may have another below it (path length 1 or none): "
+            "each node has an issuer for its workers",
         )
-    return (
-        _builder(ca.subject, ca.subject, public, ca.not_valid_after_utc)
+    # The guard compares the issuer's name as text, and libraries differ in how
+    # they write other characters.
+    subject = ca.subject.rfc4514_string()
+    if not re.fullmatch(r"[A-Za-z0-9 =,._/-]+", subject):
+        raise ClusterError(
+            where="CA",
+            what=f"has the name {subject!r}; it must have letters, digits, spaces and "
+            "-._/ alone",
+        )
+    _check_time(Path("CA"), [ca], "take another CA certificate")
+    key, name = new_key(), _name(f"{cluster_name} servers CA")
+    anchor = Issuer(
+        _builder(name, name, key.public_key(), ca.not_valid_after_utc)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=2), True)
+        .add_extension(_CA_USAGE, True)
+        .sign(key, hashes.SHA256()),
+        key,
+    )
+    way = (
+        _builder(ca.subject, name, public, ca.not_valid_after_utc)
         .add_extension(x509.BasicConstraints(ca=True, path_length=1), True)
         .add_extension(_CA_USAGE, True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), True)
-        .sign(new_key(), hashes.SHA256())
+        .add_extension(anchor._authority(), False)
+        .sign(key, hashes.SHA256())
     )
+    return anchor.cert, way
 
 
-class Record:
-    """One issued certificate, as the registry remembers it."""
+def mint_worker(
+    issuer: Issuer, cluster_name: str, name: str, addresses: Sequence[str],
+    way: bytes = b"",
+) -> tuple[bytes, str]:  # fmt: skip
+    """Make one worker process's certificate: key and chain in one PEM.
 
-    def __init__(
-        self, *, serial: int, uri: str, addresses: Sequence[str], end: str,
-        revoked: str = "",
-    ) -> None:  # fmt: skip
-        self.serial, self.uri, self.addresses = serial, uri, tuple(addresses)
-        self.end, self.revoked = end, revoked
-
-    @property
-    def expires(self) -> dt.datetime:
-        """When it stops being valid."""
-        return dt.datetime.fromisoformat(self.end)
-
-    def state(self) -> str:
-        """Return revoked, expired, expiring or valid."""
-        if self.revoked:
-            return "revoked"
-        left = self.expires - _now()
-        if left <= dt.timedelta(0):
-            return "expired"
-        return "expiring" if left <= dt.timedelta(days=WARN_DAYS) else "valid"
-
-    def as_json(self) -> dict[str, object]:
-        """Return it as the index file holds it."""
-        return {
-            "serial": f"{self.serial:x}", "uri": self.uri, "end": self.end,
-            "addresses": list(self.addresses), "revoked": self.revoked,
-        }  # fmt: skip
-
-
-class Registry:
-    """The operator's half: CA keys, issued certificates, revocations."""
-
-    def __init__(self, cluster: ClusterDir) -> None:
-        self.dir = cluster
-        self.name = cluster.settings().name
-        self._index = cluster.ca / "index.json"
-
-    def create(self) -> None:
-        """Make the cluster's CA, the guard's CA, the anchors and an empty CRL."""
-        self.dir.ca.mkdir(mode=0o700, exist_ok=False)
-        root = Issuer.root(f"{self.name} cluster CA")
-        self._keep_ca("root", root)
-        self.adopt(root.cert)
-        self._write([], root)
-
-    def adopt(self, ca: x509.Certificate) -> None:
-        """Install a CA certificate (our own or an external one) and the anchors."""
-        guard = Issuer.root(f"{self.name} guard CA")
-        self.dir.ca.mkdir(mode=0o700, exist_ok=True)
-        self.dir.trust.mkdir(mode=0o700, exist_ok=True)
-        self.dir.identity.mkdir(mode=0o700, exist_ok=True)
-        write_file(self.dir.ca_cert, _pem(ca), 0o644)
-        write_file(
-            self.dir.trust / "gcs.pem",
-            _pem(server_anchor(ca)) + _pem(guard.cert),
-            0o644,
-        )
-        # The guard's inner certificate lives as long as its CA; its CA's key is
-        # thrown away, so no second one can ever be made.
-        key = new_key()
-        public = key.public_key()
-        leaf = guard.leaf(
-            f"spiffe://{self.name}/guard/inner/client", [], public, CA_DAYS
-        )
-        write_file(self.dir.key("guard-inner"), _key_pem(key))
-        write_file(self.dir.cert("guard-inner"), _pem(leaf), 0o644)
-
-    def root(self) -> Issuer:
-        """Load the CA's key, or say that the CA is elsewhere."""
-        key = self.dir.ca / "root.key"
-        if not key.exists():
-            raise ClusterError(
-                where=str(key),
-                what="this directory holds no CA key",
-                remedy="run this where the cluster was made, or use "
-                "`raysandbox cluster certs csr` and `certs import` with your own CA",
-            )
-        return Issuer.load(self.dir.ca_cert, key)
-
-    def issue(
-        self,
-        role: str,
-        name: str,
-        addresses: Sequence[str],
-        out: Path,
-        days: float = LEAF_DAYS,
-    ) -> list[str]:
-        """Issue every component's certificate of one member into `out`.
-
-        Returns:
-            The identities' URIs. Worker certificates are not issued here: a
-            head or node gets an issuer of its own for them.
-        """
-        check_member(role, name, addresses)
-        root = self.root()
-        made = []
-        target = ClusterDir(_mkdir(out))
-        _mkdir(target.identity)
-        with self._locked() as records:
-            for component in COMPONENTS[role]:
-                uri = f"spiffe://{self.name}/{role}/{name}/{component}"
-                key = new_key()
-                cert = root.leaf(uri, addresses, key.public_key(), days)
-                write_file(target.key(component), _key_pem(key))
-                write_file(target.cert(component), _pem(cert), 0o644)
-                records.append(_record(cert, uri, addresses))
-                made.append(uri)
-            if role in ("head", "node"):
-                issuer = root.sub(f"workers of {name}", int(max(days, 1)))
-                uri = f"spiffe://{self.name}/worker/{name}/*"
-                _mkdir(target.workers)
-                write_file(target.workers / "issuer.key", _key_pem(issuer.key))
-                write_file(target.workers / "issuer.pem", _pem(issuer.cert), 0o644)
-                # The guard checks whole chains against CRLs, so it needs one of
-                # each issuer; this one stays empty, a worker's end is its expiry.
-                write_file(
-                    self.dir.trust / f"workers-{issuer.cert.serial_number:x}.crl",
-                    issuer.crl([]),
-                    0o644,
-                )
-                records.append(_record(issuer.cert, uri, addresses))
-                made.append(uri)
-            self._write(records, root)
-        if target.path != self.dir.path:
-            self._bundle(
-                target,
-                Member(role=cast(Role, role), name=name, addresses=tuple(addresses)),
-            )
-        return made
-
-    def sign_csr(
-        self, csr_pem: bytes, uri: str, addresses: Sequence[str], days: float
-    ) -> bytes:
-        """Sign a request made elsewhere; the identity is ours to say, not its."""
-        try:
-            csr = x509.load_pem_x509_csr(csr_pem)
-        except ValueError as error:
-            raise ClusterError(where="request", what=f"is no CSR: {error}") from None
-        public = csr.public_key()
-        if not csr.is_signature_valid:
-            raise ClusterError(where="request", what="its signature is wrong")
-        if not isinstance(public, ec.EllipticCurvePublicKey):
-            raise ClusterError(where="request", what="wants an elliptic-curve key")
-        root = self.root()
-        with self._locked() as records:
-            cert = root.leaf(uri, addresses, public, days)
-            records.append(_record(cert, uri, addresses))
-            self._write(records, root)
-        return _pem(cert)
-
-    def revoke(self, prefix: str) -> list[str]:
-        """Revoke every valid certificate of a member (``node/node1``) or URI.
-
-        Returns:
-            The URIs revoked; the CRL is written before this returns.
-        """
-        root = self.root()
-        path = prefix.removeprefix(f"spiffe://{self.name}/").rstrip("/")
-        base = f"spiffe://{self.name}/{path}"
-        role, _, name = path.partition("/")
-        workers = (
-            f"spiffe://{self.name}/worker/{name}/*" if role in ("node", "head") else ""
-        )
-        gone = []
-        with self._locked() as records:
-            for record in records:
-                mine = record.uri == base or record.uri.startswith(base + "/")
-                if (mine or record.uri == workers) and not record.revoked:
-                    record.revoked = _now().isoformat()
-                    gone.append(record.uri)
-            if not gone:
-                raise ClusterError(
-                    where=prefix,
-                    what="no valid certificate of that name",
-                    remedy="`raysandbox cluster certs list` shows all",
-                )
-            self._write(records, root)
-        return gone
-
-    def records(self) -> list[Record]:
-        """Return all issued certificates, oldest first."""
-        if not self._index.exists():
-            return []
-        rows = json.loads(self._index.read_bytes())
-        return [
-            Record(
-                serial=int(r["serial"], 16), uri=r["uri"], end=r["end"],
-                addresses=r["addresses"], revoked=r["revoked"],
-            )
-            for r in rows
-        ]  # fmt: skip
-
-    def crls(self) -> bytes:
-        """Return every CRL of the cluster, concatenated."""
-        files = sorted(self.dir.trust.glob("*.crl"))
-        return b"".join(file.read_bytes() for file in files)
-
-    def _bundle(self, target: ClusterDir, member: Member) -> None:
-        """Give a member's directory what it needs besides its identity."""
-        settings = (self.dir.path / "cluster.toml").read_bytes()
-        write_file(target.path / "cluster.toml", settings, 0o644)
-        write_file(target.ca_cert, self.dir.ca_cert.read_bytes(), 0o644)
-        write_file(target.token, read_secret(self.dir.token))
-        quoted = ", ".join(json.dumps(a) for a in member.addresses)
-        write_file(
-            target.path / "member.toml",
-            f'role = "{member.role}"\nname = "{member.name}"\naddresses = [{quoted}]\n',
-            0o644,
-        )
-
-    def _keep_ca(self, name: str, issuer: Issuer) -> None:
-        write_file(self.dir.ca / f"{name}.key", _key_pem(issuer.key))
-        write_file(self.dir.ca / f"{name}.pem", _pem(issuer.cert), 0o644)
-
-    @contextmanager
-    def _locked(self) -> Iterator[list[Record]]:
-        lock = os.open(
-            self.dir.ca / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
-        )
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield self.records()
-        finally:
-            os.close(lock)
-
-    def _write(self, records: list[Record], root: Issuer) -> None:
-        revoked = [
-            (r.serial, dt.datetime.fromisoformat(r.revoked))
-            for r in records
-            if r.revoked
-        ]
-        write_file(self._index, json.dumps([r.as_json() for r in records], indent=0))
-        write_file(self.dir.trust / "root.crl", root.crl(revoked), 0o644)
-
-
-def _record(cert: x509.Certificate, uri: str, addresses: Sequence[str]) -> Record:
-    return Record(
-        serial=cert.serial_number,
-        uri=uri,
-        addresses=addresses,
-        end=cert.not_valid_after_utc.isoformat(),
-    )
-
-
-def _mkdir(path: Path) -> Path:
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return path
-
-
-def check_member(role: str, name: str, addresses: Sequence[str]) -> None:
-    """Refuse a role, name or address list that no identity can have."""
-    if role not in ROLES or role == "worker":
-        raise ClusterError(
-            where=f"role {role!r}",
-            what="is none of head, node, driver, client, operator, observer"
-            + (" (workers get theirs from their node)" if role == "worker" else ""),
-        )
-    if not NAME.match(name):
-        raise ClusterError(
-            where=f"name {name!r}",
-            what="must be lower-case letters, digits, dots and dashes",
-        )
-    if role in ("head", "node", "driver") and not addresses:
-        raise ClusterError(
-            where=f"{role}/{name}",
-            what="needs at least one address: nodes are bound to theirs, and workers "
-            "that answer a driver check where it is",
-            remedy="give --address once for each",
-        )
-
-
-def mint_worker(issuer: Issuer, cluster_name: str, name: str,
-                addresses: Sequence[str]) -> tuple[bytes, str]:  # fmt: skip
-    """Make one worker process's certificate: key, leaf and issuer in one PEM.
+    Args:
+        issuer: The node's.
+        cluster_name: For the identity.
+        name: The node's.
+        addresses: The node's.
+        way: What members send after their own certificate, see `servers_only`.
 
     Returns:
         The PEM and the identity's URI.
@@ -592,19 +407,86 @@ def mint_worker(issuer: Issuer, cluster_name: str, name: str,
     key = new_key()
     uri = f"spiffe://{cluster_name}/worker/{name}/{secrets.token_hex(8)}"
     leaf = issuer.leaf(uri, addresses, key.public_key(), WORKER_DAYS)
-    return _key_pem(key) + _pem(leaf) + _pem(issuer.cert), uri
+    return key_pem(key) + pem(leaf) + pem(issuer.cert) + way, uri
 
 
-def make_csr(uri: str, addresses: Sequence[str]) -> tuple[bytes, bytes]:
-    """Make a key and a signing request for an external CA; returns both as PEM."""
-    key = new_key()
+def make_csr(uri: str, addresses: Sequence[str], key: Key) -> bytes:
+    """Make a signing request for a member's component, as PEM."""
     csr = (
         x509.CertificateSigningRequestBuilder()
         .subject_name(_name(uri.removeprefix("spiffe://")[-64:]))
         .add_extension(_sans(uri, addresses), False)
         .sign(key, hashes.SHA256())
     )
-    return _key_pem(key), csr.public_bytes(serialization.Encoding.PEM)
+    return csr.public_bytes(serialization.Encoding.PEM)
+
+
+def make_workers_csr(
+    cluster_name: str, name: str, addresses: Sequence[str], key: Key
+) -> bytes:
+    """Make a signing request for the issuer of a node's workers, as PEM."""
+    csr = (
+        x509.CertificateSigningRequestBuilder()
+        .subject_name(_name(workers_of(name)))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), True)
+        .add_extension(_CA_USAGE, True)
+        .add_extension(_constraints(cluster_name, addresses), True)
+        .sign(key, hashes.SHA256())
+    )
+    return csr.public_bytes(serialization.Encoding.PEM)
+
+
+def empty_crl(name: str, key: Key) -> bytes:
+    """Make the list of a workers' issuer, before its certificate exists.
+
+    Verifiers want a list of each issuer in a chain; this one stays empty, because
+    the end of a worker's certificate is its expiry.
+    """
+    return _crl(_name(workers_of(name)), key, _in(CA_DAYS), [])
+
+
+def load_csr(data: bytes) -> x509.CertificateSigningRequest:
+    """Load a signing request, or ClusterError."""
+    try:
+        csr = x509.load_pem_x509_csr(data)
+        valid = csr.is_signature_valid
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise ClusterError(where="request", what=f"is no CSR: {error}") from None
+    if not valid:
+        raise ClusterError(where="request", what="its signature is wrong")
+    if not isinstance(csr.public_key(), ec.EllipticCurvePublicKey):
+        raise ClusterError(where="request", what="wants an elliptic-curve key")
+    return csr
+
+
+def load_crl(data: bytes) -> x509.CertificateRevocationList:
+    """Load a revocation list, or ClusterError."""
+    try:
+        return x509.load_pem_x509_crl(data)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise ClusterError(
+            where="revocation list", what=f"is no CRL in PEM: {error}"
+        ) from None
+
+
+def asked_identity(csr: x509.CertificateSigningRequest) -> tuple[list[str], set[str]]:
+    """Return the URIs and the addresses that a request asks for."""
+    try:
+        found = csr.extensions.get_extension_for_class(x509.SubjectAlternativeName)
+    except x509.ExtensionNotFound:
+        return [], set()
+    except (ValueError, x509.DuplicateExtension) as error:
+        raise ClusterError(where="request", what=f"is malformed: {error}") from None
+    return _uris(found.value), _hosts(found.value)
+
+
+def _uris(san: x509.SubjectAlternativeName) -> list[str]:
+    return list(san.get_values_for_type(x509.UniformResourceIdentifier))
+
+
+def _hosts(san: x509.SubjectAlternativeName) -> set[str]:
+    found = {str(a) for a in san.get_values_for_type(x509.IPAddress)}
+    return found | set(san.get_values_for_type(x509.DNSName))
 
 
 def check_identity(
@@ -620,18 +502,24 @@ def check_identity(
             not valid yet (a clock is wrong), of another CA, for another
             identity, or without one of the addresses.
     """
-    path, settings, member = (
-        cluster.cert(component),
-        cluster.settings(),
-        cluster.member(),
-    )
-    chain = load_chain(path)
-    leaf, key = chain[0], load_key(cluster.key(component))
-    ca = load_chain(cluster.ca_cert)[0]
+    path = cluster.cert(component)
+    return check_pair(
+        cluster, component, path, load_chain(path), load_key(cluster.key(component)),
+        addresses=addresses,
+    )  # fmt: skip
+
+
+def check_pair(
+    cluster: ClusterDir, component: str, path: Path, chain: list[x509.Certificate],
+    key: Key, *, addresses: Sequence[str] = (),
+) -> list[str]:  # fmt: skip
+    """Check a chain and a key for one component; see `check_identity`."""
+    settings, member = cluster.settings(), cluster.member()
+    leaf, ca = chain[0], load_chain(cluster.ca_cert)[0]
     again = f"`raysandbox cluster certs renew {member.role}/{member.name}`"
     if leaf.public_key() != key.public_key():
         raise ClusterError(
-            where=str(path), what=f"does not belong to {cluster.key(component)}"
+            where=str(path), what="does not belong to its key", remedy=again
         )
     uri = f"spiffe://{settings.name}/{member.role}/{member.name}/{component}"
     if identity_of(leaf) != uri:
@@ -640,25 +528,11 @@ def check_identity(
             what=f"is for {identity_of(leaf) or 'nobody'}, not for {uri}",
         )
     _check_issued(path, chain, ca, cluster.ca_cert)
-    now = _now()
-    if leaf.not_valid_before_utc > now:
-        raise ClusterError(
-            where=str(path),
-            what=f"is not valid before {leaf.not_valid_before_utc:%Y-%m-%d %H:%M:%S} "
-            f"UTC, and this machine's clock says {now:%Y-%m-%d %H:%M:%S} UTC",
-            remedy="set this machine's clock (NTP), or that of the CA's machine",
-        )
-    for cert, what in ((leaf, str(path)), (ca, str(cluster.ca_cert))):
-        if cert.not_valid_after_utc <= now:
-            raise ClusterError(
-                where=what,
-                what=f"expired on {cert.not_valid_after_utc:%Y-%m-%d %H:%M:%S} UTC",
-                remedy=again,
-            )
+    _check_use(path, leaf)
+    _check_time(path, [*chain, ca], again)
     have = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    known = {str(a) for a in have.get_values_for_type(x509.IPAddress)}
-    known |= set(have.get_values_for_type(x509.DNSName))
-    for address in addresses:
+    known = _hosts(have)
+    for address in (*addresses, *LOCAL):
         if address not in known:
             raise ClusterError(
                 where=str(path),
@@ -666,7 +540,88 @@ def check_identity(
                 + ", ".join(sorted(known)),
                 remedy=f"issue it again with --address {address}",
             )
-    left = leaf.not_valid_after_utc - now
+    return _ends_soon(path, leaf, again)
+
+
+def check_workers(cluster: ClusterDir) -> list[str]:
+    """Check the issuer of this node's workers; see `check_identity`."""
+    path = cluster.workers / "issuer.pem"
+    return check_issuer(
+        cluster, path, load_chain(path), load_key(cluster.workers / "issuer.key")
+    )
+
+
+def check_issuer(
+    cluster: ClusterDir, path: Path, chain: list[x509.Certificate], key: Key
+) -> list[str]:
+    """Check a chain and a key as the issuer of this node's workers."""
+    member = cluster.member()
+    cert, ca = chain[0], load_chain(cluster.ca_cert)[0]
+    again = f"`raysandbox cluster certs renew {member.role}/{member.name}`"
+    if cert.public_key() != key.public_key():
+        raise ClusterError(
+            where=str(path), what="does not belong to its key", remedy=again
+        )
+    if cert.subject != _name(workers_of(member.name)):
+        raise ClusterError(
+            where=str(path),
+            what=f"is {cert.subject.rfc4514_string()}, and the guard takes workers of "
+            f"{member.name} from CN={workers_of(member.name)} alone",
+        )
+    limits = _basic(cert)
+    if not limits.ca or limits.path_length != 0:
+        raise ClusterError(where=str(path), what="must be a CA with a path length of 0")
+    _check_issued(path, chain, ca, cluster.ca_cert)
+    _check_time(path, [*chain, ca], again)
+    return _ends_soon(path, cert, again)
+
+
+def _basic(cert: x509.Certificate) -> x509.BasicConstraints:
+    try:
+        return cert.extensions.get_extension_for_class(x509.BasicConstraints).value
+    except (x509.ExtensionNotFound, x509.DuplicateExtension, ValueError):
+        return x509.BasicConstraints(ca=False, path_length=None)
+
+
+def _check_use(path: Path, leaf: x509.Certificate) -> None:
+    if _basic(leaf).ca:
+        raise ClusterError(where=str(path), what="is a CA's, not a member's")
+    try:
+        usage = leaf.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+    except x509.ExtensionNotFound:
+        return
+    for wanted, word in zip(_BOTH, ("serverAuth", "clientAuth")):
+        if wanted not in usage:
+            raise ClusterError(
+                where=str(path),
+                what=f"has no extended key usage {word}: Ray uses one certificate as "
+                "server and as client",
+            )
+
+
+def _check_time(path: Path, chain: list[x509.Certificate], again: str) -> None:
+    now = _now()
+    for cert in chain:
+        what = "" if cert is chain[0] else f"({cert.subject.rfc4514_string()}) "
+        if cert.not_valid_before_utc > now:
+            raise ClusterError(
+                where=str(path),
+                what=f"{what}is not valid before "
+                f"{cert.not_valid_before_utc:%Y-%m-%d %H:%M:%S} UTC, and this "
+                f"machine's clock says {now:%Y-%m-%d %H:%M:%S} UTC",
+                remedy="set this machine's clock (NTP), or that of the CA's machine",
+            )
+        if cert.not_valid_after_utc <= now:
+            raise ClusterError(
+                where=str(path),
+                what=f"{what}expired on {cert.not_valid_after_utc:%Y-%m-%d %H:%M:%S} "
+                "UTC",
+                remedy=again,
+            )
+
+
+def _ends_soon(path: Path, cert: x509.Certificate, again: str) -> list[str]:
+    left = cert.not_valid_after_utc - _now()
     if left < dt.timedelta(days=WARN_DAYS):
         return [f"{path}: expires in {left.days} days; {again}"]
     return []
@@ -675,7 +630,12 @@ def check_identity(
 def _check_issued(
     path: Path, chain: list[x509.Certificate], ca: x509.Certificate, ca_path: Path
 ) -> None:
-    for cert, issuer in zip(chain, [*chain[1:], ca], strict=True):
+    # What members send for the GCS comes last and is another way to the same CA.
+    if len(chain) > 1 and (chain[-1].subject, chain[-1].public_key()) == (
+        ca.subject, ca.public_key(),
+    ):  # fmt: skip
+        chain = chain[:-1]
+    for index, (cert, issuer) in enumerate(zip(chain, [*chain[1:], ca], strict=True)):
         try:
             cert.verify_directly_issued_by(issuer)
         except (ValueError, InvalidSignature, TypeError):
@@ -684,8 +644,12 @@ def _check_issued(
                 what=f"was not signed by {ca_path}: another cluster's, or another CA's",
                 remedy="take both from the same `certs issue`",
             ) from None
-
-
-def describe(record: Record) -> str:
-    """Return role/name/component of a record."""
-    return re.sub(r"^spiffe://[^/]+/", "", record.uri)
+        limits = _basic(issuer)
+        below = index + _basic(chain[0]).ca
+        if not limits.ca or (
+            limits.path_length is not None and limits.path_length < below
+        ):
+            raise ClusterError(
+                where=str(path),
+                what=f"was signed by {issuer.subject.rfc4514_string()}, which is no CA",
+            )

@@ -7,6 +7,7 @@ holds everything; a node's or driver's is a bundle with its own identity only::
     member.toml         who this directory is: role, name, addresses
     token               Ray's shared token, 0600
     ca.pem              the cluster's CA certificate
+    servers.pem         what members send after their own certificate, see `pki`
     identity/           <component>.pem and .key (0600) of this member
     workers/            the issuer of this node's worker certificates
     inventory.toml      head: which nodes may join
@@ -22,12 +23,17 @@ What must not be readable by others is checked at each load, not only made so.
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import ipaddress
+import json
 import os
 import re
 import stat
 import sys
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -51,6 +57,9 @@ __all__ = [
     "RoleLimit",
     "Settings",
     "read_secret",
+    "read_trusted",
+    "toml_text",
+    "validate",
     "write_file",
 ]
 
@@ -64,7 +73,8 @@ ROLES: tuple[Role, ...] = (
     "operator",
     "observer",
 )
-NAME = re.compile(r"^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?$")
+# \Z and not $, which would let a line feed pass at the end.
+NAME = re.compile(r"^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?\Z")
 
 
 class _Model(BaseModel):
@@ -96,6 +106,8 @@ class RoleLimit(_Model):
 
 
 MIB = 1 << 20
+# Larger than any file of a cluster directory that is read whole.
+MAX_BYTES = 16 * MIB
 
 
 def _default_limits() -> dict[Role, RoleLimit]:
@@ -111,7 +123,7 @@ def _default_limits() -> dict[Role, RoleLimit]:
     )
     user = RoleLimit(
         calls_per_s=200,
-        calls_burst=600,
+        calls_burst=1000,
         read_bytes_per_s=8 * MIB,
         read_burst_bytes=64 * MIB,
         write_bytes_per_s=256 << 10,
@@ -123,7 +135,7 @@ def _default_limits() -> dict[Role, RoleLimit]:
     return {
         "head": trusted,
         "node": trusted,
-        "worker": user.model_copy(update={"calls_per_s": 400, "calls_burst": 1200}),
+        "worker": user.model_copy(update={"calls_per_s": 400, "calls_burst": 2000}),
         "driver": user,
         "client": user,
         "operator": few.model_copy(update={"calls_per_s": 100}),
@@ -160,15 +172,38 @@ class Audit(_Model):
             written (streams that are open go on), `open` lets calls through
             unrecorded. Either is said on stderr, in the metrics and, once it
             can be written again, in the log.
-        webhook: URL that alerts are posted to, as JSON.
+        anchor_file: File on another disk or machine that the chain's end is
+            appended to once a minute, for `raysandbox audit verify --anchors`.
+        webhook: URL that alerts are posted to, as JSON; https, or on loopback.
         metrics_port: Loopback port of the Prometheus page; None: no page.
     """
 
     rotate_bytes: int = Field(default=64 * MIB, ge=64 << 10)
     keep_files: int = Field(default=16, ge=1)
     when_disk_is_full: Literal["closed", "open"] = "closed"
+    anchor_file: Path | None = None
     webhook: str | None = None
-    metrics_port: int | None = None
+    metrics_port: int | None = Field(default=None, ge=1, le=65535)
+
+    @field_validator("webhook")
+    @classmethod
+    def _https(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        url = urlsplit(value)
+        local = url.hostname in ("localhost", "127.0.0.1", "::1")
+        if not url.hostname or not (
+            url.scheme == "https" or (url.scheme == "http" and local)
+        ):
+            raise ValueError("must be an https URL, or an http one on this machine")
+        return value
+
+    @field_validator("anchor_file")
+    @classmethod
+    def _absolute(cls, value: Path | None) -> Path | None:
+        if value is not None and not value.is_absolute():
+            raise ValueError("must be an absolute path")
+        return value
 
 
 class Settings(_Model):
@@ -190,7 +225,6 @@ class Settings(_Model):
     gcs_port: int = Field(default=16379, ge=1, le=65535)
     dashboard_tls_port: int | None = Field(default=None, ge=1, le=65535)
     admission: Literal["enforce", "observe"] = "enforce"
-    worker_certificates: Literal["per-process", "per-node"] = "per-process"
     limits: Limits = Limits()
     audit: Audit = Audit()
 
@@ -198,6 +232,13 @@ class Settings(_Model):
     @classmethod
     def _name(cls, value: str) -> str:
         return _valid_name(value)
+
+    @field_validator("head_address")
+    @classmethod
+    def _address(cls, value: str) -> str:
+        if not re.fullmatch(r"[0-9a-zA-Z:.-]{1,253}", value):
+            raise ValueError("must be an IP address or a host name")
+        return value
 
 
 class Member(_Model):
@@ -207,12 +248,18 @@ class Member(_Model):
     name: str
     addresses: tuple[str, ...] = ()
 
+    @field_validator("name")
+    @classmethod
+    def _name(cls, value: str) -> str:
+        return _valid_name(value)
+
 
 class Node(_Model):
     """One node of the inventory.
 
     Attributes:
-        addresses: Where it may register from; its identity is bound to them.
+        addresses: IP addresses or networks (``10.0.0.0/24``) that it may speak
+            and register from; its identity is bound to them.
         head: Whether it may register as the head node.
         resources: Ceilings on what it may claim; a resource that is not named
             may not be claimed, `"*"` stands for any other.
@@ -221,17 +268,47 @@ class Node(_Model):
         quarantined: Its calls are refused and it is drained.
     """
 
-    addresses: tuple[str, ...]
+    addresses: tuple[str, ...] = Field(min_length=1)
     head: bool = False
     resources: dict[str, float] = Field(default_factory=lambda: {"*": float("inf")})
     labels: dict[str, str] = {}
     quarantined: bool = False
+
+    @field_validator("addresses")
+    @classmethod
+    def _addresses(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for address in value:
+            ipaddress.ip_network(address)
+        return value
+
+    @field_validator("resources")
+    @classmethod
+    def _ceilings(cls, value: dict[str, float]) -> dict[str, float]:
+        for name, amount in value.items():
+            if not amount >= 0:
+                raise ValueError(f"the ceiling of {name!r} must be 0 or more")
+        return value
+
+    def has_address(self, address: str) -> bool:
+        """Whether an address is one of the node's, or in one of its networks."""
+        try:
+            ip = ipaddress.ip_address(address)
+        except ValueError:
+            return False
+        return any(ip in ipaddress.ip_network(a) for a in self.addresses)
 
 
 class Inventory(_Model):
     """inventory.toml: the nodes that may join."""
 
     nodes: dict[str, Node] = {}
+
+    @field_validator("nodes")
+    @classmethod
+    def _names(cls, value: dict[str, Node]) -> dict[str, Node]:
+        for name in value:
+            _valid_name(name)
+        return value
 
 
 class DriverAccess(_Model):
@@ -277,51 +354,93 @@ def read_secret(path: Path) -> bytes:
     """Return a secret file's bytes, or refuse one that others can read.
 
     Raises:
-        ClusterError: It is missing, empty, unreadable, not a plain file, owned
-            by somebody else, or readable or writable by group or others.
+        ClusterError: It is missing, empty, unreadable, a link, not a plain file,
+            owned by somebody else, or readable or writable by group or others.
     """
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except OSError as error:
-        raise ClusterError(
-            where=str(path),
-            what=f"can't be read: {error.strerror}",
-            remedy="run as the user that owns the cluster directory, or issue it again",
-        ) from None
-    try:
-        info = os.fstat(fd)
-        if not stat.S_ISREG(info.st_mode):
-            raise ClusterError(where=str(path), what="is not a plain file")
-        if info.st_uid not in (os.geteuid(), 0):
-            raise ClusterError(
-                where=str(path),
-                what=f"belongs to uid {info.st_uid}, not to uid {os.geteuid()}",
-                remedy=f"chown {os.geteuid()} {path}",
-            )
-        if stat.S_IMODE(info.st_mode) & 0o077:
-            raise ClusterError(
-                where=str(path),
-                what=f"has mode {stat.S_IMODE(info.st_mode):04o}, so others can use it",
-                remedy=f"chmod 600 {path}, and replace it if others may have read it",
-            )
-        data = b""
-        while chunk := os.read(fd, 1 << 16):
-            data += chunk
-    finally:
-        os.close(fd)
+    data = _read(path, 0o077)
     if not data:
         raise ClusterError(where=str(path), what="is empty", remedy="issue it again")
     return data
 
 
-def _load(path: Path, model: type[_Model]) -> Any:
+def read_trusted(path: Path) -> bytes:
+    """Return the bytes of a file that others may read but must not be able to write.
+
+    Raises:
+        ClusterError: See `read_secret`.
+    """
+    return _read(path, 0o022)
+
+
+def _read(path: Path, forbidden: int) -> bytes:
+    # Opened once and checked on the descriptor: a name can change in between.
+    # Without O_NONBLOCK a FIFO in the file's place would hang the reader.
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
-        raw = tomllib.loads(path.read_text())
+        fd = os.open(path, flags)
     except OSError as error:
+        link = error.errno == errno.ELOOP
         raise ClusterError(
-            where=str(path), what=f"can't be read: {error.strerror}"
+            where=str(path),
+            what="is a link" if link else f"can't be read: {error.strerror}",
+            remedy="put the file itself there"
+            if link
+            else "run as the user that owns the cluster directory, or issue it again",
         ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    try:
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode):
+            raise ClusterError(where=str(path), what="is not a plain file")
+        _check_owner(path, info, forbidden)
+        with open(fd, "rb", closefd=False) as file:
+            data = file.read(MAX_BYTES + 1)
+    finally:
+        os.close(fd)
+    if len(data) > MAX_BYTES:
+        raise ClusterError(where=str(path), what=f"is larger than {MAX_BYTES} bytes")
+    return data
+
+
+def _check_owner(path: Path, info: os.stat_result, forbidden: int) -> None:
+    if info.st_uid not in (os.geteuid(), 0):
+        raise ClusterError(
+            where=str(path),
+            what=f"belongs to uid {info.st_uid}, not to uid {os.geteuid()}",
+            remedy=f"chown {os.geteuid()} {path}",
+        )
+    mode = stat.S_IMODE(info.st_mode)
+    if mode & forbidden:
+        secret = forbidden & 0o044
+        wanted = f"{mode & ~forbidden:o}"
+        raise ClusterError(
+            where=str(path),
+            what=f"has mode {mode:04o}, so others can {'use' if secret else 'change'} "
+            "it",
+            remedy=f"chmod {wanted} {path}, and replace it if others may have "
+            + ("read it" if secret else "changed it"),
+        )
+
+
+def toml_text(model: BaseModel) -> str:
+    """Return a flat model as TOML; JSON's strings, numbers and lists are TOML's."""
+    values = model.model_dump(mode="json", exclude_none=True)
+    return "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items())
+
+
+def validate(path: Path, text: str | bytes, model: type[_Model]) -> Any:
+    """Return the model that a TOML text holds.
+
+    Args:
+        path: The file that it is, for errors.
+        text: The text.
+        model: What it must be.
+
+    Raises:
+        ClusterError: It is no TOML, or a key is unknown, missing or not valid.
+    """
+    try:
+        raw = tomllib.loads(text if isinstance(text, str) else text.decode())
+    except (ValueError, RecursionError) as error:
         raise ClusterError(where=str(path), what=f"is not TOML: {error}") from None
     try:
         return model.model_validate(raw)
@@ -332,6 +451,10 @@ def _load(path: Path, model: type[_Model]) -> Any:
             where=f"{path}: {key}",
             what=f"{first['msg']} (got {first['input']!r:.80})",
         ) from None
+
+
+def _load(path: Path, model: type[_Model]) -> Any:
+    return validate(path, read_trusted(path), model)
 
 
 class ClusterDir:
@@ -346,6 +469,8 @@ class ClusterDir:
                 remedy="`raysandbox cluster init` makes one, "
                 "`raysandbox cluster certs issue --out` one for another member",
             )
+        # Whoever may write here may put another CA in the place of ours.
+        _check_owner(self.path, self.path.stat(), 0o022)
         self.ca = self.path / "ca"
         self.identity = self.path / "identity"
         self.workers = self.path / "workers"
@@ -353,6 +478,7 @@ class ClusterDir:
         self.run = self.path / "run"
         self.token = self.path / "token"
         self.ca_cert = self.path / "ca.pem"
+        self.servers_cert = self.path / "servers.pem"
         self.audit = self.path / "audit"
         self.access_socket = self.run / "access.sock"
         self.admin_socket = self.run / "admin.sock"
@@ -370,7 +496,7 @@ class ClusterDir:
     def inventory(self) -> Inventory:
         """Load inventory.toml; a missing one admits nobody."""
         path = self.path / "inventory.toml"
-        if not path.exists():
+        if not os.path.lexists(path):
             return Inventory()
         loaded: Inventory = _load(path, Inventory)
         return loaded
@@ -378,10 +504,24 @@ class ClusterDir:
     def access(self) -> Access:
         """Load access.toml; a missing one grants nothing extra."""
         path = self.path / "access.toml"
-        if not path.exists():
+        if not os.path.lexists(path):
             return Access()
         loaded: Access = _load(path, Access)
         return loaded
+
+    def digest(self) -> str:
+        """Return a digest of what running helpers take up on SIGHUP."""
+        found = hashlib.sha256()
+        for path in (
+            self.path / "inventory.toml",
+            self.path / "access.toml",
+            self.workers / "issuer.pem",
+            self.cert("guard"),
+            *sorted(self.trust.glob("*.crl")),
+        ):
+            data = path.read_bytes() if path.is_file() else b"-"
+            found.update(len(data).to_bytes(8, "big") + data)
+        return found.hexdigest()
 
     def cert(self, component: str) -> Path:
         """Path of a component's certificate chain."""

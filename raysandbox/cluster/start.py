@@ -32,7 +32,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from raysandbox.cluster import guard, pki, surfaces
+from raysandbox.cluster import guard, pki, running, surfaces
 from raysandbox.cluster.errors import ClusterError
 from raysandbox.cluster.settings import ClusterDir, Settings, read_secret, write_file
 from raysandbox.node import seams
@@ -250,9 +250,10 @@ def down(cluster: ClusterDir) -> bool:
         return False
     os.kill(pid, signal.SIGTERM)
     end = time.monotonic() + 10
-    while _running(cluster) and time.monotonic() < end:
+    # The pid file goes before the process: wait for the process itself.
+    while running.exists(pid) and time.monotonic() < end:
         time.sleep(0.05)
-    if _running(cluster):
+    if running.exists(pid):
         os.kill(pid, signal.SIGKILL)
     return True
 
@@ -389,11 +390,15 @@ def start(
 
     try:
         cli.main(["start", *args], prog_name="raysandbox", standalone_mode=False)
+        running.remember(
+            cluster, [(kind, process.pid) for kind, process in seams.started()]
+        )
         _refuse_open(head)
     except BaseException:
         for _, process in reversed(seams.started()):
             with contextlib.suppress(OSError):
                 process.kill()
+        (cluster.run / "processes.json").unlink(missing_ok=True)
         down(cluster)
         raise
     if "--block" in flags:

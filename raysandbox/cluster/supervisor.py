@@ -10,7 +10,8 @@ the worker below again when it dies, and one worker with an event loop:
 
 Everything fails closed: without the parent the worker dies, without the worker
 Envoy dies, and an Envoy whose access service is silent answers UNAVAILABLE.
-SIGHUP reloads inventory, access.toml and revocations.
+SIGHUP reloads inventory, access.toml, certificates and revocations;
+``run/loaded.json`` says when they are in force.
 """
 
 from __future__ import annotations
@@ -27,15 +28,19 @@ import socket
 import sys
 import time
 import urllib.request
-from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from raysandbox.cluster import guard, pki
 from raysandbox.cluster.access import Access, grpc_message
-from raysandbox.cluster.audit import AuditLog
+from raysandbox.cluster.audit import AuditLog, Fold, tail_problem
 from raysandbox.cluster.errors import ClusterError
-from raysandbox.cluster.settings import ClusterDir, write_file
+from raysandbox.cluster.journal import Journal
+from raysandbox.cluster.metrics import Metrics
+from raysandbox.cluster.registry import Registry
+from raysandbox.cluster.rolling import due
+from raysandbox.cluster.settings import ClusterDir, read_trusted, write_file
 
 __all__ = ["main"]
 
@@ -45,10 +50,17 @@ PIPE_BYTES = 1 << 20
 # Certificates that wait for workers: enough for a node's burst of starts.
 STOCK = 16
 QUEUE_LINES = 100_000
+# Answers that are held back, each on a connection of Envoy's of its own.
+MOST_WAITING, WAITING_EACH = 512, 32
+BUSY = "too many calls of this identity wait for its limits"
 FLUSH_S = 0.1
 # A flood of equal refusals is one line a second with a count, or the log would
 # be the next thing to fill up.
 FOLD_S = 1.0
+ALERTS_A_MINUTE = 10
+WAITING_POSTS = 100
+CHECK_ENDS_S = 12 * 3600
+REGISTER = "/ray.rpc.NodeInfoGcsService/RegisterNode"
 
 
 def _die_with_parent() -> None:
@@ -63,6 +75,8 @@ class AccessServer(asyncio.Protocol):
         self._buffer = bytearray()
         self._head: tuple[str, dict[str, str], int] | None = None
         self._transport: asyncio.Transport | None = None
+        self._waiting = False
+        self.who = ""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Keep the transport for the answers."""
@@ -71,7 +85,16 @@ class AccessServer(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """Collect whole requests and answer each."""
         self._buffer += data
-        while True:
+        self._serve()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """Forget an answer that nobody waits for any more."""
+        del error
+        self._worker.waiting.discard(self)
+        self._transport = None
+
+    def _serve(self) -> None:
+        while not self._waiting:
             if self._head is None:
                 end = self._buffer.find(b"\r\n\r\n")
                 if end < 0:
@@ -90,13 +113,47 @@ class AccessServer(asyncio.Protocol):
             body = bytes(self._buffer[:length])
             del self._buffer[:length]
             self._head = None
-            status, extra = self._worker.answer(path, headers, body)
-            reason = "OK" if status == 200 else "No"
-            if self._transport is not None:
-                self._transport.write(
-                    f"HTTP/1.1 {status} {reason}\r\n{extra}"
-                    "content-length: 0\r\n\r\n".encode("latin-1", "replace")
-                )
+            self.who = headers.get("x-rsb-uri", "")
+            status, why, wait_s = self._worker.answer(path, headers, body)
+            if wait_s and self._worker.may_wait(self):
+                self._waiting = True
+                asyncio.get_running_loop().call_later(wait_s, self._late, status, why)
+            else:
+                # Who has too much waiting already is refused at once.
+                self._answer(*((status, why) if not wait_s else (503, why or BUSY)))
+
+    def _late(self, status: int, why: str) -> None:
+        self._waiting = False
+        self._worker.waiting.discard(self)
+        self._answer(status, why)
+        self._serve()
+
+    def _answer(self, status: int, why: str) -> None:
+        reason = "OK" if status == 200 else "No"
+        # What the caller of a refused call reads as its error.
+        text = f"raysandbox: {why}".encode() if why else b""
+        head = f"HTTP/1.1 {status} {reason}\r\ncontent-length: {len(text)}\r\n\r\n"
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(head.encode() + text)
+
+
+class Throttle:
+    """Lets so many through a minute, for each key."""
+
+    def __init__(self, a_minute: int, keys: int = 1000) -> None:
+        self._a_minute, self._keys = a_minute, keys
+        self._since = time.monotonic()
+        self._seen: dict[str, int] = {}
+
+    def pass_(self, key: str) -> bool:
+        """Count one of a key; whether it may be told."""
+        now = time.monotonic()
+        if now - self._since >= 60:
+            self._since, self._seen = now, {}
+        if key not in self._seen and len(self._seen) >= self._keys:
+            key = ""
+        self._seen[key] = self._seen.get(key, 0) + 1
+        return self._seen[key] <= self._a_minute
 
 
 class Stock:
@@ -107,18 +164,26 @@ class Stock:
         self.issuer = pki.Issuer.load(
             cluster.workers / "issuer.pem", cluster.workers / "issuer.key"
         )
+        self.way = read_trusted(cluster.servers_cert)
         self.ready = cluster.run / "workers"
         self.used = cluster.run / "workers-used"
         for path in (self.ready, self.used):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+        # Those of an issuer before may be revoked with it.
+        current = pki.pem(self.issuer.cert)
+        for file in self.ready.glob("*.pem"):
+            if current not in file.read_bytes():
+                file.unlink(missing_ok=True)
 
     def fill(self) -> None:
         """Make certificates up to the stock, and remove those of dead workers."""
         have = [f for f in self.ready.iterdir() if f.suffix == ".pem"]
         for _ in range(STOCK - len(have)):
             pem, uri = pki.mint_worker(
-                self.issuer, self.settings.name, self.member.name, self.member.addresses
-            )
+                self.issuer, self.settings.name, self.member.name,
+                self.member.addresses, self.way,
+            )  # fmt: skip
             write_file(self.ready / f"{uri.rpartition('/')[2]}.pem", pem)
         for file in self.used.iterdir():
             if file.stem.isdigit() and not Path(f"/proc/{file.stem}").exists():
@@ -156,8 +221,20 @@ class NodeWorker:
         """End it."""
 
     def reload(self) -> None:
-        """Read again what may have changed."""
-        self.stock = Stock(self.dir)
+        """Read again what may have changed, and say that it is in force."""
+        digest = self.dir.digest()
+        try:
+            pki.check_workers(self.dir)
+            self.stock = Stock(self.dir)
+        except ClusterError as error:
+            self.loaded(digest, str(error))
+        else:
+            self.loaded(digest)
+
+    def loaded(self, digest: str, problem: str = "") -> None:
+        """Tell whoever asked for a reload what became of it."""
+        text = json.dumps({"digest": digest, "problem": problem})
+        write_file(self.dir.run / "loaded.json", text)
 
     async def _fill(self) -> None:
         while True:
@@ -177,33 +254,44 @@ class HeadWorker(NodeWorker):
         self.access = Access(
             self.settings, cluster.inventory(), cluster.access(), self._journal
         )
-        journal = self.state / "facts.jsonl"
-        if journal.exists():
-            with journal.open() as lines:
-                self.access.replay(_facts(lines))
-        self._facts = journal.open("a", buffering=1)
-        os.chmod(journal, 0o600)
+        self._known = Journal(self.state / "facts.jsonl")
+        try:
+            self.access.replay(self._known.facts())
+        except (ValueError, TypeError, IndexError) as error:
+            raise ClusterError(
+                where=str(self._known.path),
+                what=f"holds what is no fact: {error}",
+                remedy="`raysandbox cluster down` and `up` begin anew",
+            ) from None
+        self._broken = tail_problem(cluster.audit)
         self.audit = AuditLog(
             cluster.audit, self.settings.audit.rotate_bytes,
-            self.settings.audit.keep_files,
+            self.settings.audit.keep_files, self.settings.audit.anchor_file,
         )  # fmt: skip
-        self.counts: Counter[tuple[str, ...]] = Counter()
+        self.metrics = Metrics()
+        self._throttle = Throttle(ALERTS_A_MINUTE)
+        # One thread of its own: a receiver that hangs holds up nothing else.
+        self._poster, self._waiting = ThreadPoolExecutor(1), 0
+        self.waiting: set[AccessServer] = set()
         self._verdicts: dict[str, tuple[str, str]] = {}
         self._queue: list[dict[str, Any]] = []
-        self._folded: dict[tuple[str, ...], dict[str, Any]] = {}
+        self._fold = Fold()
         self._lost = 0
         self._closed_since = 0.0
         self._pipe = _make_pipe(run / "calls.pipe")
         self._partial = b""
         self._envoy: asyncio.subprocess.Process | None = None
-        self._guard_wanted = True
+        self._reloading: asyncio.Task[None] | None = None
 
     # -- asked by Envoy ---------------------------------------------------------
 
     def answer(
         self, path: str, headers: dict[str, str], body: bytes
-    ) -> tuple[int, str]:
-        """Answer one question; any surprise is a refusal."""
+    ) -> tuple[int, str, float]:
+        """Answer one question, and say how long to hold the answer back.
+
+        Any surprise is a refusal.
+        """
         try:
             uri = headers.get("x-rsb-uri", "")
             if path == "/job" and headers.get("host") == "access":
@@ -211,57 +299,89 @@ class HeadWorker(NodeWorker):
 
                 reply = pb.GetNextJobIDReply.FromString(grpc_message(body))
                 self.access.learn_job(uri, reply.job_id)
-                return 200, ""
+                return 200, "", 0.0
             request_id = headers.get("x-request-id", "")
+            if path == "/added" and headers.get("host") == "access":
+                self.access.learn_added(request_id)
+                return 200, "", 0.0
             if headers.get("grpc-encoding", "identity") != "identity":
-                return 403, "x-rsb-why: compressed requests can't be checked\r\n"
+                return 403, "compressed requests can't be checked", 0.0
             decision = self.access.decide(
                 uri=uri, method=path, body=body, request_id=request_id,
                 node_id=headers.get("node_id", ""),
             )  # fmt: skip
+        except OSError as error:
+            # A fact could not be written down: for now, not for good.
+            self.event("access_error", why=f"{type(error).__name__}: {error}")
+            return 503, "the guard can't write to its disk", 0.0
         except Exception as error:  # noqa: BLE001 - our bug must refuse, not pass
             self.event("access_error", why=f"{type(error).__name__}: {error}")
-            return 403, "x-rsb-why: internal error of the guard\r\n"
+            return 403, "internal error of the guard", 0.0
         self._verdicts[request_id] = (decision.object, decision.why)
         if decision.alert:
             self.alert(
                 "unexpected_node" if "RegisterNode" in path else "odd_call",
-                who=uri, method=path, object=decision.object, why=decision.why,
+                who=_short(uri), method=path, object=decision.object,
+                why=decision.why or decision.note, refused=not decision.allowed,
             )  # fmt: skip
         if decision.allowed:
-            return 200, ""
+            return 200, "", decision.wait_s
         why = decision.why.replace("\r", " ").replace("\n", " ")[:300]
-        return (503 if decision.retry else 403), f"x-rsb-why: {why}\r\n"
+        return (503 if decision.retry else 403), why, decision.wait_s
+
+    def may_wait(self, asked: AccessServer) -> bool:
+        """Whether one more answer may be held back: few for each caller."""
+        mine = sum(other.who == asked.who for other in self.waiting)
+        if len(self.waiting) >= MOST_WAITING or mine >= WAITING_EACH:
+            return False
+        self.waiting.add(asked)
+        return True
 
     # -- events -------------------------------------------------------------------
 
     def event(self, name: str, **fields: Any) -> None:
         """Record something that is not a call."""
-        self.counts["rsb_events_total", "event", name] += 1
+        self.metrics.events.labels(name).inc()
         self._push({"t": round(time.time(), 6), "event": name, **fields})
 
     def alert(self, name: str, **fields: Any) -> None:
-        """An event that somebody should see now: log, metric, webhook."""
-        self.counts["rsb_alerts_total", "alert", name] += 1
+        """An event that somebody should see now: log, metric, webhook.
+
+        Of one kind about one member, `ALERTS_A_MINUTE` are told; the rest is
+        counted, or a caller could have the webhook flood whoever is on call.
+        """
+        self.metrics.alerts.labels(name).inc()
+        if not self._throttle.pass_(f"{name} {fields.get('who', '')}"):
+            return
         self.event(name, alert=True, ok=False, **fields)
         text = json.dumps({"alert": name, "cluster": self.settings.name, **fields})
         print(f"raysandbox alert: {text}", file=sys.stderr, flush=True)
-        if self.settings.audit.webhook:
-            asyncio.get_running_loop().run_in_executor(None, self._post, text)
+        self._tell(text)
+
+    def _tell(self, text: str) -> None:
+        """Post to the webhook, if there is one that keeps up."""
+        if not self.settings.audit.webhook:
+            return
+        if self._waiting >= WAITING_POSTS:
+            self.metrics.events.labels("webhook_dropped").inc()
+            return
+        self._waiting += 1
+        self._poster.submit(self._post, text)
 
     def _post(self, text: str) -> None:
-        url = self.settings.audit.webhook
-        if not url or not url.startswith(("http://", "https://")):
-            return
-        request = urllib.request.Request(  # noqa: S310 - scheme checked above
+        url = self.settings.audit.webhook or ""
+        request = urllib.request.Request(  # noqa: S310 - http or https, says cluster.toml
             url, text.encode(), {"content-type": "application/json"}
         )
         try:
             with urllib.request.urlopen(request, timeout=5):  # noqa: S310
                 pass
         except OSError as error:
-            self.counts["rsb_events_total", "event", "webhook_failed"] += 1
+            # From a thread of the executor; counters are safe there.
+            self.metrics.events.labels("webhook_failed").inc()
             print(f"raysandbox: webhook: {error}", file=sys.stderr, flush=True)
+        finally:
+            self._waiting -= 1
 
     def _push(self, record: dict[str, Any]) -> None:
         if len(self._queue) >= QUEUE_LINES:
@@ -270,7 +390,11 @@ class HeadWorker(NodeWorker):
         self._queue.append(record)
 
     def _journal(self, fact: list[Any]) -> None:
-        self._facts.write(json.dumps(fact) + "\n")
+        if self._known.wants_compaction:
+            # When the disk is full the old file has room for some more.
+            with contextlib.suppress(OSError):
+                self._known.compact(self.access.facts())
+        self._known.write(fact)
 
     # -- Envoy's access log -------------------------------------------------------
 
@@ -288,7 +412,7 @@ class HeadWorker(NodeWorker):
 
     def _logged(self, entry: dict[str, Any]) -> None:
         uri = str(entry.get("uri", ""))
-        who = "/".join(uri.removeprefix("spiffe://").split("/")[1:])
+        who = _short(uri)
         method = entry.get("method")
         if method is None:
             self._handshake(entry, who)
@@ -296,15 +420,13 @@ class HeadWorker(NodeWorker):
         request_id = str(entry.get("id", ""))
         about, why = self._verdicts.pop(request_id, ("", ""))
         name = "/".join(who.split("/")[:2])
-        self.access.ended(request_id, name)
+        self.access.ended(request_id)
         details = str(entry.get("details", ""))
         why = str(entry.get("why", "")) or why or _why(details)
         role = name.partition("/")[0]
         ok = not why
-        self.counts["rsb_calls_total", "role", role, "ok", str(ok).lower()] += 1
-        self.counts["rsb_bytes_total", "role", role] += int(entry.get("in", 0)) + int(
-            entry.get("out", 0)
-        )
+        size = int(entry.get("in", 0)) + int(entry.get("out", 0))
+        self.metrics.call(role, ok, size)
         record: dict[str, Any] = {
             "t": float(entry["t"]), "who": who, "role": role,
             "source": entry.get("source", ""), "method": method, "object": about,
@@ -319,11 +441,24 @@ class HeadWorker(NodeWorker):
         if ok:
             self._push(record)
         else:
-            self._fold(record)
+            self._fold.add(record)
+            # Whose name is not in the inventory is refused before the access
+            # service is asked, which alerts of the others.
+            if method == REGISTER and details.startswith("rbac_access_denied"):
+                self.alert(
+                    "unexpected_node",
+                    who=who,
+                    source=record["source"],
+                    method=method,
+                    why=why,
+                )
 
     def _handshake(self, entry: dict[str, Any], who: str) -> None:
-        self.counts["rsb_handshakes_refused_total",] += 1
-        self._fold(
+        if "system_library" in str(entry.get("tls", "")):
+            # A peer that hung up: nobody refused it.
+            return
+        self.metrics.handshakes.inc()
+        self._fold.add(
             {
                 "t": float(entry["t"]), "event": "handshake_refused", "who": who,
                 "source": str(entry.get("source", "")), "ok": False,
@@ -331,53 +466,45 @@ class HeadWorker(NodeWorker):
             }
         )  # fmt: skip
 
-    def _fold(self, record: dict[str, Any]) -> None:
-        """Count equal refusals instead of writing each."""
-        source = str(record["source"]).rpartition(":")[0]
-        key = (
-            record["who"], source, str(record.get("method")), str(record["why"]),
-            str(record.get("object", "")) if len(self._folded) < 1000 else "",
-        )  # fmt: skip
-        known = self._folded.get(key)
-        if known is None:
-            self._folded[key] = record
-        else:
-            known["count"] = known.get("count", 1) + 1
-            known["in"] = known.get("in", 0) + record.get("in", 0)
-
     async def _write(self) -> None:
         loop = asyncio.get_running_loop()
         folded_at = synced_at = loop.time()
+        # The log's end is written once more after the last line of a burst.
+        dirty = True
         while True:
             await asyncio.sleep(FLUSH_S)
             now = loop.time()
             if now - folded_at >= FOLD_S:
-                folded, self._folded, folded_at = self._folded, {}, now
-                for record in folded.values():
+                folded_at = now
+                for record in self._fold.take():
                     self._push(record)
             if len(self._verdicts) > QUEUE_LINES:
                 self._verdicts.clear()
-            if not self._queue:
+            dirty = dirty or bool(self._queue)
+            if not dirty:
                 continue
             batch, self._queue = self._queue, []
             try:
                 self.audit.append(batch)
+                batch = []
                 if now - synced_at >= 1:
-                    self.audit.sync()
                     synced_at = now
+                    self.audit.sync()
+                    dirty = False
             except OSError as error:
                 self._queue = batch + self._queue
                 await self._disk_failed(error)
                 await asyncio.sleep(0.5)
             else:
-                if self._closed_since:
+                if self._closed_since and not dirty:
                     await self._disk_back()
 
     async def _disk_failed(self, error: OSError) -> None:
         policy = self.settings.audit.when_disk_is_full
         if not self._closed_since:
             self._closed_since = time.time()
-            self.counts["rsb_alerts_total", "alert", "audit_not_writable"] += 1
+            self.metrics.writable.set(0)
+            self.metrics.alerts.labels("audit_not_writable").inc()
             what = (
                 "every call is refused until it can be written"
                 if policy == "closed"
@@ -390,53 +517,104 @@ class HeadWorker(NodeWorker):
                 file=sys.stderr,
                 flush=True,
             )
-            if self.settings.audit.webhook:
-                text = json.dumps({"alert": "audit_not_writable", "policy": policy})
-                asyncio.get_running_loop().run_in_executor(None, self._post, text)
+            self._tell(json.dumps({"alert": "audit_not_writable", "policy": policy}))
         if policy == "closed":
-            self._admin("/runtime_modify?fault.http.abort.abort_percent=100")
+            self._admin("POST", "/runtime_modify?fault.http.abort.abort_percent=100")
 
     async def _disk_back(self) -> None:
         since, self._closed_since = self._closed_since, 0.0
-        self._admin("/runtime_modify?fault.http.abort.abort_percent=0")
+        self.metrics.writable.set(1)
+        self._admin("POST", "/runtime_modify?fault.http.abort.abort_percent=0")
         self.event(
             "audit_writable_again", ok=False, lost=self._lost,
             why=f"not writable for {time.time() - since:.1f} s",
         )  # fmt: skip
         self._lost = 0
 
-    def _admin(self, path: str) -> bool:
-        """POST to Envoy's administration socket, which only we can reach."""
+    def _admin(self, verb: str, path: str) -> str:
+        """Ask Envoy's administration socket, which only we can reach; "" on failure."""
         connection = http.client.HTTPConnection("localhost", timeout=2)
         try:
             with socket.socket(socket.AF_UNIX) as sock:
                 sock.settimeout(2)
                 sock.connect(str(self.dir.admin_socket))
                 connection.sock = sock
-                connection.request("POST", path)
-                return connection.getresponse().status == 200
-        except OSError:
-            return False
+                connection.request(verb, path)
+                answer = connection.getresponse()
+                text = answer.read().decode(errors="replace")
+                return text if answer.status == 200 else ""
+        except (OSError, http.client.HTTPException):
+            return ""
 
     # -- Envoy ----------------------------------------------------------------------
 
-    def write_guard(self) -> None:
-        """Write the guard's files from the cluster directory."""
+    def write_secrets(self, digest: str) -> None:
+        """Write the guard's certificates and lists from the cluster directory."""
+        pki.check_identity(self.dir, "guard")
+        guard.write_secrets(self.dir, Registry(self.dir).crls(), digest)
+
+    def write_listeners(self, digest: str) -> None:
+        """Write what depends on the inventory."""
         ca = pki.load_chain(self.dir.ca_cert)[0]
-        crls = b"".join(f.read_bytes() for f in sorted(self.dir.trust.glob("*.crl")))
-        guard.write(self.dir, crls, ca.subject.rfc4514_string())
+        guard.write_listeners(self.dir, ca.subject.rfc4514_string(), digest)
 
     def reload(self) -> None:
-        """Take up inventory, grants and revocations; bad files change nothing."""
+        """Take up inventory, grants, certificates and lists, once the last is done."""
+        before = self._reloading
+        loop = asyncio.get_running_loop()
+        self._reloading = loop.create_task(self._reload(before))
+
+    async def _reload(self, before: asyncio.Task[None] | None) -> None:
+        """Bring changes into force step by step; bad files change nothing."""
+        if before is not None:
+            await asyncio.wait([before])
+        digest = self.dir.digest()
         try:
-            super().reload()
+            pki.check_workers(self.dir)
             inventory, grants = self.dir.inventory(), self.dir.access()
-            self.write_guard()
+            stock = Stock(self.dir)
+            self.write_secrets(digest)
+            await self._until(
+                "/config_dump?resource=dynamic_active_secrets&name_regex=^members$",
+                f'"version_info": "{digest}"',
+            )
+            self.write_listeners(digest)
+            await self._until(
+                "/stats?filter=listener_manager.lds", f'lds.version_text: "{digest}"'
+            )
         except (ClusterError, OSError) as error:
             self.alert("reload_failed", why=str(error))
+            self.loaded(digest, str(error))
             return
+        self.stock = stock
         self.access.inventory, self.access.grants = inventory, grants
         self.event("reloaded")
+        self._note_ends()
+        self.loaded(digest)
+
+    async def _until(self, path: str, words: str) -> None:
+        """Wait until Envoy says that it runs what was written.
+
+        Raises:
+            ClusterError: It does not within four seconds: it has refused it.
+        """
+        loop = asyncio.get_running_loop()
+        for _ in range(80):
+            if words in await loop.run_in_executor(None, self._admin, "GET", path):
+                return
+            await asyncio.sleep(0.05)
+        raise ClusterError(
+            where=str(self.dir.run / "envoy.log"),
+            what="the guard's program refused the new configuration",
+        )
+
+    def _note_ends(self) -> None:
+        """Put the ends of this member's certificates on the page."""
+        for component in pki.COMPONENTS["head"]:
+            with contextlib.suppress(ClusterError):
+                leaf = pki.load_chain(self.dir.cert(component))[0]
+                end = leaf.not_valid_after_utc.timestamp()
+                self.metrics.expires.labels(component).set(end)
 
     async def start(self) -> list[asyncio.Task[None]]:
         """Start the access service, then the guard."""
@@ -449,11 +627,22 @@ class HeadWorker(NodeWorker):
             await loop.create_unix_server(lambda: AccessServer(self), str(path))
         finally:
             os.umask(old)
-        self.write_guard()
+        digest = self.dir.digest()
+        self.write_secrets(digest)
+        self.write_listeners(digest)
+        self._note_ends()
         self.event("supervisor_started", pid=os.getpid())
+        if self._broken:
+            self.alert("audit_broken", why=self._broken)
+        if self.audit.torn:
+            self.event(
+                "audit_torn_line", why="cut off by a crash", text=self.audit.torn
+            )
         await self._spawn()
         await self._until_listening()
-        tasks = [self._watch_envoy(), self._write(), self._watch_gcs()]
+        tasks = [
+            self._watch_envoy(), self._write(), self._watch_gcs(), self._watch_ends()
+        ]  # fmt: skip
         if self.settings.audit.metrics_port:
             await asyncio.start_server(
                 self._metrics, "127.0.0.1", self.settings.audit.metrics_port
@@ -499,6 +688,9 @@ class HeadWorker(NodeWorker):
             if envoy is None:
                 return
             code = await envoy.wait()
+            if self._envoy is not envoy:
+                # `stop` ended it.
+                return
             self.alert("guard_died", why=f"exit status {code}; started again")
             await asyncio.sleep(0.1)
             await self._spawn()
@@ -515,6 +707,22 @@ class HeadWorker(NodeWorker):
             self.audit.append(self._queue)
             self.audit.close()
 
+    async def _watch_ends(self) -> None:
+        """Alert, twice a day, of members whose certificates end soon."""
+        while True:
+            try:
+                for member, record in due(Registry(self.dir), pki.WARN_DAYS).items():
+                    self.alert(
+                        "certificate_ends", who=member,
+                        why=f"{record.end}; `raysandbox cluster certs rolling`",
+                    )  # fmt: skip
+                for component in pki.COMPONENTS["head"]:
+                    for warning in pki.check_identity(self.dir, component):
+                        self.alert("certificate_ends", who="head", why=warning)
+            except ClusterError as error:
+                self.alert("certificate_bad", why=str(error))
+            await asyncio.sleep(CHECK_ENDS_S)
+
     # -- nodes that did not pass the guard --------------------------------------------
 
     async def _watch_gcs(self) -> None:
@@ -527,41 +735,42 @@ class HeadWorker(NodeWorker):
             try:
                 alive = await watcher.alive()
             except Exception as error:  # noqa: BLE001 - the GCS may be away
-                self.counts["rsb_events_total", "event", "watch_failed"] += 1
+                self.metrics.events.labels("watch_failed").inc()
                 del error
                 continue
+            told &= set(alive)
+            self.metrics.nodes.set(len(alive))
             for node_id, address in alive.items():
                 who = self.access.nodes.get(node_id)
                 name = (who or "").partition("/")[2]
                 entry = self.access.inventory.nodes.get(name)
-                if who is not None and not (entry and entry.quarantined):
+                listed = entry is not None or self.settings.admission == "observe"
+                if who is not None and listed and not (entry and entry.quarantined):
                     continue
                 if node_id not in told:
                     told.add(node_id)
                     self.alert(
-                        "node_without_admission" if who is None else "quarantined",
+                        "node_without_admission" if who is None else "node_removed",
                         object=f"node {node_id} {address}", who=who or "",
-                        why="in the GCS, and did not pass the guard"
-                        if who is None else "drained",
+                        why="in the GCS, and did not pass the guard" if who is None
+                        else "quarantined" if entry else "not in the inventory",
                     )  # fmt: skip
-                with contextlib.suppress(Exception):
+                try:
                     await watcher.remove(node_id)
+                except Exception as error:  # noqa: BLE001 - gRPC's, of many kinds
+                    self.alert(
+                        "node_not_removed", object=f"node {node_id} {address}",
+                        who=who or "", why=f"{type(error).__name__}: {error}"[:500],
+                    )  # fmt: skip
 
     async def _metrics(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         with contextlib.suppress(Exception):
             await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
-            lines = []
-            for key, value in sorted(self.counts.items()):
-                name, *labels = key
-                pairs = zip(labels[::2], labels[1::2], strict=True)
-                inner = ",".join(f'{k}="{v}"' for k, v in pairs)
-                lines.append(f"{name}{{{inner}}} {value}\n")
-            body = "".join(lines).encode()
             writer.write(
                 b"HTTP/1.0 200 OK\r\ncontent-type: text/plain; version=0.0.4\r\n\r\n"
-                + body
+                + self.metrics.page()
             )
             await writer.drain()
         writer.close()
@@ -590,13 +799,9 @@ def _why(details: str) -> str:
     return ""
 
 
-def _facts(lines: Any) -> Any:
-    for line in lines:
-        try:
-            yield json.loads(line)
-        except ValueError:
-            # The last line of a process that was killed while it wrote.
-            continue
+def _short(uri: str) -> str:
+    """Return role/name/component of an identity's URI."""
+    return "/".join(uri.removeprefix("spiffe://").split("/")[1:])
 
 
 def _make_pipe(path: Path) -> int:

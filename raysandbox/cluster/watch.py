@@ -5,7 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import grpc
-from ray.core.generated import gcs_pb2, gcs_service_pb2, gcs_service_pb2_grpc
+from ray.core.generated import (
+    common_pb2,
+    gcs_pb2,
+    gcs_service_pb2,
+    gcs_service_pb2_grpc,
+)
 
 from raysandbox.cluster.settings import ClusterDir, read_secret
 
@@ -32,13 +37,18 @@ class Watcher:
 
     async def alive(self) -> dict[str, str]:
         """Return node id → address of every node that the GCS holds alive."""
+        found = await self.alive_with_names()
+        return {node_id: address for node_id, (address, _) in found.items()}
+
+    async def alive_with_names(self) -> dict[str, tuple[str, str]]:
+        """Return node id → address and name of every node that is alive."""
         request: Any = gcs_service_pb2.GetAllNodeInfoRequest
         reply = await self._stub.GetAllNodeInfo(
             request(), metadata=self._metadata, timeout=TIMEOUT_S
         )
         up = gcs_pb2.GcsNodeInfo.ALIVE
         return {
-            info.node_id.hex(): info.node_manager_address
+            info.node_id.hex(): (info.node_manager_address, info.node_name)
             for info in reply.node_info_list
             if info.state == up
         }
@@ -47,7 +57,7 @@ class Watcher:
         """Have the GCS count a node as dead; its tasks go elsewhere."""
         request: Any = gcs_service_pb2.UnregisterNodeRequest
         asked = request(node_id=bytes.fromhex(node_id))
-        asked.node_death_info.reason = gcs_pb2.NodeDeathInfo.EXPECTED_TERMINATION
+        asked.node_death_info.reason = common_pb2.NodeDeathInfo.EXPECTED_TERMINATION
         asked.node_death_info.reason_message = "refused by raysandbox admission"
         await self._stub.UnregisterNode(
             asked, metadata=self._metadata, timeout=TIMEOUT_S

@@ -23,10 +23,11 @@ from raysandbox import launch
 from raysandbox import policy as policies
 from raysandbox.errors import ProfileError, SetupError, UnsupportedError
 from raysandbox.kernel import cgroup
-from raysandbox.node import seams, totals, wall
-from raysandbox.plan import Protection
+from raysandbox.node import seams, store_proxy, totals, wall
+from raysandbox.plan import Protection, State
 from raysandbox.policy import TAG_PREFIX
 from raysandbox.probe import probe
+from raysandbox.worker import quota
 
 __all__ = ["Launcher", "current", "install", "uninstall"]
 
@@ -49,6 +50,8 @@ class Launcher:
             else starts it.
         replace: See `wall.Wall`; called with the session.
         protections: What the wall came to, once raylet has been started.
+        proxy: What stands in front of Ray's sockets, once raylet has been
+            started; it ends when raylet does.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class Launcher:
         self.load, self.use_totals, self.ports = load, use_totals, ports
         self.wrapper, self.wrap = wrapper, wrap
         self.protections: tuple[Protection, ...] = ()
+        self.proxy: store_proxy.StoreProxy | None = None
 
     def __call__(self, process: seams.Process) -> None:
         if process.kind == "raylet":
@@ -76,11 +80,18 @@ class Launcher:
         _make_audit_directory(node.policy.audit.directory)
         groups = self._groups(process, node.policy)
         wrapper = self.wrapper or f"{session.directory}/{_DIRECTORY}/worker"
+        # What is below it is for the launcher to show to workers, one by one.
+        os.makedirs(f"{session.directory}/{_DIRECTORY}", mode=0o700, exist_ok=True)
+        sockets = self._store_proxy(node, session)
+        shared = _quota_directory(session)
         compiled = wall.compile(
             wall.Wall(
                 node=node,
                 bind_ports=self._bind_ports(process),
                 raylet_ports=_raylet_ports(process),
+                replace=sockets.mounts() if sockets else {},
+                sockets={store_proxy.BIND: sockets.bind_socket} if sockets else {},
+                shared={shared: shared},
             ),
             session,
             probe(),
@@ -98,7 +109,34 @@ class Launcher:
             f"{wrapper}.plan",
             *process.command,
         ]
-        self.protections = compiled.protections
+        self.protections = (*compiled.protections, _of_proxy(self.proxy))
+
+    def _store_proxy(
+        self, node: policies.Node, session: wall.Session
+    ) -> store_proxy.StoreProxy | None:
+        """Put the proxy in front of Ray's sockets; None where Ray is too old.
+
+        Raises:
+            UnsupportedError: It is, and a profile lets code of users run in
+                workers: there nothing else stands between.
+        """
+        if not store_proxy.supported():
+            for name in node.policy.offer:
+                if node.profiles[name].boundary == "worker":
+                    raise store_proxy.unsupported(name)
+            return None
+        of_node = node.policy.object_store
+        self.proxy = store_proxy.start(
+            plasma_store=session.plasma_socket,
+            raylet=session.raylet_socket,
+            directory=f"{session.directory}/{_DIRECTORY}/sockets",
+            limits=store_proxy.Limits(
+                job_bytes=of_node.max_job_bytes,
+                job_objects=of_node.max_job_objects,
+            ),
+            events=f"{session.log_dir}/raysandbox_store.jsonl",
+        )
+        return self.proxy
 
     def _groups(
         self, process: seams.Process, policy: policies.Policy
@@ -122,6 +160,14 @@ class Launcher:
             process.set_argument("--min_worker_port", str(low))
             process.set_argument("--max_worker_port", str(high))
         return (low, high or 65535) if low else None
+
+
+def _of_proxy(proxy: store_proxy.StoreProxy | None) -> Protection:
+    name = "Ray's sockets behind a proxy"
+    if proxy is not None:
+        return Protection(name, State.ENFORCED)
+    why = f"known for Ray {', '.join(store_proxy.PROTOCOLS)} alone"
+    return Protection(name, State.OFF, why)
 
 
 _installed: list[Launcher] = []
@@ -196,6 +242,15 @@ def _make_audit_directory(directory: str) -> None:
             value=directory,
             reason=f"can't be made: {os.strerror(error.errno or 0)}",
         ) from error
+
+
+def _quota_directory(session: wall.Session) -> str:
+    """Make the directory of the jobs' counts; workers have users of their own."""
+    path = quota.directory(session.directory)
+    os.makedirs(path, mode=0o700, exist_ok=True)
+    if os.geteuid() == 0:
+        os.chmod(path, 0o777)  # the directory above it is root's alone
+    return path
 
 
 def _advertise(process: seams.Process, policy: policies.Policy) -> None:

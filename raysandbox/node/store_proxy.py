@@ -23,7 +23,21 @@ from typing import Any
 
 from raysandbox.errors import SetupError, UnsupportedError
 
-__all__ = ["Limits", "StoreProxy", "bind", "program", "start"]
+__all__ = [
+    "BIND",
+    "PROTOCOLS",
+    "Limits",
+    "StoreProxy",
+    "bind",
+    "program",
+    "start",
+    "stats_of",
+    "supported",
+    "unsupported",
+]
+
+#: Where the launcher puts the proxy's bind socket for a worker.
+BIND = "/run/raysandbox/store"
 
 #: Ray's minor versions whose local protocols the proxy knows.
 PROTOCOLS = ("2.60",)
@@ -86,47 +100,24 @@ class StoreProxy:
         """Socket for `bind`."""
         return os.path.join(self.directory, "bind")
 
-    def mounts(self) -> list[tuple[str, str]]:
-        """Return (source, target) of what a worker must see instead of the real.
+    def mounts(self) -> dict[str, str]:
+        """Return what a worker must see: real socket's path to proxied one's.
 
         Both sockets go over the real ones' own names, which is where Ray's
         command line says they are. `bind_socket` must be visible besides.
         """
-        return [
-            (self.plasma_store, self._real["plasma_store"]),
-            (self.raylet, self._real["raylet"]),
-        ]
+        return {
+            self._real["plasma_store"]: self.plasma_store,
+            self._real["raylet"]: self.raylet,
+        }
 
     def alive(self) -> bool:
         """Return whether it runs."""
         return self.process.poll() is None
 
     def stats(self) -> dict[str, Any]:
-        """Return what jobs and workers hold, and what was refused.
-
-        Keys: ``ended`` (connections that broke a rule), ``unwritten`` (events
-        left out of the log because there were too many), ``jobs`` and
-        ``workers``, lists with ``bytes``, ``objects``, ``most_bytes``,
-        ``most_objects`` (-1: no limit), ``refused``, and of a worker also
-        ``pid``, ``kind``, ``job``, ``fetched_bytes``, ``fetched_objects``.
-
-        Raises:
-            SetupError: It does not answer.
-        """
-        try:
-            with _connected(self.directory, "control") as control:
-                control.send(b"stats")
-                answer = b""
-                while part := control.recv(_MOST_ANSWER):
-                    answer += part
-            found: dict[str, Any] = json.loads(answer)
-        except (OSError, ValueError) as error:
-            raise SetupError(
-                step="store_proxy_stats",
-                errno=getattr(error, "errno", None) or 0,
-                detail=f"{self.directory}: {error}",
-            ) from error
-        return found
+        """See `stats_of`."""
+        return stats_of(self.directory)
 
     def stop(self) -> None:
         """End it, and with it all connections of workers. Idempotent."""
@@ -138,10 +129,63 @@ class StoreProxy:
             self.process.wait()
 
 
+def stats_of(directory: str) -> dict[str, Any]:
+    """Return what jobs and workers hold, and what was refused.
+
+    Args:
+        directory: Of the proxy's sockets; the launcher's is
+            ``raysandbox/sockets`` in Ray's session directory.
+
+    Keys: ``ended`` (connections that broke a rule), ``unwritten`` (events
+    left out of the log because there were too many), ``jobs`` and
+    ``workers``, lists with ``bytes``, ``objects``, ``most_bytes``,
+    ``most_objects`` (-1: no limit), ``refused``, and of a worker also
+    ``pid``, ``kind``, ``job``, ``fetched_bytes``, ``fetched_objects``.
+
+    Raises:
+        SetupError: It does not answer.
+    """
+    try:
+        with _connected(directory, "control") as control:
+            control.send(b"stats")
+            answer = b""
+            while part := control.recv(_MOST_ANSWER):
+                answer += part
+        found: dict[str, Any] = json.loads(answer)
+    except (OSError, ValueError) as error:
+        raise SetupError(
+            step="store_proxy_stats",
+            errno=getattr(error, "errno", None) or 0,
+            detail=f"{directory}: {error}",
+        ) from error
+    return found
+
+
 def program() -> str:
     """Return where the wheel put the proxy (it may not exist)."""
     package = os.path.dirname(os.path.dirname(__file__))
     return os.path.join(package, "_bin", "raysandbox-store-proxy")
+
+
+def supported() -> bool:
+    """Return whether the proxy knows the installed Ray's local protocols."""
+    import ray
+
+    return ".".join(ray.__version__.split(".")[:2]) in PROTOCOLS
+
+
+def unsupported(profile: str = "") -> UnsupportedError:
+    """Say that it does not, and for which profile that matters."""
+    import ray
+
+    return UnsupportedError(
+        feature="a proxy in front of raylet's and the object store's sockets",
+        need=f"Ray {', '.join(PROTOCOLS)}",
+        have=f"Ray {ray.__version__}, whose local protocols it does not know",
+        remedy="install a supported Ray, or offer no profile with "
+        'boundary = "worker" in the policy',
+        profile=profile,
+    )
 
 
 def start(
@@ -174,15 +218,8 @@ def start(
         UnsupportedError: This Ray speaks another protocol.
         SetupError: It did not start.
     """
-    import ray
-
-    if ".".join(ray.__version__.split(".")[:2]) not in PROTOCOLS:
-        raise UnsupportedError(
-            feature="the local protocols of raylet and the object store",
-            need=f"Ray {', '.join(PROTOCOLS)}",
-            have=f"Ray {ray.__version__}",
-            remedy="install a supported Ray, or a raysandbox that knows this one",
-        )
+    if not supported():
+        raise unsupported()
     os.makedirs(directory, 0o755, exist_ok=True)
     ready, ready_inside = os.pipe()
     log = os.open(

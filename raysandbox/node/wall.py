@@ -106,6 +106,8 @@ class Wall:
         replace: Path that the worker sees to path on the host.
         raylet_ports: Raylet's arguments about ports, for profiles with
             ``boundary = "worker"``: the worker can't see raylet's command.
+        sockets: The same, for sockets besides Ray's two.
+        shared: The same, for directories that all workers write to.
     """
 
     node: policies.Node
@@ -114,6 +116,8 @@ class Wall:
     connect_range: tuple[int, int] | None = None
     replace: Mapping[str, str] = field(default_factory=dict)
     raylet_ports: Mapping[str, str] = field(default_factory=dict)
+    sockets: Mapping[str, str] = field(default_factory=dict)
+    shared: Mapping[str, str] = field(default_factory=dict)
 
 
 def compile(  # noqa: A001 - wall.compile, as plan.compile
@@ -316,6 +320,12 @@ class _WorkerBuilder(plan.Builder):
         for target, source in self.wall.replace.items():
             if target not in (session.raylet_socket, session.plasma_socket):
                 self.add(plan.Record.BIND, plan.u32(1) + plan.text(source, target))
+        for target, source in self.wall.sockets.items():
+            self.add(
+                plan.Record.BIND, plan.u32(_BIND_SOCKET) + plan.text(source, target)
+            )
+        for target, source in self.wall.shared.items():
+            self.add(plan.Record.BIND, plan.u32(0) + plan.text(source, target))
         self.add(plan.Record.DIR, plan.u32(0o755) + plan.text(session.resource_dir))
         self.add(plan.Record.DIR, plan.u32(0o755) + plan.text(f"{session.log_dir}/old"))
         for stream, name in (

@@ -89,7 +89,14 @@ def search_path() -> list[Path]:
             raise ProfileError(
                 source=ENV, value=entry, reason="must be absolute directories"
             )
-        if not os.path.isdir(entry):
+        try:
+            is_directory = stat.S_ISDIR(os.stat(entry).st_mode)
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or str(error)
+            raise ProfileError(
+                source=ENV, value=entry, reason=f"can't be used: {why}"
+            ) from error
+        if not is_directory:
             raise ProfileError(source=ENV, value=entry, reason="is not a directory")
         found.append(Path(entry))
     return [*found, Path(SITE_DIR), shipped_dir()]
@@ -118,7 +125,7 @@ def find(name: str) -> Path:
     """
     if not is_name(name):
         raise ProfileError(
-            source="<profile name>",
+            source="profile name",
             value=name,
             reason="must be of a-z, 0-9, _ and -, and start with a letter",
         )
@@ -134,7 +141,7 @@ def find(name: str) -> Path:
     known = names()
     others = _meant(name, known) or f"there are {', '.join(known)}"
     raise ProfileError(
-        source="<profile name>", value=name, reason=f"no such profile; {others}"
+        source="profile name", value=name, reason=f"no such profile; {others}"
     )
 
 
@@ -237,6 +244,8 @@ def _chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:
                 raise ProfileError(source="", reason="must be one profile's name")
             path = find(base)
         except ProfileError as error:
+            if error.source == ENV:
+                raise
             raise ProfileError(
                 source=str(chain[-1][0]),
                 where="extends",
@@ -377,10 +386,13 @@ def _check_owner(path: Path, real: str, there: os.stat_result) -> int:
 def _check_writers(path: Path, real: str, there: os.stat_result) -> None:
     allowed = _check_owner(path, real, there)
     if there.st_mode & (stat.S_IWGRP | stat.S_IWOTH) & ~allowed:
+        remedy = f"chmod go-w {path}"
+        if there.st_mode & stat.S_ISVTX:  # /tmp must stay as it is
+            remedy = "keep profiles elsewhere"
         raise ProfileError(
             source=str(path),
             reason=f"mode {stat.S_IMODE(there.st_mode):04o}: group or others can "
-            f"write it (chmod go-w {path})",
+            f"write it ({remedy})",
         )
 
 

@@ -499,9 +499,7 @@ class Syscalls(_Section):
         if both:
             raise ValueError(f"{', '.join(both)} can't be in both allow and deny")
         if self.oci is not None and (self.allow or self.deny):
-            raise ValueError(
-                "allow and deny can't be combined with oci: change its file"
-            )
+            raise ValueError("oci replaces allow and deny: write them in its file")
         return self
 
     @property

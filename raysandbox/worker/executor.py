@@ -31,6 +31,7 @@ from raysandbox.errors import (
 )
 from raysandbox.jail import runner
 from raysandbox.kernel import cgroup
+from raysandbox.node import store_proxy
 from raysandbox.observe import state
 from raysandbox.sealed import SealedError
 from raysandbox.worker import hints, inside, quota, seams, store
@@ -66,6 +67,7 @@ class JailExecutor(seams.Executor):
         self._events: EventLog | None = None
         self._board = self._open_board()
         self._figures = Figures()
+        self._bound = ""  # hex of the job that this worker is bound to
         # The jail whose answer Ray has not taken in yet, and its pool.
         self._pending: tuple[Pool, Jail, bool] | None = None
         self._job_jail: tuple[str, Pool, Jail] | None = None
@@ -79,7 +81,7 @@ class JailExecutor(seams.Executor):
         self._refusal: RaysandboxError | None = None
         self._lock = threading.RLock()
         self._quotas = quota.Quotas(
-            os.path.join(seams.session_dir(), "raysandbox_quota"),
+            quota.directory(seams.session_dir()),
             lambda ids: store.which_stored(seams.store_socket(), ids),
             lambda: seams.live_jobs(self._worker.gcs_client),
         )
@@ -114,6 +116,7 @@ class JailExecutor(seams.Executor):
         """Run a function in a jail of its profile; see :class:`seams.Executor`."""
         with self._lock:
             self._settle()
+            self._bind()
             name = str(self._worker.current_task_name)
             profile = self._profile(name)
             self._begin_jail(profile)
@@ -134,6 +137,7 @@ class JailExecutor(seams.Executor):
         """Run a constructor or a method; an actor has one jail for life."""
         with self._lock:
             self._settle()
+            self._bind()
             name = f"{info.name}.{method}"
             if method == "__init__":
                 return self._new_actor(info, name, args, kwargs)
@@ -392,6 +396,7 @@ class JailExecutor(seams.Executor):
         job = self._worker.current_job_id.hex()
         if self._job_jail is not None:
             known_job, known_pool, jail = self._job_jail
+            known_pool.look()  # it may have ended meanwhile
             if known_job == job and known_pool is pool and jail.status is None:
                 return jail, True
             self._job_jail = None
@@ -511,6 +516,35 @@ class JailExecutor(seams.Executor):
         if refusal is not None:
             raise self._over_job(profile, task, refusal)
         return layout, parts
+
+    def _bind(self, inside: profiles.Profile | None = None) -> None:
+        """Say to the proxy in front of Ray's sockets, if there is one, whose we are.
+
+        Before any code of a user runs in this process: the first word is final.
+
+        Args:
+            inside: The profile whose tasks run in this very process; None where
+                they run in jails, whose quotas are counted here.
+
+        Raises:
+            SetupError: The proxy refused, or is gone.
+        """
+        job = self._job()
+        if self._bound == job or not os.path.lexists(store_proxy.BIND):
+            return
+        limits, actor = None, True
+        if inside is not None:
+            of_job, actor = self._limits(inside), not self._worker.actor_id.is_nil()
+            limits = store_proxy.Limits(
+                job_bytes=of_job.stored_bytes,
+                job_objects=of_job.stored_objects,
+                worker_bytes=inside.object_store.max_put_bytes,
+                worker_objects=inside.object_store.max_put_objects,
+            )
+        store_proxy.bind(
+            store_proxy.BIND, bytes.fromhex(job), actor=actor, limits=limits
+        )
+        self._bound = job
 
     def _job(self) -> str:
         return str(self._worker.current_job_id.hex())

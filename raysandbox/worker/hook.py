@@ -47,7 +47,9 @@ def _install() -> None:
     from raysandbox.worker import seams
     from raysandbox.worker.executor import JailExecutor
     from raysandbox.worker.gate import Gate
+    from raysandbox.worker.output import lose_what_does_not_fit
 
+    lose_what_does_not_fit()
     trusted = seams.TrustedPath.of_worker(sys.path)
     client.install()
     # The gate first: it takes out of the environment what a client put there.

@@ -7,6 +7,7 @@ ended becomes one of the errors of :mod:`raysandbox.errors`.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import itertools
@@ -37,7 +38,7 @@ from raysandbox.kernel import cgroup, seccomp_notify
 from raysandbox.observe import state
 from raysandbox.probe import probe
 from raysandbox.profile import Profile
-from raysandbox.run import cgroup_limits
+from raysandbox.run import cgroup_limits, limit_protections
 from raysandbox.worker.output import Output, Pump
 
 __all__ = ["Environment", "Jail", "Pool", "groups_of_process"]
@@ -46,8 +47,9 @@ _START_S = 60.0
 _READY_S = 30.0
 _SLICE_S = 0.1
 _CHECK_S = 0.25
-# Between the end of a dying jail's socket and the word of its end.
-_DYING_S = 0.5
+# Between the end of a dying jail's socket and the word of its end: the kernel takes
+# its mounts down in between, which on a busy host takes its time.
+_DYING_S = 3.0
 # One jail works, one is ready, one is on its way out.
 _SLOTS = 3
 # What every call needs; msgpack comes with Ray.
@@ -106,6 +108,8 @@ class Jail:
     status: int | None = None
     calls: int = 0
     timed_out: str = ""
+    # When its present call was sent.
+    called: float = field(default_factory=time.monotonic)
     # Its record for whoever looks, and who asked for its end.
     place: state.Place | None = None
     ended_by: str = ""
@@ -116,6 +120,11 @@ class Jail:
     usage: cgroup.Usage = field(default_factory=cgroup.Usage)
     output_bytes: int = 0
     first_call: float = 0.0
+
+    @property
+    def running_s(self) -> float:
+        """For how long its present call has been running."""
+        return time.monotonic() - self.called
 
     @property
     def over_output(self) -> bool:
@@ -197,10 +206,14 @@ class Pool:
                     cgroup_clean=self._owned(),
                 ),
             )
-            self.protections = compiled.protections
+            self.protections = (
+                *limit_protections(self._groups.support(cgroup_limits(profile))),
+                *compiled.protections,
+            )
             self.walls = tuple((w.name, w.state.value) for w in self.protections)
-            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            with theirs:
+            ours, theirs = _pair()
+            with theirs, contextlib.ExitStack() as undo:
+                undo.enter_context(ours)
                 self._launched = launch.start(
                     compiled,
                     [
@@ -218,12 +231,16 @@ class Pool:
                     keep_fds=[theirs.fileno()],
                     stdin=subprocess.DEVNULL,
                 )
+                undo.pop_all()
         finally:
             lease.close()
         self._socket = ours
         self._slots = [Slot(number) for number in range(1, 1 + _SLOTS)]
         self._free_slots = list(self._slots)
-        self._configure(compiled.encode())
+        try:
+            self._configure(compiled.encode())
+        except OSError as error:
+            raise self._lost() from error
 
     def _discover_groups(self) -> cgroup.Cgroups:
         groups, limits = groups_of_process(), cgroup_limits(self.profile)
@@ -255,7 +272,7 @@ class Pool:
         return self.profile.preload if self.environment.preload else ()
 
     def _receive(self, timeout_s: float) -> tuple[dict[str, Any], list[int]]:
-        if not select.select([self._control], [], [], timeout_s)[0]:
+        if not launch.is_readable(self._control.fileno(), timeout_s):
             self.stop()
             raise SetupError(step="zygote", errno=errno.ETIMEDOUT)
         try:
@@ -277,11 +294,17 @@ class Pool:
         for jail in list(self._jails.values()):
             jail.status = signal.SIGKILL
             self._forget(jail, "lost")
-        if launched is not None:
-            launched.kill()
-            outcome = launched.wait(_READY_S)
-            detail = f"the zygote ended with status {outcome.exit_code}"
-        self._strip_all()
+        try:
+            if launched is not None:
+                launched.kill()
+                outcome = launched.wait(_READY_S)
+                detail = f"the zygote ended with status {outcome.exit_code}"
+        except SetupError as error:
+            return error  # the launcher says which step it was
+        except subprocess.TimeoutExpired:
+            detail = "the zygote does not end"
+        finally:
+            self._strip_all()
         return SetupError(step="zygote", detail=detail)
 
     def stop(self) -> None:
@@ -319,7 +342,9 @@ class Pool:
                 jail.outcome = "TaskKilled"
                 self.kill(jail)
         try:
-            while self._socket is not None and _is_readable(self._socket):
+            while self._socket is not None and launch.is_readable(
+                self._socket.fileno(), 0
+            ):
                 self._handle(*self._receive(0))
         except SetupError:
             return  # the next take() says why
@@ -337,6 +362,9 @@ class Pool:
         Raises:
             SetupError: It could not be made; nothing was run.
         """
+        # The one that waits, or its zygote, may have died meanwhile: nothing of a
+        # task was in it, so another one takes its place.
+        self.look()
         if self._socket is None:
             self.start()
         jail, self._spare = self._spare or self._spawn(), None
@@ -348,28 +376,36 @@ class Pool:
     def _spawn(self) -> Jail:
         while not self._free_slots:
             self._handle(*self._receive(_READY_S))
-        slot = self._free_slots.pop(0)
+        slot = self._free_slots[0]
         self._furnish(slot)
+        ours, theirs = _pair()
+        self._free_slots.pop(0)  # from here on it is the jail's
         self._next_id += 1
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         jail = Jail(self._next_id, slot, ours)
         self._jails[jail.jail_id] = jail
         user = slot.number if self._mapped > 1 else 0
         request = {"op": "spawn", "id": jail.jail_id, "slot": slot.number, "user": user}
         with theirs:
-            send_message(self._control, request, [theirs.fileno()])
+            self._send(request, [theirs.fileno()])
         return jail
+
+    def _send(self, message: dict[str, Any], fds: list[int]) -> None:
+        """Send a request to the zygote.
+
+        Raises:
+            SetupError: It is gone; the next call starts another one.
+        """
+        try:
+            send_message(self._control, message, fds)
+        except OSError as error:
+            raise self._lost() from error
 
     def _furnish(self, slot: Slot) -> None:
         """Give a slot its pipes, once, and a group that counts from zero."""
         if slot.output is not None and (slot.group is None or slot.group.reset()):
             return
         if slot.output is None:
-            # A jail's profile always has one.
-            limit = self.profile.limits.output_bytes or 0
-            slot.output = output = Output(limit, (sys.stdout, sys.stderr))
-            for fd in output.read_fds:
-                self._pump.add(fd, functools.partial(output.drain, fd))
+            slot.output = self._new_output()
         if slot.group is not None:
             slot.group.remove()
             slot.group = None
@@ -377,15 +413,36 @@ class Pool:
         if self._groups is not None:
             self._group_number += 1
             slot.group = self._groups.create(
-                f"{self._tag}{self._group_number}", cgroup_limits(self.profile)
+                f"{self._tag}{self._group_number}",
+                cgroup_limits(self.profile),
+                required=self.profile.limits.required,
             )
             fds = slot.group.procs_fds()
         message = {"op": "slot", "slot": slot.number, "dir": False}
         try:
-            send_message(self._control, message, [*slot.output.write_fds, *fds])
+            self._send(message, [*slot.output.write_fds, *fds])
         finally:
             for fd in fds:
                 os.close(fd)
+
+    def _new_output(self) -> Output:
+        try:
+            # A jail's profile always has one.
+            limit = self.profile.limits.output_bytes or 0
+            output = Output(limit, (sys.stdout, sys.stderr))
+            try:
+                for fd in output.read_fds:
+                    self._pump.add(fd, functools.partial(output.drain, fd))
+            except BaseException:
+                for fd in output.read_fds:
+                    self._pump.remove(fd)
+                output.close()
+                raise
+        except (OSError, RuntimeError) as error:
+            # RuntimeError: no process was left for the pump's thread.
+            number = getattr(error, "errno", None) or errno.EAGAIN
+            raise SetupError(step="output", errno=number, detail=str(error)) from error
+        return output
 
     def _strip(self, slot: Slot) -> None:
         """Take a slot's pipes and group away."""
@@ -452,7 +509,9 @@ class Pool:
     def kill(self, jail: Jail) -> None:
         """Ask the zygote to end a jail; ``end`` waits for it."""
         if self._socket is not None and jail.status is None:
-            send_message(self._control, {"op": "kill", "id": jail.jail_id})
+            # A zygote that is gone took the jail along; its end is seen elsewhere.
+            with contextlib.suppress(OSError):
+                send_message(self._control, {"op": "kill", "id": jail.jail_id})
 
     def end(self, jail: Jail, *, wait: bool = False) -> None:
         """End a jail; its outcome is handled when the zygote says it is gone."""
@@ -493,7 +552,7 @@ class Pool:
     def wait(self, jail: Jail, task: str, number: int) -> wire.Frame:
         """Wait for the reply to call ``number``; see :meth:`call`."""
         limits, store = self.profile.limits, self.profile.object_store
-        now = time.monotonic()
+        now = jail.called = time.monotonic()
         deadline = None if limits.wall_time_s is None else now + limits.wall_time_s
         next_check = now + _CHECK_S
         poll = select.poll()
@@ -547,7 +606,7 @@ class Pool:
         until = time.monotonic() + _DYING_S
         while jail.status is None:
             left = until - time.monotonic()
-            if left <= 0 or not select.select([self._control], [], [], left)[0]:
+            if left <= 0 or not launch.is_readable(self._control.fileno(), left):
                 return False
             self._handle(*self._receive(0))
         return True
@@ -596,9 +655,11 @@ class Pool:
         if jail.timed_out:
             wall = jail.timed_out == "limits.wall_time"
             allowed = limits.wall_time_s if wall else limits.cpu_time_s
+            seen = jail.running_s if wall else usage.cpu_time_s
             return TaskTimedOut(
                 limit=jail.timed_out,
                 allowed=f"{allowed:g} s",
+                seen=_seconds(seen) + ("" if wall else " of CPU"),
                 remedy="make it faster, or ask for a profile with a larger limit",
                 **common,
             )
@@ -635,7 +696,13 @@ class Pool:
             and usage.cpu_time_s is not None
             and usage.cpu_time_s >= cpu
         ):
-            return TaskTimedOut(limit="limits.cpu_time", allowed=f"{cpu:g} s", **common)
+            return TaskTimedOut(
+                limit="limits.cpu_time",
+                allowed=f"{cpu:g} s",
+                seen=f"{_seconds(usage.cpu_time_s)} of CPU",
+                remedy="make it faster, or ask for a profile with a larger limit",
+                **common,
+            )
         how = (
             f"signal {killer} ({signal.Signals(killer).name})"
             if killer
@@ -661,8 +728,15 @@ def groups_of_process() -> cgroup.Cgroups:
     return groups
 
 
-def _is_readable(sock: socket.socket) -> bool:
-    return bool(select.select([sock], [], [], 0)[0])
+def _pair() -> tuple[socket.socket, socket.socket]:
+    try:
+        return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    except OSError as error:
+        raise SetupError(step="socketpair", errno=error.errno or 0) from error
+
+
+def _seconds(duration_s: float | None) -> str:
+    return "unknown" if duration_s is None else f"{duration_s:.1f} s"
 
 
 def _mebibytes(size: int | None) -> str:

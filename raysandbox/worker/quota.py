@@ -36,6 +36,7 @@ __all__ = [
     "Quotas",
     "Refusal",
     "Usage",
+    "directory",
     "usage_of",
 ]
 
@@ -131,6 +132,11 @@ class Refusal:
     seen: str
 
 
+def directory(session_dir: str) -> str:
+    """Return where the files of a session of Ray are."""
+    return os.path.join(session_dir, "raysandbox", "quota")
+
+
 class JobFile:
     """The count of one job; see the module."""
 
@@ -139,6 +145,7 @@ class JobFile:
         self._fd = os.open(path, flags, 0o600)
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX)
+            _share(self._fd, os.path.dirname(path))
             if os.fstat(self._fd).st_size < _ENTRIES_AT + _GROW:
                 os.ftruncate(self._fd, _ENTRIES_AT + _GROW)
             self._map = mmap.mmap(self._fd, 0)
@@ -355,6 +362,12 @@ class JobFile:
         _HEADER.pack_into(self._map, 0, *new)
 
 
+def _share(fd: int, parent: str) -> None:
+    """Open a new file to workers with other users, if its directory is."""
+    if os.stat(parent).st_mode & 0o002 and os.fstat(fd).st_uid == os.geteuid():
+        os.fchmod(fd, 0o666)
+
+
 def usage_of(path: str) -> Usage:
     """Return what a job's file says now, without taking part.
 
@@ -447,7 +460,9 @@ class Quotas:
             self._file.close()
         self._file, self._holds = None, False
         try:
-            os.makedirs(self._directory, 0o700, exist_ok=True)
+            if not os.path.isdir(self._directory):
+                os.makedirs(os.path.dirname(self._directory), 0o700, exist_ok=True)
+                os.makedirs(self._directory, 0o700, exist_ok=True)
             path = os.path.join(self._directory, job)
             if not os.path.exists(path):
                 self._remove_ended()

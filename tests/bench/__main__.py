@@ -325,6 +325,13 @@ def store(rounds: int) -> list[Figure]:
     return found
 
 
+def cluster(rounds: int) -> list[Figure]:
+    """A hardened cluster against stock Ray, in peace and under floods."""
+    from tests.bench.cluster import rows
+
+    return [Figure(*row) for row in rows(rounds)]
+
+
 PARTS: dict[str, Callable[[int], list[Figure]]] = {
     "launch": launcher,
     "tasks": tasks,
@@ -332,6 +339,7 @@ PARTS: dict[str, Callable[[int], list[Figure]]] = {
     "memory": memory,
     "files": files,
     "store": store,
+    "cluster": cluster,
 }
 
 

@@ -80,11 +80,14 @@ class Host:
             f"hostname {self.name} &&",
         )  # fmt: skip
         switch = self.lab.switch
-        _inside(switch, "ip", "link", "add", self.name, "type", "veth", "peer",
+        _inside(switch, "ip", "link", "add", "name", self.name, "type", "veth", "peer",
                 "name", "eth0", "netns", str(self.pid))  # fmt: skip
         _inside(switch, "ip", "link", "set", self.name, "master", "br0", "up")
         _inside(self.pid, "ip", "link", "set", "lo", "up")
         _inside(self.pid, "ip", "addr", "add", f"{self.address}/24", "dev", "eth0")
+        # The same in each life: neighbours remember it.
+        mac = "02:00:" + bytes(map(int, self.address.split("."))).hex(":")
+        _inside(self.pid, "ip", "link", "set", "eth0", "address", mac)
         _inside(self.pid, "ip", "link", "set", "eth0", "up")
 
     def env(self, extra: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -170,6 +173,11 @@ class Host:
             os.kill(self.pid, signal.SIGKILL)
         self._holder.wait(timeout=10)
 
+    def reboot(self) -> None:
+        """End everything here and start the machine again."""
+        self.kill()
+        self.boot()
+
     def close(self) -> None:
         """End the host for good."""
         with contextlib.suppress(Exception):
@@ -182,6 +190,8 @@ class Lab:
     def __init__(self) -> None:
         self.path = Path(tempfile.mkdtemp(prefix="rsb-lab-", dir="/var/tmp"))
         self.hosts: dict[str, Host] = {}
+        # By host: where its drivers find their cluster.
+        self.where: dict[str, str] = {}
         # Its standard input ends with us, whatever ends us.
         self._janitor = subprocess.Popen(
             ["sh", "-c", 'read _; exec rm -rf "$0"', str(self.path)],
@@ -204,8 +214,9 @@ class Lab:
     def sniff(self, file: Path) -> subprocess.Popen[bytes]:
         """Start tcpdump on the lab's bridge, every byte of each packet, to `file`."""
         process = subprocess.Popen(
-            ["nsenter", "-t", str(self.switch), "--net", "--", "tcpdump", "-i", "br0", "-s", "0",
-             "-U", "-Z", "root", "-w", str(file)],
+            ["nsenter", "-t", str(self.switch), "--net", "--",
+             "tcpdump", "--immediate-mode", "-i", "br0", "-s", "0", "-U", "-Z", "root",
+             "-w", str(file)],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE, preexec_fn=_die_with_parent,
         )  # fmt: skip

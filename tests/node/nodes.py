@@ -93,7 +93,7 @@ class Node:
             time.sleep(0.1)
 
     def drive(self, code: str, *arguments: str) -> str:
-        """Run a driver's source on this node; its output is in the error if it fails."""
+        """Run a driver's source on this node; a failure shows its output."""
         first = (
             "import os, sys, time, ray\n"
             f"ray.init(address={self.address!r}, logging_level='ERROR', "
@@ -123,7 +123,10 @@ class Node:
             try:
                 command = Path(f"/proc/{entry}/cmdline").read_bytes().decode()
                 parent = int(
-                    Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()[1]
+                    Path(f"/proc/{entry}/stat")
+                    .read_text()
+                    .rpartition(")")[2]
+                    .split()[1]
                 )
             except (OSError, UnicodeDecodeError):
                 continue

@@ -49,7 +49,7 @@ def _wrap(process: seams.Process) -> None:
     _proxies.append(proxy)
     wrapper = os.path.join(directory, "worker")
     mounts = "\n".join(
-        f"mount --bind {source} {target}" for source, target in proxy.mounts()
+        f"mount --bind {source} {target}" for target, source in proxy.mounts().items()
     )
     with open(wrapper, "w") as file:
         file.write(

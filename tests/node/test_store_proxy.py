@@ -113,10 +113,12 @@ def test_what_is_freed_no_longer_counts(proxied):
 
 def test_a_put_bomb_past_rays_client_ends_at_the_quota(proxied):
     """Creations sent over the worker's own descriptor are counted as any other."""
-    assert proxied("call", "raw_bomb", 40, 10 * MB) == "still here"
-    (job,) = proxied("stats")["jobs"]
-    assert job["bytes"] <= 60 * MB
-    assert job["refused"] > 0
+    before = len(proxied("events"))
+    assert proxied("call", "raw_bomb", 40, 10 * MB) == "WorkerCrashedError"
+    fresh = proxied("events")[before:]
+    refused = [each["job_bytes"] for each in fresh if each["event"] == "quota_refused"]
+    assert refused
+    assert all(50 * MB < used <= allowed for used, allowed in refused)
     assert proxied("honest") == 1 << 18
 
 

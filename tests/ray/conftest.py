@@ -142,7 +142,8 @@ def offered(cluster: str) -> tuple[str, dict[str, float]]:
 @pytest.fixture(autouse=True)
 def by_value(request: pytest.FixtureRequest) -> None:
     """Functions of the test modules travel by value: jails don't see our files."""
-    if request.module.__name__.endswith(("test_sealed", "test_policy", "test_observe")):
+    own = ("test_sealed", "test_bad_input", "test_policy", "test_observe")
+    if request.module.__name__.endswith(own):
         return  # drivers of their own
     request.getfixturevalue("cluster")
     if not ray.is_initialized():

@@ -14,7 +14,7 @@ import pytest
 import ray
 
 import raysandbox
-from raysandbox.worker.quota import usage_of
+from raysandbox.worker import quota
 
 FRUGAL = raysandbox.tag("frugal")
 # Above what Ray sends in the reply; three are over the profile's max_job.
@@ -112,7 +112,7 @@ def until_it_runs():
     """Wait until a task with arguments runs: its job's file says so."""
     job = ray.get_runtime_context().get_job_id()
     until = time.monotonic() + 30
-    while usage_of(str(quota_files()[0] / job)).argument_bytes == 0:
+    while quota.usage_of(str(quota_files()[0] / job)).argument_bytes == 0:
         assert time.monotonic() < until
         time.sleep(0.02)
 
@@ -166,7 +166,7 @@ except raysandbox.TaskQuotaExceeded:
 
 def quota_files():
     node = ray._private.worker.global_worker.node
-    directory = Path(node.get_session_dir_path()) / "raysandbox_quota"
+    directory = Path(quota.directory(node.get_session_dir_path()))
     return directory, set(os.listdir(directory))
 
 

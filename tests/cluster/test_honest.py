@@ -1,0 +1,132 @@
+"""Honest work on a hardened cluster is as it was."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from tests.cluster.conftest import CLI, Driver, Hardened
+
+pytestmark = pytest.mark.root
+
+
+@pytest.fixture(scope="module")
+def alice(hardened: Hardened) -> Driver:
+    driver = hardened.driver("alice", init="namespace='honest'")
+    yield driver
+    driver.close()
+
+
+def test_tasks_run_on_both_nodes(alice: Driver) -> None:
+    """Tasks run wherever there is room, with objects that cross the network."""
+    found = alice(
+        "import numpy\n"
+        "@ray.remote\n"
+        "def where(a):\n"
+        "    time.sleep(0.5); return os.uname().nodename, int(a.sum())\n"
+        "ref = ray.put(numpy.ones(1 << 18))\n"
+        "result = ray.get([where.remote(ref) for _ in range(4)], timeout=60)"
+    )
+    assert {host for host, _ in found} == {"head", "node"}
+    assert {total for _, total in found} == {1 << 18}
+
+
+def test_actors_named_and_detached(alice: Driver) -> None:
+    """Actors keep their state, are found by name and killed by their owner."""
+    assert alice(
+        "@ray.remote(num_cpus=0)\n"
+        "class Counter:\n"
+        "    n = 0\n"
+        "    def up(self):\n"
+        "        self.n += 1; return self.n\n"
+        "a = Counter.options(name='c', lifetime='detached').remote()\n"
+        "ray.get(a.up.remote(), timeout=60)\n"
+        "result = ray.get(ray.get_actor('c').up.remote(), timeout=60)\n"
+        "ray.kill(ray.get_actor('c'))"
+    ) == 2  # fmt: skip
+
+
+def test_placement_groups(alice: Driver) -> None:
+    """Bundles are reserved, used by tasks, and given back."""
+    assert alice(
+        "from ray.util.placement_group import placement_group as pg\n"
+        "from ray.util.placement_group import remove_placement_group\n"
+        "from ray.util.scheduling_strategies import "
+        "PlacementGroupSchedulingStrategy as S\n"
+        "g = pg([{'CPU': 1}, {'CPU': 1}], strategy='STRICT_SPREAD', name='g')\n"
+        "ray.get(g.ready(), timeout=60)\n"
+        "f = where.options(scheduling_strategy=S(g, 1))\n"
+        "found = ray.get(f.remote(ref), timeout=60)\n"
+        "remove_placement_group(g)\n"
+        "result = found[1]"
+    ) == 1 << 18  # fmt: skip
+
+
+def test_runtime_env(hardened: Hardened) -> None:
+    """A working directory and variables reach the workers."""
+    (hardened.head.home / "wd").mkdir(exist_ok=True)
+    (hardened.head.home / "wd" / "carried.py").write_text("VALUE = 42\n")
+    driver = hardened.driver("alice", init="runtime_env={'working_dir': 'wd'}")
+    try:
+        assert driver(
+            "@ray.remote(runtime_env={'env_vars': {'X': 'y'}})\n"
+            "def f():\n"
+            "    import carried; return carried.VALUE, os.environ['X']\n"
+            "result = ray.get(f.remote(), timeout=100)"
+        ) == [42, "y"]  # fmt: skip
+    finally:
+        driver.close()
+
+
+def test_state_api_and_status(hardened: Hardened, alice: Driver) -> None:
+    """`ray status`, `ray list nodes` and the state API answer."""
+    assert alice(
+        "from ray.util.state import list_nodes, list_actors\n"
+        "result = [len(list_nodes()), list_actors()[0].class_name]"
+    )[0] == 2  # fmt: skip
+    out = hardened.head.run(*hardened.env("alice"), "ray", "status")
+    assert "Active:" in out.stdout
+    out = hardened.head.run(*hardened.env("alice"), "ray", "list", "nodes")
+    assert "ALIVE" in out.stdout
+
+
+def test_observer_sees_and_does_nothing(hardened: Hardened) -> None:
+    """An observer's certificate is enough for `ray status`, not for a job."""
+    out = hardened.head.run(*hardened.env("otto"), "ray", "status")
+    assert "Active:" in out.stdout
+    code = "import ray; ray.init(address='auto')"
+    out = hardened.head.run(
+        *hardened.env("otto"), sys.executable, "-c", code, check=False, timeout_s=90
+    )
+    assert out.returncode != 0
+
+
+def test_jobs(hardened: Hardened) -> None:
+    """A submitted job runs its tasks and ends well; its log is read."""
+    (hardened.head.home / "job").mkdir(exist_ok=True)
+    (hardened.head.home / "job" / "run.py").write_text(
+        "import ray; ray.init()\n"
+        "f = ray.remote(lambda x: x * 2)\n"
+        "print('TOTAL', sum(ray.get([f.remote(i) for i in range(10)])))\n"
+    )
+    out = hardened.head.run(
+        *hardened.env("alice"), "ray", "job", "submit",
+        "--address=http://127.0.0.1:8265", "--working-dir=job", "--",
+        sys.executable, "run.py", timeout_s=100,
+    )  # fmt: skip
+    assert "TOTAL 90" in out.stdout
+    assert "succeeded" in out.stdout
+
+
+def test_honest_work_was_not_refused(hardened: Hardened) -> None:
+    """Nothing that the tests above did was refused to alice, node or worker."""
+    refused = [r for r in hardened.events(ok="False") if "otto" not in r.get("who", "")]
+    assert refused == []
+
+
+def test_env_without_a_node_says_so(hardened: Hardened) -> None:
+    """A driver needs a node of the cluster on its machine, and is told."""
+    mine = f"--cluster={hardened.head.home / 'alice'}"
+    out = hardened.rogue.run(*CLI, "cluster", "env", mine, "--", "true")
+    assert "no node of a cluster runs on this machine" in out.stderr

@@ -1,0 +1,702 @@
+"""Decisions on the content of GCS calls, and the methods of roles.
+
+Each attack comes with its control: the same call by whoever may make it.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from google.protobuf.message import Message
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from ray.core.generated import common_pb2, gcs_service_pb2
+
+from raysandbox.cluster.access import Access, Decision, grpc_message
+from raysandbox.cluster.methods import CONTENT, METHODS, PLAIN, STREAM, methods_of
+from raysandbox.cluster.settings import (
+    ROLES,
+    DriverAccess,
+    Inventory,
+    Limits,
+    Node,
+    RoleLimit,
+    Settings,
+)
+from raysandbox.cluster.settings import (
+    Access as Grants,
+)
+
+pb: Any = gcs_service_pb2
+SEEN = json.loads(
+    (Path(__file__).parent / "data" / "gcs_methods_by_role.json").read_text()
+)
+
+KV = "/ray.rpc.InternalKVGcsService/InternalKV"
+ACTOR = "/ray.rpc.ActorInfoGcsService/"
+GROUP = "/ray.rpc.PlacementGroupInfoGcsService/"
+NODE = "/ray.rpc.NodeInfoGcsService/"
+JOB = "/ray.rpc.JobInfoGcsService/"
+ALICE, BOB = "spiffe://prod/driver/alice/driver", "spiffe://prod/driver/bob/driver"
+HEAD, N1 = "spiffe://prod/head/head/raylet", "spiffe://prod/node/n1/raylet"
+OPERATOR, OBSERVER = "spiffe://prod/operator/o/cli", "spiffe://prod/observer/v/cli"
+WORKER = "spiffe://prod/worker/n1/w1"
+ALICES, BOBS = 1, 2
+NODE_ID = b"\x11" * 28
+
+
+def frame(message: Message) -> bytes:
+    """Return a message as the body of a unary gRPC call."""
+    data = message.SerializeToString()
+    return b"\0" + len(data).to_bytes(4, "big") + data
+
+
+def job_id(number: int) -> bytes:
+    """Return a job's id as Ray writes it."""
+    return number.to_bytes(4, "little")
+
+
+class World:
+    """A cluster with a node, two drivers and a job of each."""
+
+    def __init__(self, **how: Any) -> None:
+        self.now = 1000.0
+        self.journal: list[list[Any]] = []
+        self.settings = Settings(name="prod", head_address="10.0.0.1", **how)
+        self.inventory = Inventory(
+            nodes={
+                "head": Node(addresses=("10.0.0.1",), head=True),
+                "n1": Node(
+                    addresses=("10.0.0.2", "10.1.0.0/16"),
+                    resources={"CPU": 4, "memory": 1e9, "*": 0},
+                    labels={"zone": "a"},
+                ),
+                "bad": Node(addresses=("10.0.0.3",), quarantined=True),
+            }
+        )
+        self.access = self.new()
+        self.ok(N1, NODE + "RegisterNode", register())
+        for uri, number in ((ALICE, ALICES), (BOB, BOBS)):
+            self.begin(uri, number)
+
+    def new(self) -> Access:
+        """Return the decisions of a process that knows nothing yet."""
+        return Access(
+            self.settings, self.inventory,
+            Grants(drivers={"bob": DriverAccess(namespaces=("shared-*",))}),
+            self.journal.append, lambda: self.now,
+        )  # fmt: skip
+
+    def begin(self, uri: str, number: int) -> None:
+        """Have an identity begin a job, as the GCS and the node see it."""
+        self.access.learn_job(uri, number)
+        message = pb.AddJobRequest()
+        message.data.job_id = job_id(number)
+        message.data.driver_address.node_id = NODE_ID
+        message.data.config.ray_namespace = f"ns{number}"
+        self.ok(N1, JOB + "AddJob", message, request_id=f"add{number}")
+        self.access.learn_added(f"add{number}")
+
+    def ask(self, uri: str, method: str, message: Message, **how: Any) -> Decision:
+        """Decide one call."""
+        return self.access.decide(uri=uri, method=method, body=frame(message), **how)
+
+    def ok(self, uri: str, method: str, message: Message, **how: Any) -> Decision:
+        """Decide one call that must be allowed."""
+        said = self.ask(uri, method, message, **how)
+        assert said.allowed, said.why
+        return said
+
+    def no(self, uri: str, method: str, message: Message, **how: Any) -> Decision:
+        """Decide one call that must be refused for good."""
+        said = self.ask(uri, method, message, **how)
+        assert not said.allowed
+        assert not said.retry, said.why
+        return said
+
+
+@pytest.fixture
+def world() -> World:
+    """Return a cluster at work."""
+    return World()
+
+
+def register(**more: Any) -> Any:
+    """Return the request of a node that joins."""
+    message = pb.RegisterNodeRequest()
+    info = message.node_info
+    info.node_id = more.pop("node_id", NODE_ID)
+    info.node_manager_address = more.pop("address", "10.0.0.2")
+    info.is_head_node = more.pop("head", False)
+    info.resources_total.update(more.pop("resources", {"CPU": 4.0}))
+    info.labels.update(more.pop("labels", {}))
+    assert not more
+    return message
+
+
+def put(
+    key: bytes, value: bytes = b"v", namespace: bytes = b"mine", overwrite: bool = True
+) -> Any:
+    """Return the request that writes a key."""
+    return pb.InternalKVPutRequest(
+        namespace=namespace, key=key, value=value, overwrite=overwrite
+    )
+
+
+def get(key: bytes, namespace: bytes = b"mine") -> Any:
+    """Return the request that reads a key."""
+    return pb.InternalKVGetRequest(namespace=namespace, key=key)
+
+
+def delete(key: bytes, namespace: bytes = b"mine", prefix: bool = False) -> Any:
+    """Return the request that deletes a key."""
+    return pb.InternalKVDelRequest(namespace=namespace, key=key, del_by_prefix=prefix)
+
+
+def fun(number: int) -> bytes:
+    """Return a key of a job's function table."""
+    return b"RemoteFunction:%s:%s" % (job_id(number).hex().encode(), b"f" * 28)
+
+
+# -- methods ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("role", sorted(SEEN))
+def test_role_has_every_method_it_was_seen_to_need(role: str) -> None:
+    """Collected on Ray 2.60: tasks, actors, jobs, state API, autoscaler."""
+    assert set(SEEN[role]) <= methods_of(role)
+
+
+def test_methods_are_of_the_ray_that_is_installed() -> None:
+    """A method that Ray does not have would be a hole with no request to check."""
+    from raysandbox.cluster.shapes import request_types
+
+    named = frozenset().union(*METHODS.values())
+    assert named - set(request_types(named)) == {STREAM}
+
+
+def test_every_method_is_parsed_or_plain() -> None:
+    """Nothing that names an object goes to the GCS unparsed."""
+    named = frozenset().union(*METHODS.values())
+    assert named == CONTENT | PLAIN
+    assert not CONTENT & PLAIN
+
+
+POWER = {
+    "RegisterNode", "UnregisterNode", "AddJob", "MarkJobFinished", "DrainNode",
+    "StartSync", "ReportWorkerFailure", "ReportAutoscalingState",
+    "ReportClusterConfig", "ResizeRayletResourceInstances",
+}  # fmt: skip
+WRITES = {
+    "InternalKVPut", "InternalKVDel", "CreateActor", "RegisterActor",
+    "KillActorViaGcs", "CreatePlacementGroup", "RemovePlacementGroup", "GetNextJobID",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("role", ["worker", "driver", "client", "observer"])
+def test_users_have_no_method_of_nodes_or_operators(role: str) -> None:
+    """Joining, draining, ending workers and jobs, resizing are others'."""
+    assert not {m.rpartition("/")[2] for m in methods_of(role)} & POWER
+
+
+def test_lookers_write_nothing() -> None:
+    """An observer reads; an operator reads and drains; a client does neither."""
+    names = {
+        role: {m.rpartition("/")[2] for m in methods_of(role)}
+        for role in ("observer", "operator", "client")
+    }
+    assert not names["observer"] & (WRITES | POWER)
+    assert names["operator"] & (WRITES | POWER) == {"DrainNode"}
+    assert names["client"] == set()
+
+
+@given(st.text(max_size=20))
+def test_unknown_role_has_no_method(role: str) -> None:
+    """Whatever a certificate says that is no role."""
+    if role not in ROLES:
+        assert methods_of(role) == frozenset()
+
+
+# -- foreign bytes ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"\0\0\0\0", b"\1\0\0\0\0", b"\0\0\0\0\1", b"\0\0\0\0\0x",
+     b"\0\xff\xff\xff\xff", frame(get(b"k")) * 2],
+)  # fmt: skip
+def test_body_that_is_not_one_plain_message_is_refused(
+    world: World, body: bytes
+) -> None:
+    """Short, compressed, with another length, or with a second message behind."""
+    with pytest.raises(ValueError, match=r"frame|compressed|length"):
+        grpc_message(body)
+    said = world.access.decide(uri=ALICE, method=KV + "Get", body=body)
+    assert "malformed" in said.why
+
+
+@given(st.binary(max_size=200))
+def test_frame_is_its_message(data: bytes) -> None:
+    """What was framed comes out, byte for byte."""
+    assert grpc_message(b"\0" + len(data).to_bytes(4, "big") + data) == data
+
+
+METHOD = st.sampled_from(sorted(CONTENT))
+URI = st.sampled_from([ALICE, BOB, HEAD, N1, OPERATOR, OBSERVER, WORKER])
+
+
+@settings(max_examples=400, deadline=None)
+@given(URI | st.text(max_size=40), METHOD, st.binary(max_size=120))
+@example("", KV + "Get", b"")
+@example("spiffe://prod/root/x/y", KV + "Put", frame(put(b"k")))
+def test_no_bytes_make_a_decision_fail(uri: str, method: str, body: bytes) -> None:
+    """Any body, framed or not, of any method, from anybody: decided, never raised.
+
+    An identity without a role of ours is refused whatever it asks.
+    """
+    world = _SHARED
+    framed = b"\0" + len(body).to_bytes(4, "big") + body
+    for each in (body, framed):
+        said = world.access.decide(uri=uri, method=method, body=each, node_id="x")
+        assert isinstance(said.why, str)
+        said.object.encode("utf-8", "strict")
+        if uri not in (ALICE, BOB, HEAD, N1, OPERATOR, OBSERVER, WORKER):
+            assert not said.allowed
+
+
+_SHARED = World()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.randoms(use_true_random=False))
+def test_damaged_requests_are_decided(rng: random.Random) -> None:
+    """Honest requests with bytes flipped, cut out and put in."""
+    messages = [
+        (NODE + "RegisterNode", register()), (KV + "Put", put(fun(ALICES))),
+        (ACTOR + "RegisterActor", actor(ALICES, "a")), (GROUP + "CreatePlacementGroup",
+                                                        group(ALICES)),
+    ]  # fmt: skip
+    for method, message in messages:
+        body = bytearray(frame(message))
+        for _ in range(rng.randint(1, 6)):
+            index = rng.randrange(5, len(body) + 1)
+            body[index : index + rng.randint(0, 3)] = rng.randbytes(rng.randint(0, 3))
+        body[1:5] = (len(body) - 5).to_bytes(4, "big")
+        for uri in (ALICE, N1, WORKER):
+            _SHARED.access.decide(uri=uri, method=method, body=bytes(body))
+
+
+def test_method_that_nobody_knows_is_refused(world: World) -> None:
+    """The guard does not send such a call on; should it, it ends here."""
+    assert "not one that the guard knows" in world.no(ALICE, "/x/y", get(b"k")).why
+
+
+# -- keys ---------------------------------------------------------------------------
+
+
+def test_function_table_is_its_jobs_alone(world: World) -> None:
+    """One job can't read or replace another job's function.
+
+    On stock Ray with the token it can: the next task of that job runs it.
+    """
+    for method, message in (
+        (KV + "Put", put(fun(ALICES), namespace=b"fun")),
+        (KV + "Get", get(fun(ALICES), b"fun")),
+        (KV + "Del", delete(fun(ALICES), b"fun")),
+    ):
+        world.ok(ALICE, method, message)
+        world.no(BOB, method, message)
+
+
+def test_worker_belongs_to_the_first_job_it_fetches_for(world: World) -> None:
+    """Bound before user code runs; another job's functions are refused from then."""
+    world.ok(WORKER, KV + "Get", get(fun(ALICES), b"fun"))
+    world.no(WORKER, KV + "Get", get(fun(BOBS), b"fun"))
+    world.no(WORKER, KV + "Put", put(fun(BOBS), namespace=b"fun"))
+    other = "spiffe://prod/worker/n1/w2"
+    world.ok(other, KV + "Get", get(fun(BOBS), b"fun"))
+
+
+@pytest.mark.parametrize(
+    "key",
+    [b"", b"RemoteFunction", b"RemoteFunction:", b"a:b:c", b"a:01000000", b"::",
+     b"RemoteFunction:0100000:x", b"RemoteFunction:\xff\xff\xff\xff\xff\xff\xff\xff:x",
+     b"RemoteFunction:02000000:01000000:x"],
+)  # fmt: skip
+def test_key_that_names_no_job_of_mine_is_refused(world: World, key: bytes) -> None:
+    """No way of writing the key gets around the job in it."""
+    world.no(ALICE, KV + "Put", put(key, namespace=b"fun"))
+
+
+def test_key_belongs_to_whom_wrote_it_first(world: World) -> None:
+    """Others neither write it over, nor delete, nor read it."""
+    world.ok(ALICE, KV + "Put", put(b"k"))
+    world.ok(ALICE, KV + "Put", put(b"k"))
+    for method, message in (
+        (KV + "Put", put(b"k")), (KV + "Put", put(b"k", overwrite=False)),
+        (KV + "Del", delete(b"k")), (KV + "Get", get(b"k")),
+        (KV + "Del", delete(b"", prefix=True)),
+        (KV + "Keys", pb.InternalKVKeysRequest(namespace=b"mine", prefix=b"")),
+        (KV + "MultiGet", pb.InternalKVMultiGetRequest(namespace=b"mine",
+                                                       keys=[b"z", b"k"])),
+    ):  # fmt: skip
+        world.no(BOB, method, message)
+        world.no(OBSERVER, method, message)
+    world.ok(ALICE, KV + "Del", delete(b"k"))
+    world.ok(BOB, KV + "Put", put(b"k"))
+
+
+def test_package_under_a_name_stays_what_it_was(world: World) -> None:
+    """A package is shared by its content's name: a second content is refused."""
+    first = put(b"gcs://_ray_pkg_1.zip", b"good", b"")
+    world.ok(ALICE, KV + "Put", first)
+    world.ok(BOB, KV + "Put", first)
+    world.no(BOB, KV + "Put", put(b"gcs://_ray_pkg_1.zip", b"evil", b""))
+    world.no(ALICE, KV + "Del", delete(b"gcs://_ray_pkg_1.zip", b""))
+
+
+@pytest.mark.parametrize(
+    ("namespace", "key"),
+    [(b"session", b"session_name"), (b"cluster", b"x"), (b"", b"__autoscaling_error"),
+     (b"", b"webui:url"), (b"dashboard", b"dashboard"), (b"", b"CLUSTER_METADATA"),
+     (b"__autoscaler", b"x")],
+)  # fmt: skip
+def test_rays_own_keys_are_the_heads(
+    world: World, namespace: bytes, key: bytes
+) -> None:
+    """Everybody who starts reads them, so nobody else may write them."""
+    world.no(ALICE, KV + "Put", put(key, namespace=namespace))
+    world.ok(HEAD, KV + "Put", put(key, namespace=namespace))
+    world.no(ALICE, KV + "Put", put(key, namespace=namespace))
+    world.ok(ALICE, KV + "Get", get(key, namespace))
+
+
+def test_node_writes_its_agents_address_alone(world: World) -> None:
+    """And not another node's; anything else it writes is worth an alert."""
+    mine = put(b"DASHBOARD_AGENT_ADDR_NODE_ID_PREFIX:11", namespace=b"dashboard")
+    world.ok(N1, KV + "Put", mine)
+    world.no("spiffe://prod/node/n2/agent", KV + "Put", mine)
+    assert world.no(N1, KV + "Put", put(fun(ALICES), namespace=b"x")).alert
+
+
+# -- actors, groups, namespaces -----------------------------------------------------
+
+
+def actor(number: int, name: str, namespace: str = "", count: int = 1) -> Any:
+    """Return the request that makes an actor of a job."""
+    message = pb.RegisterActorRequest()
+    spec = message.task_spec
+    spec.job_id = job_id(number)
+    spec.type = common_pb2.ACTOR_CREATION_TASK  # type: ignore[attr-defined]
+    spec.caller_address.worker_id = b"\x22" * 28
+    spec.caller_address.node_id = NODE_ID
+    made = spec.actor_creation_task_spec
+    made.actor_id = count.to_bytes(12, "little") + job_id(number)
+    made.name, made.ray_namespace = name, namespace or f"ns{number}"
+    return message
+
+
+def kill(number: int, count: int = 1) -> Any:
+    """Return the request that kills an actor of a job."""
+    message = pb.KillActorViaGcsRequest()
+    message.actor_id = count.to_bytes(12, "little") + job_id(number)
+    return message
+
+
+def group(number: int, other: int = 0) -> Any:
+    """Return the request that makes a placement group of a job."""
+    message = pb.CreatePlacementGroupRequest()
+    spec = message.placement_group_spec
+    spec.placement_group_id = bytes(14) + job_id(other or number)
+    spec.creator_job_id = job_id(number)
+    spec.bundles.add().unit_resources["CPU"] = 1
+    return message
+
+
+def test_actor_is_made_and_killed_by_its_job_alone(world: World) -> None:
+    """On stock Ray anybody with the token kills anybody's named actor."""
+    world.ok(ALICE, ACTOR + "RegisterActor", actor(ALICES, "counter"))
+    world.no(BOB, ACTOR + "KillActorViaGcs", kill(ALICES))
+    world.ok(ALICE, ACTOR + "KillActorViaGcs", kill(ALICES))
+    world.no(BOB, ACTOR + "RegisterActor", actor(ALICES, "mine"))
+
+
+def test_actor_id_can_not_name_another_job(world: World) -> None:
+    """Its job is read from its id later, so both must agree."""
+    message = actor(BOBS, "x")
+    message.task_spec.actor_creation_task_spec.actor_id = bytes(12) + job_id(ALICES)
+    world.no(BOB, ACTOR + "RegisterActor", message)
+
+
+def test_namespace_is_its_first_users(world: World) -> None:
+    """Named actors are found, made and listed in one's own namespaces alone.
+
+    And in those that access.toml grants.
+    """
+    named = pb.GetNamedActorInfoRequest(name="counter", ray_namespace="ns1")
+    world.ok(ALICE, ACTOR + "GetNamedActorInfo", named)
+    world.no(BOB, ACTOR + "GetNamedActorInfo", named)
+    world.no(BOB, ACTOR + "RegisterActor", actor(BOBS, "spy", "ns1"))
+    listed = pb.ListNamedActorsRequest(all_namespaces=True)
+    world.no(ALICE, ACTOR + "ListNamedActors", listed)
+    world.ok(OPERATOR, ACTOR + "ListNamedActors", listed)
+    shared = pb.GetNamedActorInfoRequest(name="x", ray_namespace="shared-data")
+    world.ok(ALICE, ACTOR + "GetNamedActorInfo", shared)
+    world.ok(BOB, ACTOR + "GetNamedActorInfo", shared)
+
+
+def test_placement_group_is_its_jobs(world: World) -> None:
+    """Made and removed by the owner; its id names the same job."""
+    world.ok(ALICE, GROUP + "CreatePlacementGroup", group(ALICES))
+    world.no(BOB, GROUP + "CreatePlacementGroup", group(ALICES))
+    world.no(BOB, GROUP + "CreatePlacementGroup", group(BOBS, ALICES))
+    remove = pb.RemovePlacementGroupRequest(
+        placement_group_id=bytes(14) + job_id(ALICES)
+    )
+    world.no(BOB, GROUP + "RemovePlacementGroup", remove)
+    world.ok(ALICE, GROUP + "RemovePlacementGroup", remove)
+
+
+# -- nodes --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("uri", "claim", "says"),
+    [
+        ("spiffe://prod/node/ghost/raylet", {}, "is not in the inventory"),
+        ("spiffe://prod/node/bad/raylet", {"address": "10.0.0.3"}, "is quarantined"),
+        (N1, {"address": "10.0.0.9"}, "claims address"),
+        (N1, {"address": ""}, "claims address"),
+        (N1, {"address": "10.0.0.2 "}, "claims address"),
+        (N1, {"head": True}, "claims to be the head"),
+        (N1, {"resources": {"CPU": 5.0}}, "claims 5 of CPU"),
+        (N1, {"resources": {"GPU": 1.0}}, "claims 1 of GPU"),
+        (N1, {"resources": {"CPU": float("nan")}}, "claims nan of CPU"),
+        (N1, {"resources": {"CPU": float("inf")}}, "claims inf of CPU"),
+        (N1, {"resources": {"CPU": -1.0}}, "claims -1 of CPU"),
+        (N1, {"resources": {"sandbox:off": 1.0}}, "of sandbox:off"),
+        (N1, {"resources": {"node:10.0.0.1": 1.0}}, "of node:10.0.0.1"),
+        (N1, {"resources": {"node:__internal_head__": 1.0}}, "__internal_head__"),
+        (N1, {"resources": {"node:10.0.0.2": 9.0}}, "of node:10.0.0.2"),
+        (N1, {"labels": {"zone": "b"}}, "claims label zone=b"),
+        (N1, {"labels": {"trusted": "yes"}}, "claims label"),
+    ],
+)
+def test_node_joins_as_its_entry_says_or_not_at_all(
+    uri: str, claim: dict[str, Any], says: str
+) -> None:
+    """Each refusal is an alert; the same node with an honest claim joins."""
+    world = World()
+    said = world.no(uri, NODE + "RegisterNode", register(node_id=b"\5" * 28, **claim))
+    assert says in said.why
+    assert said.alert
+    honest = register(
+        node_id=b"\6" * 28, address="10.1.77.3", labels={"zone": "a", "ray.io/x": "y"},
+        resources={"CPU": 4.0, "node:10.1.77.3": 1.0, "memory": 1e9},
+    )  # fmt: skip
+    world.ok(N1, NODE + "RegisterNode", honest)
+
+
+def test_observing_lets_an_unlisted_node_in_and_alerts() -> None:
+    """`observe` records and alerts; a quarantined node is refused nonetheless."""
+    world = World(admission="observe")
+    ghost = "spiffe://prod/node/ghost/raylet"
+    said = world.ok(ghost, NODE + "RegisterNode", register(node_id=b"\5" * 28))
+    assert said.alert
+    assert "is not in the inventory" in said.note
+    bad = "spiffe://prod/node/bad/raylet"
+    said = world.no(
+        bad, NODE + "RegisterNode", register(node_id=b"\6" * 28, address="10.0.0.3")
+    )
+    assert "is quarantined" in said.why
+    honest = world.ok(N1, NODE + "RegisterNode", register())
+    assert not honest.alert
+
+
+def test_node_speaks_for_itself_alone(world: World) -> None:
+    """Not for another's node id: to join with, to leave with, to sync with."""
+    n2 = "spiffe://prod/node/n2/raylet"
+    leave = pb.UnregisterNodeRequest(node_id=NODE_ID)
+    assert world.no(n2, NODE + "UnregisterNode", leave).alert
+    said = world.access.decide(uri=n2, method=STREAM, body=b"", node_id=NODE_ID.hex())
+    assert not said.allowed
+    said = world.access.decide(uri=N1, method=STREAM, body=b"", node_id=NODE_ID.hex())
+    assert said.allowed
+    world.ok(N1, NODE + "UnregisterNode", leave)
+
+
+def test_job_is_added_by_its_drivers_node_once(world: World) -> None:
+    """A node can't register a job that nobody was given, nor another node's."""
+    message = pb.AddJobRequest()
+    message.data.job_id = job_id(77)
+    message.data.driver_address.node_id = NODE_ID
+    assert world.no(N1, JOB + "AddJob", message).alert
+    message.data.job_id = job_id(ALICES)
+    world.no(HEAD, JOB + "AddJob", message)
+    world.ok(N1, JOB + "AddJob", message, request_id="again")
+    end = pb.MarkJobFinishedRequest(job_id=job_id(ALICES))
+    world.no(HEAD, JOB + "MarkJobFinished", end)
+    world.ok(N1, JOB + "MarkJobFinished", end)
+
+
+# -- limits -------------------------------------------------------------------------
+
+
+def limited(**how: int) -> World:
+    """Return a world whose drivers have small limits."""
+    limit = {
+        "calls_per_s": 10, "calls_burst": 10, "read_bytes_per_s": 100_000,
+        "read_burst_bytes": 1_000_000, "write_bytes_per_s": 100_000,
+        "write_burst_bytes": 1_000_000, "in_flight": 2, "stored_bytes": 1_000_000,
+        **how,
+    }  # fmt: skip
+    return World(limits=Limits(roles={"driver": RoleLimit(**limit)}))
+
+
+def test_written_bytes_are_charged_and_refill() -> None:
+    """A burst, then the rate; refused for now, so that clients come back."""
+    world = limited(write_burst_bytes=300_000, in_flight=99)
+    big = put(b"k", bytes(250_000))
+    world.ok(ALICE, KV + "Put", big)
+    said = world.ask(ALICE, KV + "Put", big)
+    assert (said.allowed, said.retry) == (False, True)
+    world.ok(BOB, KV + "Put", put(b"b", bytes(250_000)))
+    world.now += 2.1
+    world.ok(ALICE, KV + "Put", big)
+
+
+def test_call_over_its_rate_waits_and_is_then_refused() -> None:
+    """Up to a second, which Ray's clients take as a slow answer; then come back."""
+    world = limited(calls_per_s=10, calls_burst=10)
+    waits = []
+    for _ in range(40):
+        said = world.ask(ALICE, KV + "Get", get(b"k"))
+        waits.append(said.wait_s)
+        if not said.allowed:
+            break
+    assert said.retry
+    assert waits[5] == 0
+    assert 0 < max(waits[:-1]) <= 1
+    assert len(waits) < 25
+    assert world.ok(BOB, KV + "Get", get(b"k")).wait_s == 0
+    world.now += 5
+    assert world.ok(ALICE, KV + "Get", get(b"k")).wait_s == 0
+
+
+def test_refusals_are_held_back_and_counted() -> None:
+    """A loop of calls that are refused for good is slowed down, and runs out."""
+    world = limited(calls_per_s=10, calls_burst=10)
+    said = world.no(BOB, ACTOR + "KillActorViaGcs", kill(ALICES))
+    assert said.wait_s > 0
+    for _ in range(40):
+        said = world.ask(BOB, ACTOR + "KillActorViaGcs", kill(ALICES))
+    assert said.retry
+
+
+def test_more_workers_do_not_mean_more_of_the_gcs() -> None:
+    """All workers of one driver share one account; another driver's do not."""
+    world = World(
+        limits=Limits(
+            roles={
+                "worker": RoleLimit(
+                    calls_per_s=10, calls_burst=20, read_bytes_per_s=1 << 20,
+                    read_burst_bytes=1 << 20, write_bytes_per_s=1 << 20,
+                    write_burst_bytes=1 << 20, in_flight=9, stored_bytes=1 << 20,
+                )
+            }
+        )
+    )  # fmt: skip
+    for index in range(60):
+        worker = f"spiffe://prod/worker/n1/w{index}"
+        said = world.ask(worker, KV + "Get", get(fun(ALICES), b"fun"))
+        said = world.ask(worker, KV + "Get", get(fun(ALICES), b"fun"))
+    assert said.retry
+    other = "spiffe://prod/worker/n1/other"
+    world.ok(other, KV + "Get", get(fun(BOBS), b"fun"))
+    assert world.ok(other, KV + "Get", get(fun(BOBS), b"fun")).wait_s == 0
+
+
+def test_request_over_the_burst_is_refused_for_good() -> None:
+    """No wait would help; the message names the limit."""
+    world = limited(write_burst_bytes=300_000)
+    said = world.no(ALICE, KV + "Put", put(b"k", bytes(300_001)))
+    assert "limit of 300000" in said.why
+
+
+def test_reads_cost_what_the_key_holds() -> None:
+    """Also when the caller gives up: it was charged before the GCS was asked."""
+    world = limited(read_burst_bytes=600_000, in_flight=99)
+    world.ok(ALICE, KV + "Put", put(b"k", bytes(400_000)))
+    world.ok(ALICE, KV + "Get", get(b"k"))
+    said = world.ask(ALICE, KV + "Get", get(b"k"))
+    assert said.retry
+
+
+def test_large_calls_in_flight_are_counted_until_they_end() -> None:
+    """The place is free when the log says so, or after two minutes unheard."""
+    world = limited(read_burst_bytes=1 << 30, read_bytes_per_s=1 << 30, in_flight=2)
+    world.ok(ALICE, KV + "Put", put(b"k", bytes(400_000)), request_id="w")
+    world.access.ended("w")
+    world.ok(ALICE, KV + "Get", get(b"k"), request_id="a")
+    world.ok(ALICE, KV + "Get", get(b"k"), request_id="b")
+    assert world.ask(ALICE, KV + "Get", get(b"k"), request_id="c").retry
+    world.access.ended("a")
+    world.ok(ALICE, KV + "Get", get(b"k"), request_id="c")
+    assert world.ask(ALICE, KV + "Get", get(b"k"), request_id="d").retry
+    world.now += 121
+    world.ok(ALICE, KV + "Get", get(b"k"), request_id="d")
+
+
+def test_stored_bytes_have_a_ceiling_that_deleting_frees() -> None:
+    """What stays in the GCS's memory is counted for who put it there."""
+    world = limited(stored_bytes=500_000, write_bytes_per_s=1 << 30)
+    world.ok(ALICE, KV + "Put", put(b"a", bytes(300_000)))
+    world.now += 10
+    said = world.no(ALICE, KV + "Put", put(b"b", bytes(300_000)))
+    assert "stored_bytes" in said.why
+    world.ok(ALICE, KV + "Put", put(b"a", bytes(400_000)))
+    world.ok(ALICE, KV + "Del", delete(b"a"))
+    world.ok(ALICE, KV + "Put", put(b"b", bytes(300_000)))
+
+
+def test_refused_write_leaves_nothing_behind() -> None:
+    """A write that was over a limit owns no key and stores no byte."""
+    world = limited(write_burst_bytes=300_000)
+    world.no(ALICE, KV + "Put", put(b"k", bytes(300_001)))
+    world.ok(BOB, KV + "Put", put(b"k"))
+
+
+# -- restart ------------------------------------------------------------------------
+
+
+def test_restarted_service_knows_what_it_knew(world: World) -> None:
+    """Owners of jobs, keys, namespaces, actors and nodes come back from the journal."""
+    world.ok(ALICE, KV + "Put", put(b"k"))
+    world.ok(ALICE, KV + "Put", put(b"gone"))
+    world.ok(ALICE, KV + "Del", delete(b"gone"))
+    world.ok(ALICE, ACTOR + "RegisterActor", actor(ALICES, "counter"))
+    world.ok(WORKER, KV + "Get", get(fun(ALICES), b"fun"))
+    facts = json.loads(json.dumps(world.journal))
+    world.access = world.new()
+    world.access.replay(facts)
+    world.no(BOB, KV + "Put", put(b"k"))
+    world.ok(BOB, KV + "Put", put(b"gone"))
+    world.no(BOB, ACTOR + "KillActorViaGcs", kill(ALICES))
+    world.ok(ALICE, ACTOR + "KillActorViaGcs", kill(ALICES))
+    world.no(WORKER, KV + "Get", get(fun(BOBS), b"fun"))
+    leave = pb.UnregisterNodeRequest(node_id=NODE_ID)
+    world.ok(N1, NODE + "UnregisterNode", leave)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(max_size=200))
+def test_object_in_the_log_is_text(name: str) -> None:
+    """Hostile names of actors and keys are kept as text of bounded length."""
+    world = _SHARED
+    said = world.ask(ALICE, KV + "Get", get(name.encode("utf-8", "replace") * 3))
+    assert len(said.object) < 500
+    said.object.encode()

@@ -1,0 +1,172 @@
+"""Parts of the guard's surroundings that need no guard: page, rules, throttle."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from importlib import resources
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from raysandbox.cluster import supervisor
+from raysandbox.cluster.metrics import Metrics
+from raysandbox.cluster.supervisor import AccessServer, Throttle
+
+
+def test_rules_ask_for_what_the_page_has() -> None:
+    """Every metric and label of the example rules is on the page."""
+    metrics = Metrics()
+    metrics.call("driver", False, 1)
+    page = metrics.page().decode()
+    text = resources.files("raysandbox.cluster").joinpath("alerts.yml").read_text()
+    rules = [r for group in yaml.safe_load(text)["groups"] for r in group["rules"]]
+    assert len(rules) >= 6
+    for rule in rules:
+        names = re.findall(r"\brsb_\w+", rule["expr"])
+        assert names
+        for name in names:
+            assert f"# TYPE {name} " in page, name
+        for label in re.findall(r"\{(\w+)", rule["expr"]):
+            assert f"{label}=" in page or label in ("alert", "event"), label
+
+
+def test_rules_name_alerts_that_exist() -> None:
+    """An alert that was renamed would never fire."""
+    text = resources.files("raysandbox.cluster").joinpath("alerts.yml").read_text()
+    source = resources.files("raysandbox.cluster").joinpath("supervisor.py").read_text()
+    for names in re.findall(r'alert=~?"([\w|]+)"', text):
+        for name in names.split("|"):
+            assert f'"{name}"' in source, name
+
+
+@given(st.text(max_size=30), st.booleans(), st.integers(0, 1 << 40))
+def test_labels_are_of_a_fixed_set(role: str, ok: bool, size: int) -> None:
+    """A role that a certificate made up is `other`, and breaks no line."""
+    metrics = Metrics()
+    metrics.call(role, ok, size)
+    for line in metrics.page().decode().splitlines():
+        assert line.startswith(("#", "rsb_"))
+
+
+def test_throttle_is_per_key_and_forgets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So many a minute for each key; endless keys share one."""
+    now = 0.0
+    monkeypatch.setattr(supervisor.time, "monotonic", lambda: now)
+    throttle = Throttle(2, keys=3)
+    assert [throttle.pass_("a") for _ in range(3)] == [True, True, False]
+    assert throttle.pass_("b")
+    passed = sum(throttle.pass_(f"new{n}") for n in range(100))
+    assert passed <= 4
+    now = 61.0
+    assert throttle.pass_("a")
+
+
+class _Transport:
+    def __init__(self) -> None:
+        self.written = b""
+        self.closed = False
+
+    def write(self, data: bytes) -> None:
+        self.written += data
+
+    def is_closing(self) -> bool:
+        return self.closed
+
+
+class _Worker:
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, dict[str, str], bytes]] = []
+        self.waiting: set[object] = set()
+
+    def answer(
+        self, path: str, headers: dict[str, str], body: bytes
+    ) -> tuple[int, str, float]:
+        self.asked.append((path, headers, body))
+        if body == b"bad":
+            return 403, "no\r\nset-cookie: x", 0.0
+        return 200, "", 0.05 if body == b"hmm" else 0.0
+
+    def may_wait(self, server: object) -> bool:
+        self.waiting.add(server)
+        return True
+
+
+def _serve(*chunks: bytes) -> tuple[_Worker, bytes]:
+    worker: Any = _Worker()
+    server, transport = AccessServer(worker), _Transport()
+    server.connection_made(transport)  # type: ignore[arg-type]
+    for chunk in chunks:
+        server.data_received(chunk)
+    return worker, transport.written
+
+
+ASK = b"POST /x HTTP/1.1\r\nx-rsb-uri: u\r\ncontent-length: 3\r\n\r\n"
+
+
+@given(st.lists(st.integers(0, 200), max_size=6))
+def test_questions_are_found_however_they_are_cut(cuts: list[int]) -> None:
+    """Three requests on one connection, cut anywhere: each is answered once."""
+    data = ASK + b"abc" + ASK + b"bad" + ASK + b"\r\n\r"
+    edges = sorted({0, *[min(c, len(data)) for c in cuts], len(data)})
+    worker, answers = _serve(*(data[a:b] for a, b in pairwise(edges)))
+    assert [body for _, _, body in worker.asked] == [b"abc", b"bad", b"\r\n\r"]
+    assert answers.count(b"HTTP/1.1 200") == 2
+    assert answers.count(b"HTTP/1.1 403") == 1
+
+
+def test_answer_that_waits_is_given_later_and_in_order() -> None:
+    """The next question on the connection is not answered before it."""
+
+    async def go() -> tuple[bytes, bytes]:
+        worker: Any = _Worker()
+        server, transport = AccessServer(worker), _Transport()
+        server.connection_made(transport)  # type: ignore[arg-type]
+        server.data_received(ASK + b"hmm" + ASK + b"bad")
+        at_once = transport.written
+        await asyncio.sleep(0.3)
+        assert not worker.waiting
+        return at_once, transport.written
+
+    at_once, later = asyncio.run(go())
+    assert at_once == b""
+    assert later.index(b" 200 ") < later.index(b" 403 ")
+
+
+def test_reason_can_not_split_the_answer() -> None:
+    """What a caller named is in the reason; it stays within the body."""
+    _, answer = _serve(ASK + b"bad")
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert b"set-cookie" not in head
+    length = re.search(rb"content-length: (\d+)", head)
+    assert length is not None
+    assert int(length[1]) == len(body)
+
+
+@settings(max_examples=200)
+@given(st.lists(st.binary(max_size=60), max_size=5))
+def test_any_bytes_are_no_answer_or_an_error(chunks: list[bytes]) -> None:
+    """No bytes make an answer of 200 that nobody decided.
+
+    asyncio closes the connection of a protocol that raises; Envoy then refuses.
+    """
+    worker: Any = _Worker()
+    server, transport = AccessServer(worker), _Transport()
+    server.connection_made(transport)  # type: ignore[arg-type]
+    try:
+        for chunk in chunks:
+            server.data_received(chunk)
+    except (ValueError, IndexError):
+        pass
+    assert transport.written.count(b"HTTP/1.1 200") <= len(worker.asked)
+
+
+def test_page_is_served_on_loopback() -> None:
+    """The page is Prometheus' text format."""
+    page = Metrics().page().decode()
+    assert 'rsb_alerts_total{alert="unexpected_node"} 0.0' in page
+    assert "rsb_audit_writable 1.0" in page
