@@ -79,6 +79,7 @@ __all__ = [
 ]
 
 CPU_PERIOD_US = 100_000
+_LEAST_QUOTA_US = 1000
 
 # Which controller a limit needs, by version.
 _CONTROLLER = {
@@ -586,12 +587,17 @@ class Cgroups:
             elif step.file == "cpu.cfs_quota_us" and error.errno == errno.EINVAL:
                 # A child's share may not exceed its parent's; then the parent's
                 # lower limit is what holds.
+                # Behind a node's wall that parent is out of sight, and there is no
+                # other reason: a quota of 1 ms and more is valid.
                 lower = _lower_parent_quota(step.base.path, int(step.value))
-                if lower is None:
+                if lower is None and int(step.value) < _LEAST_QUOTA_US:
                     raise _setup_error(
                         "cgroup_limit", error, f"{path}/{step.file} = {step.value!r}"
                     ) from None
-                report[step.limit] = Status("DEGRADED", lower)
+                report[step.limit] = Status(
+                    "DEGRADED",
+                    lower or "a group around this one allows less, and that holds",
+                )
             else:
                 raise _setup_error(
                     "cgroup_limit", error, f"{path}/{step.file} = {step.value!r}"
