@@ -7,6 +7,7 @@ to, and turns what comes back into what Ray stores.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -231,6 +232,9 @@ class JailExecutor(seams.Executor):
         """Raise the profile's walls around this process, then take the seals off."""
         boundaries = _boundaries(self._gate.node)
         log = EventLog(self._log_directory())
+        # Behind the walls no file of this directory can be opened.
+        with contextlib.suppress(OSError):
+            log.open()
         ports, loose = seams.ray_ports()
         about = {
             "node": self._worker.current_node_id.hex(),
