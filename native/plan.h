@@ -51,7 +51,7 @@ enum record_type {
     R_USER = 31,          /* u32 first host id, u32 count, str registry */
     R_LOG = 32,           /* u32 descriptor or 0, str path, str seen at; of
                              both, %w is the worker, %j its job and a dash, %p
-                             the pid, %t worker or io_worker */
+                             the pid, %t worker or io_worker, %k its type */
     R_CGROUP_BASE = 33,   /* u32 version, str directory, str seen at */
     R_CGROUP_LIMIT = 34,  /* str directory, str file, bytes value */
     R_PROGRAM = 35,       /* str interpreter, str worker script */

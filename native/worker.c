@@ -227,7 +227,12 @@ expand(const struct worker *worker, const char *pattern, char *out, size_t size)
             else if (*pattern == 't')
                 snprintf(text, sizeof text, "%s",
                          worker->type == NULL ? "worker" : "io_worker");
-            else
+            else if (*pattern == 'k') {
+                snprintf(text, sizeof text, "%s",
+                         worker->type == NULL ? "WORKER" : worker->type);
+                for (char *at = text; *at != '\0'; at++)
+                    *at = (char)(*at >= 'A' && *at <= 'Z' ? *at + 32 : '_');
+            } else
                 text[0] = '\0';
         }
         size_t length = strlen(text);

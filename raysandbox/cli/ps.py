@@ -301,6 +301,10 @@ def _print_event(event: dict[str, Any], as_json: bool) -> None:
         # ASCII only: json escapes everything else.
         print(json.dumps(event), flush=True)
         return
+    print(_event_line(event), flush=True)
+
+
+def _event_line(event: dict[str, Any]) -> str:
     when = datetime.fromtimestamp(event["time"]).astimezone()
     names = ", ".join(logs.task_names(event)[:3])
     parts = [
@@ -311,7 +315,7 @@ def _print_event(event: dict[str, Any], as_json: bool) -> None:
         shown(names or "-", 60),
         shown(logs.summary(event), 300),
     ]
-    print("  ".join(parts), flush=True)
+    return "  ".join(parts)
 
 
 # --- kill -------------------------------------------------------------------------

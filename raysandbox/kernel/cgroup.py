@@ -79,6 +79,7 @@ __all__ = [
 ]
 
 CPU_PERIOD_US = 100_000
+_LEAST_QUOTA_US = 1000
 
 # Which controller a limit needs, by version.
 _CONTROLLER = {
@@ -423,10 +424,12 @@ class Cgroups:
             if base not in bases:
                 bases.append(base)
 
-        # For their counters, limits or not.
-        for controller in ("memory", "pids", "cpuacct"):
-            if controller in self._by_controller:
-                use(self._by_controller[controller])
+        # For their counters, limits or not; and for what a base that was named to us
+        # may limit itself.
+        for controller in ("memory", "pids", "cpuacct", "cpu"):
+            named = self._by_controller.get(controller)
+            if named is not None and (controller != "cpu" or not named.owned):
+                use(named)
         for base in self._bases:
             if base.version == 2:
                 use(base)
@@ -584,12 +587,17 @@ class Cgroups:
             elif step.file == "cpu.cfs_quota_us" and error.errno == errno.EINVAL:
                 # A child's share may not exceed its parent's; then the parent's
                 # lower limit is what holds.
+                # Behind a node's wall that parent is out of sight, and there is no
+                # other reason: a quota of 1 ms and more is valid.
                 lower = _lower_parent_quota(step.base.path, int(step.value))
-                if lower is None:
+                if lower is None and int(step.value) < _LEAST_QUOTA_US:
                     raise _setup_error(
                         "cgroup_limit", error, f"{path}/{step.file} = {step.value!r}"
                     ) from None
-                report[step.limit] = Status("DEGRADED", lower)
+                report[step.limit] = Status(
+                    "DEGRADED",
+                    lower or "a group around this one allows less, and that holds",
+                )
             else:
                 raise _setup_error(
                     "cgroup_limit", error, f"{path}/{step.file} = {step.value!r}"

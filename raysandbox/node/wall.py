@@ -331,7 +331,7 @@ class _WorkerBuilder(plan.Builder):
         for stream, name in (
             (1, "%t-%w-%j%p.out"),
             (2, "%t-%w-%j%p.err"),
-            (0, "python-core-%t-%w_%p.log"),
+            (0, "python-core-%k-%w_%p.log"),
             (0, "events/event_CORE_WORKER_%p.log"),
             (0, "export_events/event_EXPORT_TASK_%p.log"),
         ):

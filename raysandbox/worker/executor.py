@@ -7,6 +7,7 @@ to, and turns what comes back into what Ray stores.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -233,6 +234,9 @@ class JailExecutor(seams.Executor):
         """Raise the profile's walls around this process, then take the seals off."""
         boundaries = _boundaries(self._gate.node)
         log = EventLog(self._log_directory())
+        # Behind the walls no file of this directory can be opened.
+        with contextlib.suppress(OSError):
+            log.open()
         ports, loose = seams.ray_ports()
         about = {
             "node": self._worker.current_node_id.hex(),
@@ -343,6 +347,8 @@ class JailExecutor(seams.Executor):
         try:
             return self._gate.profile(self._worker, task)
         except TaskRefused as error:
+            if self._refusal is not None:
+                raise  # written down when the worker first looked
             self._figures.policy_refused(error.limit)
             # A worker without jails has no pump that would do it.
             self._figures.flush()

@@ -92,15 +92,20 @@ class Node:
                 raise AssertionError(f"did not start: {said[-3000:]}")
             time.sleep(0.1)
 
-    def drive(self, code: str, *arguments: str) -> str:
-        """Run a driver's source on this node; a failure shows its output."""
+    def drive(self, code: str, options: str = "") -> str:
+        """Run a driver's source on this node; its output is in the error if it fails.
+
+        Args:
+            code: What it does once it is connected, as `options` do before.
+            options: Lines that set ``options``, more arguments of ray.init.
+        """
         first = (
-            "import os, sys, time, ray\n"
+            f"import os, sys, time, ray\noptions = {{}}\n{textwrap.dedent(options)}\n"
             f"ray.init(address={self.address!r}, logging_level='ERROR', "
-            "log_to_driver=False)\n"
+            "log_to_driver=False, **options)\n"
         )
         done = subprocess.run(
-            [sys.executable, "-c", first + textwrap.dedent(code), *arguments],
+            [sys.executable, "-c", first + textwrap.dedent(code)],
             env=self.environment,
             cwd="/",
             capture_output=True,
@@ -123,10 +128,7 @@ class Node:
             try:
                 command = Path(f"/proc/{entry}/cmdline").read_bytes().decode()
                 parent = int(
-                    Path(f"/proc/{entry}/stat")
-                    .read_text()
-                    .rpartition(")")[2]
-                    .split()[1]
+                    Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()[1]
                 )
             except (OSError, UnicodeDecodeError):
                 continue

@@ -108,7 +108,7 @@ def test_no_form_of_asking_gets_around_a_rule(node):
     """Actors, detached ones, placement groups and fractions meet the same rule."""
     found = node.drive(
         """
-        from ray.util.placement_group import placement_group
+        from ray.util.placement_group import placement_group, remove_placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         class Where:
@@ -117,7 +117,9 @@ def test_no_form_of_asking_gets_around_a_rule(node):
                 return context["profile"]
 
         def actor(tag, **options):
-            made = ray.remote(resources={f"sandbox:{tag}": 1}, max_restarts=0)(Where)
+            made = ray.remote(
+                resources={f"sandbox:{tag}": 1}, max_restarts=0, num_cpus=0
+            )(Where)
             def run():
                 held = made.options(**options).remote()
                 return ray.get(held.profile.remote(), timeout=60)
@@ -126,8 +128,10 @@ def test_no_form_of_asking_gets_around_a_rule(node):
         def grouped(tag):
             group = placement_group([{"CPU": 0.1, f"sandbox:{tag}": 1}])
             assert group.wait(60)
-            return ask(tag, num_cpus=0.1,
-                       scheduling_strategy=PlacementGroupSchedulingStrategy(group))
+            strategy = PlacementGroupSchedulingStrategy(group)
+            found = ask(tag, num_cpus=0.1, scheduling_strategy=strategy)
+            remove_placement_group(group)
+            return found
 
         def fraction(tag):
             task = where.options(resources={f"sandbox:{tag}": 0.001})
