@@ -31,6 +31,7 @@ def tag(profile: str = "strict", amount: float = 1) -> dict[str, float]:
         ProfileError: The name can't be a profile's, or the amount is not
             above 0: such a task would run without its tag.
     """
+    from raysandbox import client
     from raysandbox import profile as profiles
     from raysandbox.policy import TAG_PREFIX
 
@@ -42,6 +43,7 @@ def tag(profile: str = "strict", amount: float = 1) -> dict[str, float]:
         )
     if not amount > 0:
         raise ProfileError(source="<tag>", value=amount, reason="must be above 0")
+    client.install()
     return {f"{TAG_PREFIX}{profile}": amount}
 
 
@@ -71,8 +73,9 @@ def init(
     """
     import ray
 
-    from raysandbox import launch
+    from raysandbox import client, launch
 
+    client.install()
     launch.launcher_path()
     address = args[0] if args else options.get("address")
     is_local = address in (None, "local") and not os.environ.get("RAY_ADDRESS")

@@ -107,6 +107,12 @@ def _split_range() -> tuple[IdRange, IdRange]:
     return IdRange(first, launches), IdRange(first + launches, count // 4)
 
 
+def is_worker_id(number: int) -> bool:
+    """Say whether a host id is one that a single Ray worker has for itself."""
+    ids = _split_range()[1]
+    return ids.first <= number < ids.first + ids.count
+
+
 def worker_ids() -> tuple[IdRange, str]:
     """Return the host ids of Ray workers, and the file that says whose they are.
 

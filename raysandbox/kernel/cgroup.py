@@ -357,6 +357,27 @@ class Cgroups:
             return base
         return self._by_controller.get(v1)
 
+    def describe(self, group: Cgroup) -> dict[str, Any]:
+        """Return plain data from which `adopt` makes the group again elsewhere."""
+        return {
+            "name": group.name,
+            "bases": [
+                [base.version, base.path, sorted(base.controllers), base.owned]
+                for base in self._bases
+            ],
+            "dirs": [[self._bases.index(base), path] for base, path in group.dirs],
+        }
+
+    @classmethod
+    def adopt(cls, description: Mapping[str, Any]) -> Cgroup:
+        """Take over a group that another process made, to end and remove it."""
+        bases = [
+            Base(version, path, frozenset(controllers), owned)
+            for version, path, controllers, owned in description["bases"]
+        ]
+        dirs = [(bases[index], path) for index, path in description["dirs"]]
+        return Cgroup(cls(bases, []), description["name"], dirs, {})
+
     def support(self, limits: CgroupLimits) -> dict[str, Status]:
         """Say what would become of each limit, without making a group.
 
@@ -783,6 +804,21 @@ class Cgroup:
                 os.close(fd)
             raise _setup_error("cgroup_open", error, path) from None
         return fds
+
+    def move(self, pid: int) -> None:
+        """Bring a running process in with all its threads, at 10 to 20 ms each.
+
+        What it has allocated before stays charged to where it was.
+
+        Raises:
+            SetupError: The kernel refused (``cgroup_move``); it may be in some
+                hierarchies and not in others then.
+        """
+        for _, path in self.dirs:
+            try:
+                write(f"{path}/cgroup.procs", str(pid).encode())
+            except OSError as error:
+                raise _setup_error("cgroup_move", error, path) from None
 
     def dir_fd(self) -> int | None:
         """Open the version 2 directory for ``CLONE_INTO_CGROUP``.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import itertools
 import platform
 import struct
 import sys
@@ -72,12 +73,16 @@ class Filter:
 
 @dataclass(frozen=True, slots=True)
 class _Condition:
-    """One argument that must have one of ``values`` under ``mask``."""
+    """One argument that must have one of ``values`` under ``mask``.
+
+    ``also`` are others that must hold at the same time.
+    """
 
     call: str
     arg: int
     mask: int
     values: Mapping[str, int]
+    also: tuple[_Condition, ...] = ()
 
 
 # --- the table ------------------------------------------------------------------
@@ -94,14 +99,26 @@ def _calls(group: str) -> list[str]:
 
 
 def _conditions(group: str) -> list[_Condition]:
-    found = []
-    for entry in _table()["groups"][group].get("when", ()):
-        if "without" in entry:
-            mask, values = entry["without"], {"none": 0}
-        else:
-            mask, values = entry.get("mask", _INT), entry["values"]
-        found.append(_Condition(entry["call"], entry["arg"], mask, values))
-    return found
+    return [_condition(entry) for entry in _table()["groups"][group].get("when", ())]
+
+
+def _condition(entry: Mapping[str, Any]) -> _Condition:
+    if "without" in entry:
+        mask, values = entry["without"], {"none": 0}
+    else:
+        mask, values = entry.get("mask", _INT), entry["values"]
+    others = ({**other, "call": entry["call"]} for other in entry.get("and", ()))
+    also = tuple(_condition(other) for other in others)
+    return _Condition(entry["call"], entry["arg"], mask, values, also)
+
+
+def _rules(condition: _Condition) -> Iterable[tuple[tuple[int, int, int], ...]]:
+    """Every combination of values that is allowed: argument, mask, value."""
+    choices = [
+        [(each.arg, each.mask, value) for value in each.values.values()]
+        for each in (condition, *condition.also)
+    ]
+    return itertools.product(*choices)
 
 
 def problems(syscalls: Syscalls) -> list[tuple[str, object, str]]:
@@ -274,20 +291,15 @@ def _allow(
         for condition in _conditions(group):
             if condition.call in left_out or condition.call in whole:
                 continue
-            for value in condition.values.values():
-                rule = (condition.call, condition.arg, condition.mask, value)
-                if rule in seen:
+            for rule in _rules(condition):
+                if (condition.call, rule) in seen:
                     continue
-                seen.add(rule)
-                _add(
-                    library,
-                    made,
-                    library.ALLOW,
-                    condition.call,
-                    library.Arg(
-                        condition.arg, library.MASKED_EQ, condition.mask, value
-                    ),
-                )
+                seen.add((condition.call, rule))
+                arguments = [
+                    library.Arg(arg, library.MASKED_EQ, mask, value)
+                    for arg, mask, value in rule
+                ]
+                _add(library, made, library.ALLOW, condition.call, *arguments)
 
 
 def _new(library: Any, default: int) -> Any:

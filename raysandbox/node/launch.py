@@ -90,6 +90,7 @@ class Launcher:
                 replace=sockets.mounts() if sockets else {},
                 sockets={store_proxy.BIND: sockets.bind_socket} if sockets else {},
                 shared={shared: shared},
+                raylet_ports=_raylet_ports(process),
             ),
             session,
             probe(),
@@ -194,6 +195,16 @@ def uninstall() -> None:
     """Start workers as Ray does again."""
     while _installed:
         seams.remove(_installed.pop())
+
+
+def _raylet_ports(process: seams.Process) -> dict[str, str]:
+    names = ("min_worker_port", "max_worker_port", "worker_port_list")
+    return {
+        name: item.partition("=")[2]
+        for item in process.command
+        for name in (*names, "node_manager_port")
+        if item.startswith(f"--{name}=")
+    }
 
 
 def _session(process: seams.Process) -> wall.Session:

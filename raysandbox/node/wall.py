@@ -28,6 +28,7 @@ worker sees, such as a proxy for plasma's socket, give it in `Wall.replace`.
 
 from __future__ import annotations
 
+import json
 import os
 import pwd
 import resource
@@ -105,6 +106,8 @@ class Wall:
         replace: Path that the worker sees to path on the host.
         sockets: The same, for sockets besides Ray's two.
         shared: The same, for directories that all workers write to.
+        raylet_ports: Raylet's arguments about ports, for profiles with
+            ``boundary = "worker"``: the worker can't see raylet's command.
     """
 
     node: policies.Node
@@ -114,6 +117,7 @@ class Wall:
     replace: Mapping[str, str] = field(default_factory=dict)
     sockets: Mapping[str, str] = field(default_factory=dict)
     shared: Mapping[str, str] = field(default_factory=dict)
+    raylet_ports: Mapping[str, str] = field(default_factory=dict)
 
 
 def compile(  # noqa: A001 - wall.compile, as plan.compile
@@ -462,6 +466,7 @@ class _WorkerBuilder(plan.Builder):
             for name, value in os.environ.items()
             if name.startswith("RAYSANDBOX_") and name not in _OWN
         }
+        variables["RAYSANDBOX_RAYLET_PORTS"] = json.dumps(dict(self.wall.raylet_ports))
         self.add(
             plan.Record.FILE,
             plan.u32(0o444) + plan.text(SEALED) + self.wall.node.seal(variables),

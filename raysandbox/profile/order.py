@@ -48,7 +48,7 @@ _ORDER: Mapping[str, str | tuple[object, ...]] = {
     "filesystem.scratch_inodes": "less",
     "landlock.enabled": "on",
     "landlock.min_abi": "more",
-    "network.mode": ("none",),
+    "network.mode": ("none", "ray"),
     "syscalls.groups": "fewer",
     "syscalls.allow": "fewer",
     "syscalls.deny": "superset",

@@ -422,10 +422,19 @@ class Landlock(_Section):
 
 
 class Network(_Section):
-    """What a jail can reach."""
+    """What a jail, or a worker that is its own boundary, can reach."""
+
+    weak: ClassVar[Mapping[str, tuple[object, ...]]] = {
+        "mode": ("ray",),
+        "required": (False,),
+    }
 
     mode: Annotated[
-        Literal["none"], Field(description="none: no interface, no IP sockets.")
+        Literal["none", "ray"],
+        Field(
+            description="none: no interface, no IP sockets. ray: TCP to the ports "
+            'of this Ray cluster, for boundary = "worker" alone.'
+        ),
     ] = "none"
     required: Required = True
 
@@ -550,9 +559,16 @@ class Limits(_Section):
         OptionalRate, Field(alias="io_write", description="For each disk of the host.")
     ] = None
     output_bytes: Annotated[
-        Size,
-        _at_least(4096, "4KiB"),
-        Field(alias="output", description="stdout and stderr together."),
+        Annotated[Size, _at_least(4096, "4KiB")] | None,
+        BeforeValidator(_or_unlimited),
+        WithJsonSchema(
+            {"anyOf": [{"type": "string", "pattern": SIZE_PATTERN}, _UNLIMITED]}
+        ),
+        Field(
+            alias="output",
+            description="stdout and stderr together; unlimited with "
+            'boundary = "worker" alone.',
+        ),
     ] = 16 << 20
     required: Required = True
 
@@ -734,7 +750,39 @@ class Profile(_Section):
             raise ValueError(
                 "filesystem.scratch must not exceed limits.memory, which it counts in"
             )
+        inside = self.boundary == "worker"
+        # What only one kind of boundary can keep is an error with the other: a
+        # key that is silently ignored would be a promise that nobody keeps.
+        wrong = [f"{key} = {shown}" for key, shown in self._out_of_place(inside)]
+        if wrong and inside:
+            raise ValueError(
+                "boundary = \"worker\" runs the task in Ray's own process and can't "
+                f"keep {', '.join(wrong)}: give "
+                'network.mode = "ray", results.mode = "pickle", and "unlimited" for '
+                "limits.wall_time, limits.cpu_time and limits.output"
+            )
+        if wrong:
+            raise ValueError(f'{", ".join(wrong)}: only with boundary = "worker"')
         return self
+
+    def _out_of_place(self, inside: bool) -> list[tuple[str, str]]:
+        limits = self.limits
+        if not inside:
+            found = [("network.mode", '"ray"')] if self.network.mode == "ray" else []
+            if limits.output_bytes is None:
+                found.append(("limits.output", '"unlimited"'))
+            return found
+        return [
+            (key, f'"{value}"')
+            for key, value, fits in (
+                ("network.mode", self.network.mode, self.network.mode == "ray"),
+                ("results.mode", self.results.mode, self.results.mode == "pickle"),
+                ("limits.wall_time", limits.wall_time_s, limits.wall_time_s is None),
+                ("limits.cpu_time", limits.cpu_time_s, limits.cpu_time_s is None),
+                ("limits.output", limits.output_bytes, limits.output_bytes is None),
+            )
+            if not fits
+        ]
 
     @property
     def digest(self) -> str:

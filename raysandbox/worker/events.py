@@ -27,3 +27,7 @@ class EventLog:
             os.write(self._fd, json.dumps(line, default=str).encode() + b"\n")
         except OSError:
             return
+
+    def close(self) -> None:
+        """Let go of the file; nothing more is appended."""
+        os.close(self._fd)

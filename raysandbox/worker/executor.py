@@ -7,6 +7,7 @@ to, and turns what comes back into what Ray stores.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import threading
@@ -15,10 +16,11 @@ from typing import Any, NoReturn
 
 import ray
 
-from raysandbox import datacodec, policy, wire
+from raysandbox import client, datacodec, plan, policy, wire
 from raysandbox import profile as profiles
 from raysandbox.errors import (
     JailProtocolError,
+    ProfileError,
     RaysandboxError,
     TaskKilled,
     TaskQuotaExceeded,
@@ -29,7 +31,7 @@ from raysandbox.jail import runner
 from raysandbox.kernel import cgroup
 from raysandbox.node import store_proxy
 from raysandbox.sealed import SealedError
-from raysandbox.worker import hints, quota, seams, store
+from raysandbox.worker import hints, inside, quota, seams, store
 from raysandbox.worker.events import EventLog
 from raysandbox.worker.gate import Gate
 from raysandbox.worker.output import Pump
@@ -65,6 +67,14 @@ class JailExecutor(seams.Executor):
         self._job_jail: tuple[str, Pool, Jail] | None = None
         self._actor: tuple[Pool, Jail] | None = None
         self._actor_end = ""
+        # A worker serves jails or one profile of its own, for life.
+        self._serves_jails = False
+        self._inside: profiles.Profile | None = None
+        # Names of resources that were looked at: their tag is the right one.
+        self._checked: set[tuple[str, ...]] = set()
+        # Leaves after its task: nothing but luck keeps others from coming.
+        self._leaves = False
+        self._refusal: RaysandboxError | None = None
         self._lock = threading.RLock()
         self._quotas = quota.Quotas(
             quota.directory(seams.session_dir()),
@@ -86,8 +96,7 @@ class JailExecutor(seams.Executor):
             self._bind()
             name = str(self._worker.current_task_name)
             profile = self._profile(name)
-            if profile.boundary == "worker":
-                raise self._unsupported(profile, name, 'boundary = "worker"')
+            self._begin_jail(profile)
             layout, parts = self._arguments(profile, name, args, kwargs)
             pool = self._pool(profile)
             jail, keep = self._jail_for(pool)
@@ -132,8 +141,7 @@ class JailExecutor(seams.Executor):
     ) -> None:
         profile = self._profile(name)
         core = self._worker.core_worker
-        if profile.boundary == "worker":
-            raise self._unsupported(profile, name, 'boundary = "worker"')
+        self._begin_jail(profile)
         if core.current_actor_is_asyncio():
             raise self._unsupported(profile, name, "an actor with async methods")
         if core.current_actor_max_concurrency() > 1:
@@ -174,6 +182,116 @@ class JailExecutor(seams.Executor):
         """Ray has the answer: a jail for one task ends here."""
         with self._lock:
             self._settle()
+
+    # -- boundary = "worker" ------------------------------------------------------
+
+    def opens(self) -> bool:
+        """See :class:`seams.Executor`; runs before anything of a task is opened."""
+        with self._lock:
+            self._refusal = None
+            try:
+                profile = self._profile(str(self._worker.current_task_name))
+                if profile.boundary != "worker":
+                    return False
+                if self._serves_jails:
+                    self._leave(profile.name, "it has served tasks in jails")
+                self._enter(profile)
+            except inside.NotRestrictedError as error:
+                seams.leave(str(error))
+            except RaysandboxError as error:
+                # For the task's owner: the call itself raises it.
+                self._refusal = error
+                return False
+            return True
+
+    def _enter(self, profile: profiles.Profile) -> None:
+        """Raise the profile's walls around this process, then take the seals off."""
+        self._bind(inside=profile)
+        boundaries = _boundaries(self._gate.node)
+        log = EventLog(self._log_directory())
+        ports, loose = seams.ray_ports()
+        about = {
+            "node": self._worker.current_node_id.hex(),
+            "worker": self._worker.worker_id.hex(),
+            "job": self._worker.current_job_id.hex(),
+            "pid": os.getpid(),
+        }
+        entered = inside.enter(
+            profile,
+            inside.Worker(
+                launched=self._gate.launched,
+                python_path=[path for path in self._trusted if path],
+                working_dirs=self._user_directories(),
+                variables=self._variables(),
+                ports=ports,
+                loose_ports=loose,
+                ray_log_dir=seams.session_log_dir(),
+                event_dir=self._log_directory(),
+                event=about,
+            ),
+        )
+        self._inside = profile
+        marker = client.marker_of(self._worker.runtime_env)
+        self._leaves = marker != profile.name and self._worker.actor_id.is_nil()
+        client.remember({**boundaries, profile.name: True})
+        log.write(
+            "worker_entered",
+            **about,
+            profile=profile.name,
+            threads=entered.threads,
+            took_s=round(entered.took_s, 4),
+            leaves_after_task=self._leaves,
+            protections=_shown(entered.protections),
+        )
+        log.close()
+        seams.unseal()
+        # The job's own set-up, which the walls had to come before.
+        problem = seams.run_setup_hook(self._worker.runtime_env)
+        if problem:
+            seams.leave(problem)
+
+    def guarded(self, info: Any) -> Any:
+        """See :class:`seams.Executor`."""
+        served, original = self._inside, info.function
+        if served is None or not self._worker.actor_id.is_nil():
+            return info
+
+        @functools.wraps(original)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self._check_inside(served)
+            return original(*args, **kwargs)
+
+        return seams.with_function(info, run, 1 if self._leaves else info.max_calls)
+
+    def _check_inside(self, served: profiles.Profile) -> None:
+        """Serve no other profile's task, even if raylet should send one."""
+        resources = self._worker.core_worker.resource_ids()
+        key = tuple(resources)
+        if key in self._checked:
+            return
+        if self._gate.node is None:
+            # Profiles can't be read any more; the tag alone decides here.
+            asked = policy.tag_of(resources)
+        else:
+            asked = self._profile(str(self._worker.current_task_name)).name
+        if asked != served.name:
+            self._leave(str(asked), f"it serves {served.name!r} for life")
+        self._checked.add(key)
+
+    def _begin_jail(self, profile: profiles.Profile) -> None:
+        if profile.boundary == "worker":
+            if self._refusal is not None:
+                raise self._refusal
+            self._leave(profile.name, "it has served tasks in jails")
+        self._serves_jails = True
+
+    def _leave(self, asked: str, why: str) -> NoReturn:
+        """End this worker: the task is tried again in one that may serve it."""
+        seams.leave(
+            f"raysandbox: a task of profile {asked!r} came to a worker that "
+            f"can't serve it: {why}. It is tried again elsewhere, which counts as a "
+            "retry; `import raysandbox` where tasks are submitted avoids it"
+        )
 
     # -- profiles, pools and jails ----------------------------------------------
 
@@ -274,21 +392,17 @@ class JailExecutor(seams.Executor):
             output_bytes=jail.output_bytes,
             denied=jail.denials,
             denied_count=jail.notify.count if jail.notify is not None else 0,
-            protections={
-                wall.name: wall.state.value
-                if not wall.reason
-                else f"{wall.state.value}: {wall.reason}"
-                for wall in pool.protections
-            },
+            protections=_shown(pool.protections),
         )
+
+    def _log_directory(self) -> str:
+        chosen = self._gate.policy
+        directory = chosen.audit.directory if chosen is not None else "session"
+        return seams.session_log_dir() if directory == "session" else directory
 
     def _log(self, event: str, **fields: Any) -> None:
         if self._events is None:
-            chosen = self._gate.policy
-            directory = chosen.audit.directory if chosen is not None else "session"
-            if directory == "session":
-                directory = seams.session_log_dir()
-            self._events = EventLog(directory)
+            self._events = EventLog(self._log_directory())
         self._events.write(
             event,
             node=self._worker.current_node_id.hex(),
@@ -691,6 +805,28 @@ def _sizes(frame: wire.Frame) -> list[int]:
         sum(next(parts).nbytes for _ in range(count))
         for _, _, _, count in runner.ENTRY.iter_unpack(frame.parts[0])
     ]
+
+
+def _shown(protections: Sequence[plan.Protection]) -> dict[str, str]:
+    return {
+        wall.name: wall.state.value
+        if not wall.reason
+        else f"{wall.state.value}: {wall.reason}"
+        for wall in protections
+    }
+
+
+def _boundaries(node: policy.Node | None) -> dict[str, bool]:
+    """Say of each profile whether it is a worker's own boundary."""
+    if node is not None:
+        return {name: it.boundary == "worker" for name, it in node.profiles.items()}
+    found = {}
+    for name in profiles.names():
+        try:
+            found[name] = profiles.load(name).boundary == "worker"
+        except ProfileError:
+            continue  # whoever asks for it is told
+    return found
 
 
 def _no_split() -> NoReturn:

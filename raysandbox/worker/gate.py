@@ -54,11 +54,13 @@ class Gate:
     Attributes:
         node: What decides, or None where the node has no policy.
         problem: Why no task may run, or None.
+        launched: The node's launcher started this worker.
     """
 
     def __init__(self) -> None:
         self.node: policies.Node | None = None
         self.problem: ProfileError | None = None
+        self.launched = False
         self._profiles: dict[tuple[str, frozenset[str]], profiles.Profile] = {}
         self._requests: dict[str, policies.Request] = {}
         self._runtime_env_seen = ""
@@ -70,6 +72,7 @@ class Gate:
     def _load(self) -> None:
         if os.path.lexists(SEALED):
             self.node, variables = _read_sealed()
+            self.launched = True
             _restore(variables)
             return
         _restore(_raylet_variables())

@@ -37,11 +37,13 @@ def worker_hook() -> None:
 
 
 def _install() -> None:
+    from raysandbox import client
     from raysandbox.worker import seams
     from raysandbox.worker.executor import JailExecutor
     from raysandbox.worker.gate import Gate
 
     trusted = seams.TrustedPath.of_worker(sys.path)
+    client.install()
     # The gate first: it takes out of the environment what a client put there.
     seams.install(JailExecutor(trusted, Gate()))
     sys.path = trusted

@@ -340,7 +340,8 @@ class Pool:
         if slot.output is not None and (slot.group is None or slot.group.reset()):
             return
         if slot.output is None:
-            limit = self.profile.limits.output_bytes
+            # A jail's profile always has one.
+            limit = self.profile.limits.output_bytes or 0
             slot.output = output = Output(limit, (sys.stdout, sys.stderr))
             for fd in output.read_fds:
                 self._pump.add(fd, functools.partial(output.drain, fd))

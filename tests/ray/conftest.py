@@ -53,10 +53,30 @@ PROFILES = {
         max_job_objects = 4
         max_job_arguments = "1MiB"
         """,
+    "tight": """
+        extends = "trusted"
+        [object_store]
+        max_put = "25MiB"
+        """,
     "lethal": """
         extends = "standard"
         [syscalls]
         action = "kill"
+        """,
+    "inside": """
+        extends = "trusted"
+        why = "as trusted, with less room"
+        filesystem.scratch = "64MiB"
+        filesystem.why = "as trusted"
+        [limits]
+        memory = "512MiB"
+        pids = 200
+        """,
+    "demanding": """
+        extends = "trusted"
+        why = "more than a running worker can give"
+        [namespaces]
+        required = true
         """,
     "broken": """
         extends = "standard"
@@ -79,6 +99,29 @@ def profile_dir() -> Iterator[Path]:
     shutil.rmtree(directory)
 
 
+def _start(temporary: str, **options: bool) -> None:
+    raysandbox.init(
+        num_cpus=2,
+        include_dashboard=False,
+        _temp_dir=temporary,
+        log_to_driver=True,
+        logging_level="ERROR",
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def hook_alone(cluster: str) -> Iterator[None]:
+    """A cluster without the launcher, for one module in between."""
+    del cluster
+    ray.shutdown()
+    temporary = tempfile.mkdtemp(prefix="rsx-ray-", dir="/tmp")
+    _start(temporary, wall=False)
+    yield
+    ray.shutdown()
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
 @pytest.fixture(scope="session")
 def cluster(profile_dir: Path) -> Iterator[str]:
     """A local Ray whose workers are in the sandbox; what it warned of."""
@@ -88,13 +131,7 @@ def cluster(profile_dir: Path) -> Iterator[str]:
     temporary = tempfile.mkdtemp(prefix="rsx-ray-", dir="/tmp")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        raysandbox.init(
-            num_cpus=2,
-            include_dashboard=False,
-            _temp_dir=temporary,
-            log_to_driver=True,
-            logging_level="ERROR",
-        )
+        _start(temporary)
     yield " ".join(str(each.message) for each in caught)
     ray.shutdown()
     patch.undo()
@@ -113,5 +150,8 @@ def by_value(request: pytest.FixtureRequest) -> None:
     if request.module.__name__.endswith("test_sealed"):
         return  # drivers of its own
     request.getfixturevalue("cluster")
+    if not ray.is_initialized():
+        # A module with a cluster of its own came before.
+        _start(tempfile.mkdtemp(prefix="rsx-ray-", dir="/tmp"))
     module = sys.modules[request.module.__name__]
     ray.cloudpickle.register_pickle_by_value(module)
