@@ -128,7 +128,10 @@ class Node:
             try:
                 command = Path(f"/proc/{entry}/cmdline").read_bytes().decode()
                 parent = int(
-                    Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()[1]
+                    Path(f"/proc/{entry}/stat")
+                    .read_text()
+                    .rpartition(")")[2]
+                    .split()[1]
                 )
             except (OSError, UnicodeDecodeError):
                 continue

@@ -294,7 +294,8 @@ print(json.dumps(ray.get(ray.remote(hunt).options(
 
 def test_no_secret_in_a_jail(node):
     """Not by path, environment, /proc, descriptor or memory; what we look for itself
-    may be in memory, and nowhere twice as often as that."""
+    may be in memory, and nowhere twice as often as that.
+    """
     found, names, links = json.loads(node.drive(SECRETS).splitlines()[-1])
     assert not [place for place in found if not place.startswith("memory")]
     # The needle and its copy in a read buffer: all in the task's own heap.
@@ -391,7 +392,9 @@ def test_killed_driver_and_worker_leave_nothing(node):
     driver.wait()
     _wait("the driver's worker is gone", lambda: not _groups_of(workers[1:]))
     assert node.raylet == raylet
-    assert "7" in node.drive("print(ray.get(ray.remote(lambda: 7).remote(), timeout=40))")
+    assert "7" in node.drive(
+        "print(ray.get(ray.remote(lambda: 7).remote(), timeout=40))"
+    )
 
 
 def test_killed_raylet_leaves_nothing():
