@@ -1,4 +1,4 @@
-"""`raysandbox cluster …` and `raysandbox start`."""
+"""`raysandbox cluster …`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from raysandbox.cluster.errors import ClusterError
 from raysandbox.cluster.settings import ClusterDir
 from raysandbox.errors import RaysandboxError
 
-__all__ = ["app", "start_app"]
+__all__ = ["app"]
 
 app = typer.Typer(
     help="A hardened cluster: identities, guard, nodes.", no_args_is_help=True
@@ -178,9 +178,9 @@ def up(
         print(f"starting {member.role}/{member.name} …", file=sys.stderr, flush=True)
         directory.run.mkdir(mode=0o700, exist_ok=True)
         with _output_to(directory.run / "start.log"):
-            from raysandbox.cluster.start import start as run
+            from raysandbox.node.start import start as run
 
-            run(directory, [*first, *(arguments or [])])
+            run([*first, *(arguments or [])], cluster=directory)
     except RaysandboxError as error:
         fail(error)
     told = {
@@ -310,20 +310,4 @@ def reload(cluster: Dir) -> None:
         if not take_up(opened(cluster)):
             print("nothing runs here")
     except ClusterError as error:
-        fail(error)
-
-
-start_app = typer.Typer()
-
-
-@start_app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
-)
-def start(context: typer.Context, cluster: Dir) -> None:
-    """Start a hardened node: takes every argument of `ray start`."""
-    from raysandbox.cluster.start import start as run
-
-    try:
-        run(opened(cluster), context.args)
-    except RaysandboxError as error:
         fail(error)

@@ -28,7 +28,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -343,13 +343,19 @@ def write_wrapper(cluster: ClusterDir, program: str = "") -> Path:
     return path
 
 
-def start(cluster: ClusterDir, argv: Sequence[str], program: str = "") -> None:
+def start(
+    cluster: ClusterDir,
+    argv: Sequence[str],
+    program: str = "",
+    after: Callable[[], None] = lambda: None,
+) -> None:
     """Run `ray start` hardened.
 
     Args:
         cluster: Of which cluster.
         argv: The arguments of `ray start`.
         program: See `write_wrapper`.
+        after: Called when our own rewriter is in place: to add others.
 
     Raises:
         ClusterError: Nothing runs: what was started has been ended again.
@@ -374,6 +380,7 @@ def start(cluster: ClusterDir, argv: Sequence[str], program: str = "") -> None:
     os.environ["RAY_START_HOOK"] = f"{__name__}.hook"
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     seams.install(_Rewrite(cluster, str(cluster.run / "worker")))
+    after()
     durable = bool(
         os.environ.get("RAY_REDIS_ADDRESS") or os.environ.get("RAY_gcs_storage")  # noqa: SIM112 - Ray's name
     )
