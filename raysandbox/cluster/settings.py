@@ -126,7 +126,7 @@ def _default_limits() -> dict[Role, RoleLimit]:
         calls_burst=1000,
         read_bytes_per_s=8 * MIB,
         read_burst_bytes=64 * MIB,
-        write_bytes_per_s=256 << 10,
+        write_bytes_per_s=128 << 10,
         write_burst_bytes=24 * MIB,
         in_flight=8,
         stored_bytes=64 * MIB,
