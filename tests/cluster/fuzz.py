@@ -69,6 +69,7 @@ class Gcs:
         self.access.jobs[JOB.hex()] = "driver/x"
         self.access.added[JOB.hex()] = self.access.job_node[JOB.hex()] = "node/x"
         self.access.nodes[NODE_ID.hex()] = "node/x"
+        self.access.workers[(b"w" * 28).hex()] = "spiffe://lab/driver/x/y"
 
     def why(self) -> str:
         """Return what it said when it ended."""
