@@ -158,6 +158,10 @@ def up(
         Optional[list[str]],  # noqa: UP045 - as above
         typer.Argument(help="further arguments of ray start, after --"),
     ] = None,
+    policy: Annotated[
+        str,
+        typer.Option(help="The node's policy; else RAYSANDBOX_POLICY or the site's."),
+    ] = "",
     as_json: Json = False,
 ) -> None:
     """Start this member: the head with its guard, or a node."""
@@ -178,9 +182,13 @@ def up(
         print(f"starting {member.role}/{member.name} …", file=sys.stderr, flush=True)
         directory.run.mkdir(mode=0o700, exist_ok=True)
         with _output_to(directory.run / "start.log"):
+            from raysandbox.cluster.start import speak
+
+            # The next import is Ray's too, which reads then who it is.
+            speak(directory)
             from raysandbox.node.start import start as run
 
-            run([*first, *(arguments or [])], cluster=directory)
+            run([*first, *(arguments or [])], policy=policy, cluster=directory)
     except RaysandboxError as error:
         fail(error)
     told = {

@@ -34,7 +34,6 @@ def start(
 ) -> None:
     """Start a node: takes every argument of `ray start`."""
     from raysandbox.cli import fail
-    from raysandbox.node.start import start as run
 
     opened = None
     if cluster is not None:
@@ -42,6 +41,13 @@ def start(
 
         opened = open_directory(cluster)
     try:
+        if opened is not None:
+            from raysandbox.cluster.start import speak
+
+            # The next import is Ray's too, which reads then who it is.
+            speak(opened)
+        from raysandbox.node.start import start as run
+
         run(context.args, policy=policy, cluster=opened)
     except RaysandboxError as error:
         fail(error)

@@ -61,7 +61,7 @@ JOB_BYTES = 4
 # What is known by name, and survives a restart.
 TABLES = (
     "jobs", "bound", "namespaces", "job_namespace", "job_node", "nodes", "actors",
-    "submissions", "added",
+    "submissions", "added", "workers",
 )  # fmt: skip
 # Resources that Ray can count: ten thousandths (ray/common/constants.h).
 LEAST, MOST = 0.0001, 1e12

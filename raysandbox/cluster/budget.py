@@ -80,13 +80,14 @@ class Account:
             OverBudgetError: Nothing was charged.
         """
         limit = self.limit
-        for what, size, most in (
-            ("request", writes, limit.write_burst_bytes),
-            ("read", reads, limit.read_burst_bytes),
+        for key, size, most in (
+            ("write_burst_bytes", writes, limit.write_burst_bytes),
+            ("read_burst_bytes", reads, limit.read_burst_bytes),
         ):
             if size > most:
                 raise OverBudgetError(
-                    f"a {what} of {size} bytes is over this role's limit of {most}",
+                    f"{size} bytes at once are over this role's {key} = {most} "
+                    "(cluster.toml, limits.roles)",
                     retry=False,
                 )
         large = reads + writes >= LARGE_BYTES

@@ -122,12 +122,12 @@ def _default_limits() -> dict[Role, RoleLimit]:
         stored_bytes=512 * MIB,
     )
     user = RoleLimit(
-        calls_per_s=200,
+        calls_per_s=100,
         calls_burst=1000,
         read_bytes_per_s=8 * MIB,
         read_burst_bytes=64 * MIB,
-        write_bytes_per_s=256 << 10,
-        write_burst_bytes=24 * MIB,
+        write_bytes_per_s=128 << 10,
+        write_burst_bytes=16 * MIB,
         in_flight=8,
         stored_bytes=64 * MIB,
     )
@@ -135,7 +135,7 @@ def _default_limits() -> dict[Role, RoleLimit]:
     return {
         "head": trusted,
         "node": trusted,
-        "worker": user.model_copy(update={"calls_per_s": 400, "calls_burst": 2000}),
+        "worker": user.model_copy(update={"calls_per_s": 200, "calls_burst": 2000}),
         "driver": user,
         "client": user,
         "operator": few.model_copy(update={"calls_per_s": 100}),

@@ -413,9 +413,11 @@ def test_up_lists_all_that_is_wrong_and_starts_nothing(tmp_path: Path) -> None:
     root = Registry(cluster).root()
     leaf = root.leaf(uri, ["10.1.2.3"], key.public_key(), -0.001)
     install(cluster, "raylet", key, pki.pem(leaf))
+    policy = str(tmp_path / "policy.toml")
+    assert _run("policy", "init", "--output", policy).exit_code == 0
     out = subprocess.run(
-        [sys.executable, "-m", "raysandbox", "cluster", "up", "--cluster",
-         str(cluster.path)],
+        [sys.executable, "-m", "raysandbox", "cluster", "up", "--policy", policy,
+         "--cluster", str(cluster.path)],
         capture_output=True, text=True,
     )  # fmt: skip
     assert out.returncode == 1
