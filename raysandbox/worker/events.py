@@ -21,12 +21,20 @@ class EventLog:
         self.path = os.path.join(directory, FILE_NAME)
         self._fd = -1
 
+    def open(self) -> None:
+        """Open the file now: for a process that soon can't.
+
+        Raises:
+            OSError: It can't be opened for appending.
+        """
+        if self._fd < 0:
+            self._fd = os.open(self.path, _FLAGS, 0o640)
+
     def write(self, event: str, **fields: Any) -> None:
         """Append one event; a full disk must not fail the task."""
         line = {"time": round(time.time(), 3), "event": event, **fields}
         try:
-            if self._fd < 0:
-                self._fd = os.open(self.path, _FLAGS, 0o640)
+            self.open()
             data = json.dumps(line, default=str).encode() + b"\n"
             os.write(self._fd, self._end_of_cut_line() + data)
         except OSError:
@@ -40,4 +48,6 @@ class EventLog:
 
     def close(self) -> None:
         """Let go of the file; nothing more is appended."""
-        os.close(self._fd)
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1

@@ -24,6 +24,7 @@ from raysandbox.errors import (
     JailProtocolError,
     ProfileError,
     RaysandboxError,
+    SetupError,
     TaskKilled,
     TaskQuotaExceeded,
     TaskRefused,
@@ -233,6 +234,12 @@ class JailExecutor(seams.Executor):
         """Raise the profile's walls around this process, then take the seals off."""
         boundaries = _boundaries(self._gate.node)
         log = EventLog(self._log_directory())
+        try:
+            log.open()
+        except OSError as error:
+            raise SetupError(
+                step="event_log", errno=error.errno or 0, detail=log.path
+            ) from error
         ports, loose = seams.ray_ports()
         about = {
             "node": self._worker.current_node_id.hex(),
