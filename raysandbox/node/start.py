@@ -118,4 +118,9 @@ def _local_policy() -> policies.Policy:
         description="a local cluster of the one who started it",
         offer=dict.fromkeys(offered, _LOCAL_TAGS),
         rules=(policies.Rule(name="everybody", profiles=tuple(offered), metadata={}),),
+        runtime_env=policies.RuntimeEnv(
+            pip="allow",
+            uv="allow",
+            why="What its installer runs here its owner could run here too.",
+        ),
     )
