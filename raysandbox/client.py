@@ -21,7 +21,10 @@ __all__ = ["MARKER", "install", "marker_of", "remember"]
 MARKER = "RAYSANDBOX_WORKER_PROFILE"
 # Profiles known by now: whether each is a worker's own boundary.
 _inside: dict[str, bool] = {}
+# What was worked out already: tag by resources' names, runtime environments.
+_tags: dict[tuple[str, ...], str] = {}
 _serialized: dict[tuple[str, str], tuple[Any, str]] = {}
+_MOST = 256
 
 
 def marker_of(runtime_env: str) -> str:
@@ -50,15 +53,22 @@ def _is_inside(name: str) -> bool:
 
 
 def _wanted(resources: Mapping[str, Any] | None) -> str:
-    from raysandbox import policy
-
+    """Return the profile to mark a task with, or ``""``; asked for each task."""
     if not resources:
         return ""
-    try:
-        name = policy.tag_of(resources)
-    except ProfileError:
-        return ""  # the worker says what is wrong with it
-    return name if name and _is_inside(name) else ""
+    key = tuple(resources)
+    found = _tags.get(key)
+    if found is None:
+        from raysandbox import policy
+
+        try:
+            found = policy.tag_of(resources) or ""
+        except ProfileError:
+            found = ""  # the worker says what is wrong with it
+        if len(_tags) > _MOST:
+            _tags.clear()
+        _tags[key] = found
+    return found if found and _is_inside(found) else ""
 
 
 def install() -> None:
@@ -113,16 +123,17 @@ def _own_marker() -> str:
 
 def _marked(runtime_env: Any, wanted: str) -> tuple[Any, str]:
     """Return a runtime environment with the marker, and as Ray serializes it."""
-    from ray._private.utils import get_runtime_env_info
-    from ray.runtime_env import RuntimeEnv
-
     plain = dict(runtime_env or {})
-    key = (json.dumps(plain, sort_keys=True, default=repr), wanted)
+    text = json.dumps(plain, sort_keys=True, default=repr) if plain else ""
+    key = (text, wanted)
     if key not in _serialized:
+        from ray._private.utils import get_runtime_env_info
+        from ray.runtime_env import RuntimeEnv
+
         variables = {**(plain.get("env_vars") or {}), MARKER: wanted}
         made = RuntimeEnv(**{**plain, "env_vars": variables})
         info = get_runtime_env_info(made, is_job_runtime_env=False, serialize=True)
-        if len(_serialized) > 256:
+        if len(_serialized) > _MOST:
             _serialized.clear()
         _serialized[key] = made, info
     return _serialized[key]

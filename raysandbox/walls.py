@@ -20,7 +20,7 @@ from raysandbox.plan import Protection, State, python_paths, system_paths
 
 if TYPE_CHECKING:
     from raysandbox.probe import Host
-    from raysandbox.profile import Profile
+    from raysandbox.profile import Profile, Syscalls
 
 __all__ = ["Surroundings", "Walls", "plan_walls"]
 
@@ -60,6 +60,17 @@ _RAYS_OWN = {
     "pid": "raylet signals its workers by their pids, so they keep its namespace",
     "network": "Ray's own connections start in the worker",
 }
+# Before, truncate(2) went past it.
+_LEAST_ABI = 3
+# Sockets of anybody who may be asked by their path, and System V memory by number.
+_NAMESPACED_GROUPS = ("local_sockets", "ipc")
+# What an owner may do to a file that it can't open: where the view is no mount of
+# its own, a worker could still close its user's files, or open them to others.
+_ATTRIBUTES = (
+    "chmod", "fchmod", "fchmodat", "fchmodat2", "chown", "fchown", "lchown", "fchownat",
+    "utime", "utimes", "utimensat", "futimesat", "inotify_add_watch",
+)  # fmt: skip
+_OTHERS = ("setpriority", "sched_setaffinity", "sched_setparam", "sched_setscheduler")
 # Each thread's rules are a copy of its own in the kernel, 64 bytes each: 40 MB
 # for twenty threads with as many as this.
 _MOST_PORTS = 32768
@@ -161,7 +172,7 @@ def plan_walls(profile: Profile, host: Host, around: Surroundings) -> Walls:
     report.say("no new privileges", State.ENFORCED)
     report.say("no capabilities", State.ENFORCED)
     report.say("resource limits", State.ENFORCED)
-    program = _seccomp(report, host)
+    program = _seccomp(report, host, around)
     return Walls(
         _rlimits(profile), governed, paths, ports, program, tuple(report.protections)
     )
@@ -252,7 +263,7 @@ def _landlock(
     report: _Report, host: Host, around: Surroundings
 ) -> tuple[landlock.Handled, tuple[int, ...]]:
     profile, abi = report.profile, host.landlock_abi
-    least = max(1, profile.landlock.min_abi)
+    least = max(_LEAST_ABI, profile.landlock.min_abi)
     if abi < least or not profile.landlock.enabled:
         raise UnsupportedError(
             feature="landlock",
@@ -260,7 +271,7 @@ def _landlock(
             have="landlock.enabled = false"
             if not profile.landlock.enabled
             else (f"ABI {abi}" if abi else "none"),
-            remedy="boot Linux 5.13 or later with landlock in lsm=, and leave it on",
+            remedy="boot Linux 6.2 or later with landlock in lsm=, and leave it on",
             profile=profile.name,
         )
     governed, missing = landlock.handled(abi), []
@@ -307,10 +318,10 @@ def _ports(
     return tuple(sorted(around.ports))
 
 
-def _seccomp(report: _Report, host: Host) -> bytes:
+def _seccomp(report: _Report, host: Host, around: Surroundings) -> bytes:
     from raysandbox.kernel import seccomp
 
-    syscalls = report.profile.syscalls
+    syscalls = _narrowed(report.profile.syscalls, around)
     if not host.seccomp:
         remedy = "boot a kernel with seccomp filters"
         report.lacking("seccomp", "none", remedy, required=syscalls.required)
@@ -321,6 +332,23 @@ def _seccomp(report: _Report, host: Host) -> bytes:
     else:
         report.say("seccomp", State.ENFORCED)
     return seccomp.compile_policy(syscalls, notify=False).bpf
+
+
+def _narrowed(syscalls: Syscalls, around: Surroundings) -> Syscalls:
+    """Take out what only namespaces would have made harmless.
+
+    An OCI policy stays as it is written.
+    """
+    groups, deny = list(syscalls.groups), dict(syscalls.deny)
+    if not around.launched:
+        groups = [group for group in groups if group not in _NAMESPACED_GROUPS]
+        deny |= dict.fromkeys(_ATTRIBUTES, "Landlock does not govern it")
+    if not around.own_user:
+        deny |= dict.fromkeys(_OTHERS, "reaches every process of the same user")
+    allow = {name: why for name, why in syscalls.allow.items() if name not in deny}
+    return syscalls.model_copy(
+        update={"groups": tuple(groups), "deny": deny, "allow": allow}
+    )
 
 
 def _rlimits(profile: Profile) -> dict[int, int]:

@@ -77,6 +77,8 @@ class JailExecutor(seams.Executor):
         # A worker serves jails or one profile of its own, for life.
         self._serves_jails = False
         self._inside: profiles.Profile | None = None
+        # Names of resources that were looked at: their tag is the right one.
+        self._checked: set[tuple[str, ...]] = set()
         # Leaves after its task: nothing but luck keeps others from coming.
         self._leaves = False
         self._refusal: RaysandboxError | None = None
@@ -311,13 +313,18 @@ class JailExecutor(seams.Executor):
 
     def _check_inside(self, served: profiles.Profile) -> None:
         """Serve no other profile's task, even if raylet should send one."""
+        resources = self._worker.core_worker.resource_ids()
+        key = tuple(resources)
+        if key in self._checked:
+            return
         if self._gate.node is None:
             # Profiles can't be read any more; the tag alone decides here.
-            asked = policy.tag_of(self._worker.core_worker.resource_ids())
+            asked = policy.tag_of(resources)
         else:
             asked = self._profile(str(self._worker.current_task_name)).name
         if asked != served.name:
             self._leave(str(asked), f"it serves {served.name!r} for life")
+        self._checked.add(key)
 
     def _begin_jail(self, profile: profiles.Profile) -> None:
         if profile.boundary == "worker":

@@ -244,6 +244,38 @@ def argument(rounds: int) -> list[Figure]:
     return found
 
 
+def inside(rounds: int) -> list[Figure]:
+    """Tasks and actor calls in a worker that is its own boundary."""
+    found = []
+    with _sides("", "trusted") as (stock, trusted):
+        for what, function, count in (
+            ("no-op tasks", "noop", 500),
+            ("actor calls", "calls", 2000),
+        ):
+            for side in (stock, trusted):
+                side(function, count)
+
+            def rate(side: Side, function: str = function, count: int = count) -> float:
+                return count / float(side(function, count))
+
+            plain, walled = _turns(
+                2 * rounds, lambda: rate(stock), lambda: rate(trusted)
+            )
+            ratio = walled / plain
+            found.append(
+                Figure(
+                    f'{what} with boundary = "worker" against stock',
+                    walled,
+                    plain,
+                    "/s",
+                    ratio,
+                    "at least 0.95x",
+                    ratio >= 0.95,
+                )
+            )
+    return found
+
+
 def memory(rounds: int) -> list[Figure]:
     """What one more waiting jail costs."""
     del rounds
@@ -336,6 +368,7 @@ PARTS: dict[str, Callable[[int], list[Figure]]] = {
     "launch": launcher,
     "tasks": tasks,
     "argument": argument,
+    "inside": inside,
     "memory": memory,
     "files": files,
     "store": store,

@@ -62,6 +62,27 @@ def noop(count: int, max_calls: int = 0) -> float:
     return time.perf_counter() - begun
 
 
+class Idle:
+    """An actor that does nothing."""
+
+    def nothing(self) -> None:
+        """Do nothing."""
+
+
+_actors: list[Any] = []
+
+
+def calls(count: int) -> float:
+    """Return seconds for so many calls of an actor, all in flight at once."""
+    if not _actors:
+        options = {"resources": raysandbox.tag(PROFILE)} if PROFILE else {}
+        _actors.append(ray.remote(num_cpus=0, **options)(Idle).remote())
+        ray.get(_actors[0].nothing.remote())
+    begun = time.perf_counter()
+    ray.get([_actors[0].nothing.remote() for _ in range(count)])
+    return time.perf_counter() - begun
+
+
 _refs: list[Any] = []
 
 

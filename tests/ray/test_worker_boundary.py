@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -310,6 +311,9 @@ FOREIGN_DRIVER = """
     # That worker is idle now, and raylet would take it: it leaves instead.
     again = ray.remote(**options("trusted", max_retries=1))(where)
     assert ray.get(again.remote(), timeout=60) != jail
+    # Actors have workers of their own anyway.
+    actor = ray.remote(**options("trusted"))(type("A", (), {"pid": lambda self: pid()}))
+    assert ray.get(actor.remote().pid.remote(), timeout=60) not in found
     assert "raysandbox" not in sys.modules
     print("served")
 """
@@ -427,10 +431,64 @@ def test_connecting_to_another_port_is_denied():
     with server:
         assert [errno_of(each) for each in (connect, bind, udp, netlink)] == [0] * 4
         assert inside(errno_of, connect) == errno.EACCES
-        assert inside(errno_of, bind) == errno.EACCES
+        assert inside(errno_of, bind) == errno.EPERM
         assert inside(errno_of, udp) == errno.EPERM
         assert inside(errno_of, multipath) == errno.EPERM
         assert inside(errno_of, netlink) == errno.EPERM
+
+
+def test_sockets_of_others_by_path_are_denied(tmp_path):
+    """No Unix socket can be made: Landlock knows none, and a path reaches them all."""
+    path = str(tmp_path / "docker.sock")
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(path)
+    server.listen()
+
+    def connect():
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(path)
+
+    with server:
+        assert errno_of(connect) == 0
+        assert inside(errno_of, connect) == errno.EPERM
+
+
+def test_attributes_of_files_are_denied(secret):
+    """chmod and the like need no open file, and Landlock does not see them."""
+
+    def attack():
+        fd = os.open(sys.executable, os.O_RDONLY)
+        return [
+            errno_of(os.chmod, secret, 0o644),
+            errno_of(os.chown, secret, 12345, 12345),
+            errno_of(os.utime, secret),
+            errno_of(os.fchmod, fd, 0o755),
+        ]
+
+    assert errno_of(os.chmod, secret, 0o600) == 0
+    assert inside(attack) == [errno.EPERM] * 4
+    assert os.stat(secret).st_mode & 0o777 == 0o600
+
+
+def test_other_processes_of_the_user_are_left_alone(victim):
+    """Limits, priorities and CPUs of a neighbour can't be set, nor its memory had.
+
+    With RLIMIT_CPU alone raylet could be ended, and no scope of Landlock's covers it.
+    """
+    pid = victim.pid
+
+    def attack():
+        return [
+            errno_of(resource.prlimit, pid, resource.RLIMIT_CORE, (0, 0)),
+            errno_of(os.sched_setaffinity, pid, {0}),
+            errno_of(os.setpriority, os.PRIO_PROCESS, pid, 19),
+            libc_errno("shmget", 0, 4096, 0o1600),
+            errno_of(resource.getrlimit, resource.RLIMIT_CORE),
+        ]
+
+    assert errno_of(resource.prlimit, pid, resource.RLIMIT_CORE) == 0
+    assert errno_of(os.sched_setaffinity, pid, {0}) == 0
+    assert inside(attack) == [errno.EPERM] * 4 + [0]
 
 
 def fork_many(count):

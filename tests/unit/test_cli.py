@@ -28,7 +28,7 @@ from tests.require import require
 
 ROOT = os.geteuid() == 0
 USER = int(os.environ.get("RAYSANDBOX_TEST_UID", "54321"))
-SHIPPED = ["fast", "standard", "strict"]
+SHIPPED = ["fast", "standard", "strict", "trusted"]
 
 
 class Cli:

@@ -21,7 +21,7 @@ from raysandbox.profile.load import ENV, tomllib
 from raysandbox.profile.order import _IN_EVERY_SECTION, _ORDER
 from raysandbox.profile.schema import Profile
 
-SHIPPED = ("fast", "standard", "strict")
+SHIPPED = ("fast", "standard", "strict", "trusted")
 
 
 @pytest.fixture
@@ -148,7 +148,7 @@ def test_names_are_those_of_all_directories(write: Write) -> None:
     """Files whose name can't be a profile's are not listed."""
     write("", "mine")
     write("", "Not-A-Name")
-    assert profiles.names() == ["fast", "mine", "standard", "strict"]
+    assert profiles.names() == ["fast", "mine", "standard", "strict", "trusted"]
 
 
 @pytest.mark.parametrize(
@@ -489,7 +489,7 @@ def test_a_message_is_one_line_of_bounded_length(write: Write) -> None:
 
 WEAK = [
     ("", "boundary = 'job'"),
-    ("", "boundary = 'worker'"),
+    ("", "boundary = 'job'"),
     ("", "devices = ['tty']"),
     ("namespaces", "network = false"),
     ("namespaces", "ipc = false"),
