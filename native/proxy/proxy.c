@@ -1079,13 +1079,13 @@ tick(void)
             continue;
         if (every < 4 * job->sweep_took_ms)
             every = 4 * job->sweep_took_ms;
+        uint64_t left = every;
         if (now - job->swept_ms >= every)
-            sweep_begin(job);
-        else {
-            int left = (int)(every - (now - job->swept_ms));
-            if (wait < 0 || left < wait)
-                wait = left;
-        }
+            sweep_begin(job); /* may be done at once, and others still wait */
+        else
+            left -= now - job->swept_ms;
+        if (wait < 0 || (int)left < wait)
+            wait = (int)left;
     }
     return wait;
 }

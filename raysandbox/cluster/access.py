@@ -25,7 +25,6 @@ Pure but for the clock: `Access` holds what is known and does no I/O.
 from __future__ import annotations
 
 import hashlib
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -64,6 +63,8 @@ TABLES = (
     "jobs", "bound", "namespaces", "job_namespace", "job_node", "nodes", "actors",
     "submissions", "added",
 )  # fmt: skip
+# Resources that Ray can count: ten thousandths (ray/common/constants.h).
+LEAST, MOST = 0.0001, 1e12
 MOST_ACCOUNTS = 100_000
 MOST_WORKERS = 100_000
 ACTOR_CREATION = _common.ACTOR_CREATION_TASK
@@ -156,6 +157,8 @@ class Access:
         self.keys: dict[tuple[bytes, bytes], tuple[str, int, bytes]] = {}
         self.submissions: dict[str, str] = {}
         self.workers: dict[str, str] = {}
+        self.actor_owner: dict[str, tuple[str, str]] = {}
+        self.dead: set[str] = set()
         self.added: dict[str, str] = {}
         self._adding: dict[str, tuple[str, str]] = {}
         self._accounts: dict[str, Account] = {}
@@ -530,6 +533,16 @@ class Access:
             return
         raise _RefusedError(f"actor {actor[:16]} belongs to job {job}")
 
+    def out_of_scope(self, call: _Call) -> None:
+        """Its owner alone ends an actor so, and while it lives: the GCS aborts else."""
+        self.actor_by_id(call)
+        owner = self.actor_owner.get(call.ask.actor_id.hex())
+        if owner is None:
+            return
+        worker, node = owner
+        if self.workers.get(worker) != call.uri or {worker, node} & self.dead:
+            raise _RefusedError("the actor's owner is not the caller, or has ended")
+
     def new_actor(self, call: _Call) -> None:
         """An actor is made for the caller's own job, in its own namespace."""
         spec = call.ask.task_spec
@@ -539,18 +552,26 @@ class Access:
             self._bind(call, job)
         elif not self._same_owner(call, job):
             raise _RefusedError(f"job {job} is not a job of {call.who}")
-        # The GCS aborts on a task of another kind, on a caller without an id, without
+        # The GCS aborts on a task of another kind, on an owner without an id, without
         # a namespace, and on a job that it does not have yet.
         if spec.type != ACTOR_CREATION:
             raise _RefusedError("the task is not one that makes an actor")
-        if not (spec.caller_address.worker_id and spec.caller_address.node_id):
-            raise _RefusedError("the task has no caller")
+        owner = spec.caller_address
+        if call.role != "head" and self.workers.get(owner.worker_id.hex()) != call.uri:
+            raise _RefusedError("the actor's owner is not the caller")
+        if not (owner.worker_id and owner.node_id):
+            raise _RefusedError("the actor has no owner")
         self._added(job)
         made = spec.actor_creation_task_spec
         if not made.ray_namespace:
             raise _RefusedError("the actor has no namespace")
         if made.actor_id.hex()[-2 * JOB_BYTES :] != job:
             raise _RefusedError("the actor's id names another job")
+        self.actor_owner[made.actor_id.hex()] = (
+            owner.worker_id.hex(), owner.node_id.hex(),
+        )  # fmt: skip
+        if len(self.actor_owner) > MOST_WORKERS:
+            del self.actor_owner[next(iter(self.actor_owner))]
         if made.name:
             if not self._may_use(call, made.ray_namespace):
                 raise _RefusedError(
@@ -561,6 +582,19 @@ class Access:
     def _added(self, job: str) -> None:
         if job not in self.added:
             raise _RefusedError(f"job {job} has not begun", retry=True)
+
+    def _check_bundles(self, spec: Any) -> None:
+        """Refuse a group that the GCS could not place and would abort on."""
+        if not spec.bundles:
+            raise _RefusedError("the placement group has no bundles")
+        for index, bundle in enumerate(spec.bundles):
+            amounts = list(bundle.unit_resources.values())
+            if not amounts or not all(LEAST <= a <= MOST for a in amounts):
+                raise _RefusedError("a bundle asks for nothing, or for no amount")
+            if bundle.node_id or bundle.bundle_id.bundle_index != index:
+                raise _RefusedError("a new bundle has a place already")
+            if bundle.bundle_id.placement_group_id != spec.placement_group_id:
+                raise _RefusedError("a bundle is of another group")
 
     def placement_group(self, call: _Call) -> None:
         """Placement groups are made and removed by their job's owner."""
@@ -578,11 +612,7 @@ class Access:
             job = spec.creator_job_id.hex()
             call.writes = call.body_bytes
             self._added(job)
-            # The GCS aborts on a bundle that asks for nothing.
-            for bundle in spec.bundles:
-                amounts = list(bundle.unit_resources.values())
-                if not amounts or not all(0 < a < math.inf for a in amounts):
-                    raise _RefusedError("a bundle asks for nothing, or for no amount")
+            self._check_bundles(spec)
         else:
             job = ask.placement_group_id[-JOB_BYTES:].hex()
         if not self._same_owner(call, job):
@@ -604,6 +634,8 @@ class Access:
         """Errors and, from nodes, logs and usage: the GCS crashes on others."""
         ask: Any = call.ask
         for message in ask.pub_messages:
+            if message.sequence_id:
+                raise _RefusedError("malformed request: sequence_id is the GCS's")
             inner = message.WhichOneof("inner_message")
             channel = message.channel_type
             if (channel, inner) == (ERROR_CHANNEL, "error_info_message"):
@@ -612,11 +644,6 @@ class Access:
                 continue
             raise _RefusedError(f"{call.role} may not publish {inner} on {channel}")
         call.reads = call.body_bytes
-
-    def own_worker(self, call: _Call) -> None:
-        """A worker that the GCS knows, and the caller is: it crashes on others."""
-        if self.workers.get(call.ask.worker_id.hex()) != call.uri:
-            raise _RefusedError("the worker is not the caller")
 
     def add_job(self, call: _Call) -> None:
         """A node registers the jobs of the drivers that run on it."""
@@ -646,15 +673,22 @@ class Access:
         ask: Any = call.ask
         if call.method.endswith("ReportWorkerFailure"):
             data = ask.worker_failure
+            self._is_dead(data.worker_address.worker_id)
         else:
             data = ask.worker_data
             # It stays in the GCS, and here.
             call.writes = call.body_bytes
             worker = data.worker_address.worker_id.hex()
-            if self.workers.setdefault(worker, call.uri) != call.uri:
+            if not worker:
+                raise _RefusedError("malformed request: a worker without an id")
+            if worker in self.dead:
+                raise _RefusedError("the worker has ended")
+            if self.workers.get(worker, call.uri) != call.uri:
                 raise _RefusedError("the worker id is another worker's")
             if len(self.workers) > MOST_WORKERS:
                 del self.workers[next(iter(self.workers))]
+            self._charge(call)
+            self._fact("workers", worker, call.uri)
             if call.role == "driver":
                 return
         node = self.nodes.get(data.worker_address.node_id.hex(), "")
@@ -714,6 +748,12 @@ class Access:
     def unregister_node(self, call: _Call) -> None:
         """A node leaves for itself."""
         self._own_node(call, call.ask.node_id.hex())
+        self._is_dead(call.ask.node_id)
+
+    def _is_dead(self, identifier: bytes) -> None:
+        if len(self.dead) > MOST_WORKERS:
+            self.dead.pop()
+        self.dead.add(identifier.hex())
 
     def sync(self, call: _Call) -> None:
         """The sync stream of a node that registered."""
@@ -813,8 +853,7 @@ def _rules(access: Access) -> dict[str, Callable[[_Call], None]]:
         _ACTOR + "GetNamedActorInfo": access.named_actor,
         _ACTOR + "ListNamedActors": access.named_actor,
         _ACTOR + "KillActorViaGcs": access.actor_by_id,
-        _ACTOR + "ReportActorOutOfScope": access.actor_by_id,
-        _ACTOR + "RestartActorForLineageReconstruction": access.actor_by_id,
+        _ACTOR + "ReportActorOutOfScope": access.out_of_scope,
         _GROUP + "CreatePlacementGroup": access.placement_group,
         _GROUP + "GetNamedPlacementGroup": access.placement_group,
         _GROUP + "RemovePlacementGroup": access.placement_group,
@@ -826,7 +865,5 @@ def _rules(access: Access) -> dict[str, Callable[[_Call], None]]:
         _PUBSUB + "GcsPublish": access.publish,
         _WORKER + "AddWorkerInfo": access.worker_info,
         _WORKER + "ReportWorkerFailure": access.worker_info,
-        _WORKER + "UpdateWorkerDebuggerPort": access.own_worker,
-        _WORKER + "UpdateWorkerNumPausedThreads": access.own_worker,
         STREAM: access.sync,
     }

@@ -546,6 +546,8 @@ def _dashboard(settings: Settings, run: Path) -> Json:
         run,
         filters,
         codec_type="AUTO",
+        # Logs of jobs are followed over a web socket.
+        upgrade_configs=[{"upgrade_type": "websocket"}],
         route_config={
             "name": "dashboard",
             "virtual_hosts": [

@@ -53,6 +53,10 @@ _KV_READ = _of(
     "InternalKVMultiGet",
 )
 _KV = _KV_READ | _of("InternalKVGcsService", "InternalKVDel", "InternalKVPut")
+# In no set is RestartActorForLineageReconstruction: the GCS aborts unless the actor
+# is in one state of many, which only it knows. Nor are what Ray's debugger calls,
+# UpdateWorkerDebuggerPort and UpdateWorkerNumPausedThreads: it crashes when it does
+# not have the worker any more.
 _WORK = (
     _SUBSCRIBE
     | _LOOK
@@ -66,7 +70,6 @@ _WORK = (
         "ListNamedActors",
         "RegisterActor",
         "ReportActorOutOfScope",
-        "RestartActorForLineageReconstruction",
     )
     | _of(
         "PlacementGroupInfoGcsService",
@@ -94,8 +97,6 @@ _WORK = (
         "WorkerInfoGcsService",
         "AddWorkerInfo",
         "GetWorkerInfo",
-        "UpdateWorkerDebuggerPort",
-        "UpdateWorkerNumPausedThreads",
     )
     | _of(
         "autoscaler.AutoscalerStateService",

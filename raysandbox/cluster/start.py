@@ -379,7 +379,7 @@ def start(
     os.environ.update(cluster.tls_env("cli"))
     os.environ["RAY_START_HOOK"] = f"{__name__}.hook"
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    seams.install(_Rewrite(cluster, str(cluster.run / "worker")))
+    seams.install(_Rewrite(cluster, str(cluster.run / "worker")), gcs=True)
     after()
     durable = bool(
         os.environ.get("RAY_REDIS_ADDRESS") or os.environ.get("RAY_gcs_storage")  # noqa: SIM112 - Ray's name

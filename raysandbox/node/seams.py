@@ -16,6 +16,7 @@ from __future__ import annotations
 import inspect
 import subprocess
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from raysandbox.errors import UnsupportedError
@@ -53,6 +54,8 @@ _RAYLET_ARGUMENTS = (
     "--max_worker_port",
     "--node_id",
 )
+# Named by raylet: a worker's log files are made before it starts.
+_WORKER_ARGUMENTS = ("--worker-id", "--object-spilling-config")
 _GCS_ARGUMENTS = ("--gcs_server_port", "--node-ip-address", "--session-dir")
 
 
@@ -151,8 +154,11 @@ def _moved(seam: str) -> UnsupportedError:
     )
 
 
-def check() -> None:
+def check(*, gcs: bool = False) -> None:
     """Check every seam of the installed Ray.
+
+    Args:
+        gcs: Also those of the GCS, which only a hardened cluster changes.
 
     Raises:
         UnsupportedError: Names the version and the first seam that is missing.
@@ -173,23 +179,32 @@ def check() -> None:
     for name in ("GCS_SERVER", "RAYLET", "DASHBOARD", "MONITOR", "LOG_MONITOR"):
         if not hasattr(ray_constants, f"PROCESS_TYPE_{name}"):
             raise _moved(f"ray_constants.PROCESS_TYPE_{name}")
-    for function, names in (
-        ("start_gcs_server", _GCS_ARGUMENTS),
-        ("start_raylet", _RAYLET_ARGUMENTS),
-    ):
+    script = Path(services.RAY_PATH) / "_private" / "workers" / "default_worker.py"
+    source = script.read_text() if script.exists() else ""
+    for name in _WORKER_ARGUMENTS:
+        if name not in source:
+            raise _moved(f"default_worker.py: {name}")
+    functions = {"start_raylet": _RAYLET_ARGUMENTS}
+    if gcs:
+        functions["start_gcs_server"] = _GCS_ARGUMENTS
+    for function, names in functions.items():
         source = inspect.getsource(getattr(services, function))
         for name in names:
             if name not in source:
                 raise _moved(f"services.{function}: {name}")
 
 
-def install(rewriter: Rewriter) -> None:
+def install(rewriter: Rewriter, *, gcs: bool = False) -> None:
     """Add a rewriter of everything that Ray starts from this process.
+
+    Args:
+        rewriter: What it is.
+        gcs: See `check`.
 
     Raises:
         UnsupportedError: See `check`; nothing was changed.
     """
-    check()
+    check(gcs=gcs)
     from ray._private import services
 
     _rewriters.append(rewriter)

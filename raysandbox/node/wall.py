@@ -104,10 +104,10 @@ class Wall:
         connect_ports: TCP ports a worker may connect to; None is any.
         connect_range: First and last of more such ports, or None.
         replace: Path that the worker sees to path on the host.
-        raylet_ports: Raylet's arguments about ports, for profiles with
-            ``boundary = "worker"``: the worker can't see raylet's command.
         sockets: The same, for sockets besides Ray's two.
         shared: The same, for directories that all workers write to.
+        raylet_ports: Raylet's arguments about ports, for profiles with
+            ``boundary = "worker"``: the worker can't see raylet's command.
     """
 
     node: policies.Node
@@ -115,9 +115,9 @@ class Wall:
     connect_ports: Sequence[int] | None = None
     connect_range: tuple[int, int] | None = None
     replace: Mapping[str, str] = field(default_factory=dict)
-    raylet_ports: Mapping[str, str] = field(default_factory=dict)
     sockets: Mapping[str, str] = field(default_factory=dict)
     shared: Mapping[str, str] = field(default_factory=dict)
+    raylet_ports: Mapping[str, str] = field(default_factory=dict)
 
 
 def compile(  # noqa: A001 - wall.compile, as plan.compile

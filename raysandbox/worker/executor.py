@@ -232,6 +232,7 @@ class JailExecutor(seams.Executor):
 
     def _enter(self, profile: profiles.Profile) -> None:
         """Raise the profile's walls around this process, then take the seals off."""
+        self._bind(inside=profile)
         boundaries = _boundaries(self._gate.node)
         log = EventLog(self._log_directory())
         # Behind the walls no file of this directory can be opened.

@@ -201,6 +201,29 @@ def tasks(rounds: int) -> list[Figure]:
     return found
 
 
+def workers(rounds: int) -> list[Figure]:
+    """From raylet's start of a worker to its registration."""
+    seen: dict[Side, list[float]] = {}
+    with _sides("", "strict") as sides:
+        for side in sides:
+            seen[side] = []
+        for number in range(rounds):
+            for side in sides if number % 2 else reversed(sides):
+                seen[side] = side("worker_starts", 3)
+        plain, walled = (statistics.median(seen[side]) * 1e3 for side in sides)
+    return [
+        Figure(
+            "start of a worker to its registration against stock",
+            walled,
+            plain,
+            "ms",
+            walled / plain,
+            f"at most stock + 10 ms ({plain + 10:.0f} ms)",
+            walled <= plain + 10,
+        )
+    ]
+
+
 def _memcpy_ms(mebibytes: int, rounds: int) -> float:
     import numpy
 
@@ -367,6 +390,7 @@ def cluster(rounds: int) -> list[Figure]:
 PARTS: dict[str, Callable[[int], list[Figure]]] = {
     "launch": launcher,
     "tasks": tasks,
+    "workers": workers,
     "argument": argument,
     "inside": inside,
     "memory": memory,

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -99,6 +102,41 @@ def sum_array(mebibytes: int) -> float:
 def files(rounds: int) -> list[float]:
     """As `touch_files`, in a task."""
     found: list[float] = ray.get(_task(touch_files).remote(rounds))
+    return found
+
+
+def _stamp(line: str) -> float:
+    return datetime.strptime(line[1:24], "%Y-%m-%d %H:%M:%S,%f").timestamp()  # noqa: DTZ007
+
+
+class _Nobody:
+    """An actor that does nothing."""
+
+
+def worker_starts(count: int) -> list[float]:
+    """Start so many workers; return seconds from raylet's start to registration.
+
+    By raylet's log and each worker's own: it names its address once it has
+    registered. One after the other, with nothing else going on.
+    """
+    for _ in range(count):
+        options = {"resources": raysandbox.tag(PROFILE)} if PROFILE else {}
+        actor = ray.remote(num_cpus=0, **options)(_Nobody).remote()
+        ray.get(actor.__ray_ready__.remote())
+        ray.kill(actor)
+        time.sleep(1)
+    logs = Path(ray._private.worker._global_node.get_logs_dir_path())
+    started: dict[str, float] = {}
+    with open(logs / "raylet.out") as file:
+        for line in file:
+            if match := re.search(r"Started worker process with pid (\d+)", line):
+                started[match[1]] = _stamp(line)
+    found = []
+    for path in logs.glob("python-core-worker-*_*.log"):
+        pid = path.stem.rpartition("_")[2]
+        for line in path.read_text().splitlines():
+            if "Initializing worker at address" in line and pid in started:
+                found.append(_stamp(line) - started[pid])
     return found
 
 

@@ -29,7 +29,7 @@ SMALL = ("--num-cpus=2", "--object-store-memory=150000000")
 HEAD, NODE, ROGUE, STOCK, DRIVERS = (
     "10.77.0.1", "10.77.0.2", "10.77.0.3", "10.77.0.4", ("alice", "mallory"),
 )  # fmt: skip
-PORT = 6379
+PORT, DASHBOARD = 6379, 8443
 
 
 class Driver:
@@ -106,6 +106,8 @@ class Hardened:
             self.issue("node", "node", "../node/c", NODE)
             self.cli("nodes", "add", "node", f"--address={NODE}", "--resource=CPU=4",
                      "--resource=*=1e12")  # fmt: skip
+        with (self.path / "cluster.toml").open("a") as file:
+            file.write(f"dashboard_tls_port = {DASHBOARD}\n")
         self.settings = ClusterDir(self.path).settings()
         for name in DRIVERS:
             # Drivers run on nodes; mallory's laptop has what mallory has.

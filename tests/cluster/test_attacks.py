@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import re
 import sys
 import time
@@ -565,3 +566,16 @@ def test_worker_of_a_job_is_no_driver_of_another(
     assert [each["code"] for each in answer] == [DENIED, DENIED, DENIED, "OK"]
     hardened.expect_event(now, who="worker/", method="KillActor", ok="False")
     assert victim.lives()
+
+
+def test_gcs_survives_whatever_the_guard_lets_through(lab: Lab) -> None:
+    """Random requests of every method, by every role that user code can have.
+
+    Positive control: the tests above, where one such request ends a stock GCS.
+    """
+    script = str(Path(__file__).with_name("fuzz.py"))
+    out = lab.hosts["rogue"].run(sys.executable, script, "1", "20", timeout_s=120)
+    found = json.loads(out.stdout.splitlines()[-1])
+    assert found["aborts"] == {}
+    assert found["passed"] > 200
+    assert found["methods"] > 30

@@ -155,7 +155,10 @@ def raw_bomb(count, size):
             unique = b"\x05" * 16 + number.to_bytes(4, "big")
             object_id = unique + bytes.fromhex(job) + b"\x09\0\0\0"
             each.sendall(message(1, create(object_id, size)))
-    time.sleep(5)
+        # Only the proxy's own answer has this length: 148 bytes.
+        seen = b""
+        while struct.pack("<qQ", 3, 148) not in seen:
+            seen += each.recv(1 << 16)
     os._exit(0)
 
 

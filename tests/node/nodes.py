@@ -128,13 +128,27 @@ class Node:
             try:
                 command = Path(f"/proc/{entry}/cmdline").read_bytes().decode()
                 parent = int(
-                    Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()[1]
+                    Path(f"/proc/{entry}/stat")
+                    .read_text()
+                    .rpartition(")")[2]
+                    .split()[1]
                 )
             except (OSError, UnicodeDecodeError):
                 continue
-            if str(self.temporary) in command or parent == self.raylet:
+            if (
+                str(self.temporary) in command
+                or parent == self.raylet
+                or self._is_ours(entry)
+            ):
                 found[int(entry)] = command.replace("\0", " ")[:80]
         return found
+
+    def _is_ours(self, pid: str) -> bool:
+        """Agents rename themselves; the node's policy is in their environment."""
+        try:
+            return str(self.site).encode() in Path(f"/proc/{pid}/environ").read_bytes()
+        except OSError:
+            return False
 
     @property
     def raylet(self) -> int:
@@ -162,10 +176,16 @@ class Node:
                 self.process.wait(30)
             except subprocess.TimeoutExpired:
                 self.process.kill()
-        for pid in self.processes():
+        left = self.processes()
+        for pid in left:
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
+        end = time.monotonic() + 10
+        while any(os.path.exists(f"/proc/{pid}") for pid in left):
+            if time.monotonic() > end:
+                break
+            time.sleep(0.05)
         shutil.rmtree(self.temporary, ignore_errors=True)
         shutil.rmtree(self.site, ignore_errors=True)

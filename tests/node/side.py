@@ -139,8 +139,9 @@ def kept_is_there() -> bool:
     from raysandbox.worker.store import which_stored
 
     ids = [ref.binary() for ref in _kept]
+    in_memory = which_stored(_paths[0], ids)
     whole = all(bool((ray.get(ref) == 7).all()) for ref in _kept)
-    return whole and which_stored(_paths[0], ids) == set(ids)
+    return whole and in_memory == set(ids)
 
 
 def peers() -> list[list[int]]:

@@ -53,6 +53,11 @@ PROFILES = {
         max_job_objects = 4
         max_job_arguments = "1MiB"
         """,
+    "tight": """
+        extends = "trusted"
+        [object_store]
+        max_put = "25MiB"
+        """,
     "lethal": """
         extends = "standard"
         [syscalls]
