@@ -348,6 +348,7 @@ def start(
     argv: Sequence[str],
     program: str = "",
     after: Callable[[], None] = lambda: None,
+    problems: Sequence[str] = (),
 ) -> None:
     """Run `ray start` hardened.
 
@@ -356,11 +357,12 @@ def start(
         argv: The arguments of `ray start`.
         program: See `write_wrapper`.
         after: Called when our own rewriter is in place: to add others.
+        problems: Reasons not to start that are known already.
 
     Raises:
         ClusterError: Nothing runs: what was started has been ended again.
     """
-    problems = preflight(cluster, argv)
+    problems = [*problems, *preflight(cluster, argv)]
     if problems:
         raise ClusterError(
             where="raysandbox start",

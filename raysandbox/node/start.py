@@ -58,7 +58,13 @@ def start(
         RaysandboxError: Nothing was started, or it was ended again.
     """
     # Before anything is started, not when raylet is about to be.
-    policies.load_node(policies.find(policy))
+    problems = []
+    try:
+        policies.load_node(policies.find(policy))
+    except ProfileError as error:
+        if cluster is None:
+            raise
+        problems.append(str(error))
     launcher = arm(policy)
     if cluster is not None:
         from raysandbox.cluster import start as hardened
@@ -71,6 +77,7 @@ def start(
             argv,
             program=launcher.wrapper,
             after=lambda: launch.install(launcher),
+            problems=problems,
         )
         return
     from ray.scripts.scripts import cli

@@ -3,6 +3,7 @@
  * One line for each: "refused", or "taken <records>".  Built with ASan: each plan
  * lies in memory that ends where it ends. */
 #include "../../native/plan.c"
+#include "../../native/step.c"
 
 #include <stdio.h>
 #include <stdint.h>

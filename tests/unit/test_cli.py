@@ -538,8 +538,8 @@ def test_a_bad_range_of_host_ids_is_refused(value, monkeypatch) -> None:
 
 @pytest.mark.root
 def test_a_range_that_is_in_use_is_told(cli) -> None:
-    """The second jail of a range for one waits for nobody and says what to set."""
-    extra = {"RAYSANDBOX_UID_RANGE": "1500000000:4"}
+    """A quarter is for workers. The second jail of a range for one waits for nobody and says what to set."""
+    extra = {"RAYSANDBOX_UID_RANGE": "1500000000:8"}
     holder = cli.start(
         "run", "--", "sh", "-c", "echo up; cat", extra=extra,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -547,7 +547,7 @@ def test_a_range_that_is_in_use_is_told(cli) -> None:
     assert holder.stdout.readline() == b"up\n"
     code, _, err = cli("run", "--", "true", extra=extra)
     assert code == 125
-    assert "all 4 host ids from 1500000000 are in use" in err
+    assert "all 6 host ids from 1500000000 are in use" in err
     assert "RAYSANDBOX_UID_RANGE" in err
     holder.communicate(timeout=30)
     assert cli("run", "--", "true", extra=extra)[0] == 0

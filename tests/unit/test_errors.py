@@ -95,6 +95,13 @@ EXAMPLES: list[tuple[errors.RaysandboxError, str]] = [
         "task 'count' under profile 'strict' went over a quota; seen: 2 bytes",
     ),
     (
+        errors.TaskRefused(**TASK, limit="policy rule 'people'", seen="not for them"),
+        (
+            "task 'count' under profile 'strict' was refused by the node's policy; "
+            "nothing of it was run; policy rule 'people'; seen: not for them"
+        ),
+    ),
+    (
         errors.TaskKilled(**TASK),
         "task 'count' under profile 'strict' was killed before it answered",
     ),

@@ -87,7 +87,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
     require("program:cc")
     program = tmp_path_factory.mktemp("reader") / "plan_reader"
     subprocess.run(
-        ["cc", "-std=c11", "-D_GNU_SOURCE", "-O1", "-g",
+        ["cc", "-std=c11", "-O1", "-g",
          "-fsanitize=address,undefined", "-fno-sanitize-recover=all",
          str(Path(__file__).resolve().with_name("plan_reader.c")), "-o", str(program)],
         check=True,

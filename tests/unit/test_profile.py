@@ -706,7 +706,7 @@ ONLY_THE_LOADER = re.compile(
     r"say why|must be at least (\d+[A-Z]|100ms|\w+/s)|_time must be at least|"
     r"no such profile|no system call|unknown group|must not match RAY|"
     r"must not exceed|can't be in both|hide takes paths|must be the file's name|"
-    r"whole number|must be at most (4194304TiB|3650d)"
+    r"can't keep|can't be had without|only with boundary|whole number|must be at most (4194304TiB|3650d)"
 )
 
 
