@@ -64,6 +64,8 @@ _RAYS_OWN = {
 _LEAST_ABI = 3
 # Sockets of anybody who may be asked by their path, and System V memory by number.
 _NAMESPACED_GROUPS = ("local_sockets", "ipc")
+# What of those TCP needs. Not listen: it binds a port that Landlock does not see.
+_CONNECTED = ("connect", "accept", "accept4")
 # What an owner may do to a file that it can't open: where the view is no mount of
 # its own, a worker could still close its user's files, or open them to others.
 _ATTRIBUTES = (
@@ -340,12 +342,15 @@ def _narrowed(syscalls: Syscalls, around: Surroundings) -> Syscalls:
     An OCI policy stays as it is written.
     """
     groups, deny = list(syscalls.groups), dict(syscalls.deny)
+    allow = dict(syscalls.allow)
     if not around.launched:
         groups = [group for group in groups if group not in _NAMESPACED_GROUPS]
+        if "tcp" in groups:
+            allow |= dict.fromkeys(_CONNECTED, "TCP, without a listener of its own")
         deny |= dict.fromkeys(_ATTRIBUTES, "Landlock does not govern it")
     if not around.own_user:
         deny |= dict.fromkeys(_OTHERS, "reaches every process of the same user")
-    allow = {name: why for name, why in syscalls.allow.items() if name not in deny}
+    allow = {name: why for name, why in allow.items() if name not in deny}
     return syscalls.model_copy(
         update={"groups": tuple(groups), "deny": deny, "allow": allow}
     )

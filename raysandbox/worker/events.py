@@ -22,7 +22,11 @@ class EventLog:
         self._fd = -1
 
     def open(self) -> None:
-        """Open the file now, for one that may not be able to later."""
+        """Open the file now: for a process that soon can't.
+
+        Raises:
+            OSError: It can't be opened for appending.
+        """
         if self._fd < 0:
             self._fd = os.open(self.path, _FLAGS, 0o640)
 

@@ -7,7 +7,6 @@ to, and turns what comes back into what Ray stores.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import os
@@ -25,6 +24,7 @@ from raysandbox.errors import (
     JailProtocolError,
     ProfileError,
     RaysandboxError,
+    SetupError,
     TaskKilled,
     TaskQuotaExceeded,
     TaskRefused,
@@ -235,9 +235,12 @@ class JailExecutor(seams.Executor):
         self._bind(inside=profile)
         boundaries = _boundaries(self._gate.node)
         log = EventLog(self._log_directory())
-        # Behind the walls no file of this directory can be opened.
-        with contextlib.suppress(OSError):
+        try:
             log.open()
+        except OSError as error:
+            raise SetupError(
+                step="event_log", errno=error.errno or 0, detail=log.path
+            ) from error
         ports, loose = seams.ray_ports()
         about = {
             "node": self._worker.current_node_id.hex(),

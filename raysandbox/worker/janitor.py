@@ -79,6 +79,7 @@ def main(text: str) -> None:
     order = json.loads(text)
     watched = os.pidfd_open(order["pid"])
     log = EventLog(order["log_dir"])
+    log.open()
     if os.fork():
         os._exit(0)
     null = os.open(os.devnull, os.O_RDWR)
