@@ -220,7 +220,10 @@ def events(
     ] = "",
     event: Annotated[
         list[str] | None,
-        typer.Option(help="Kind: jail_ended, task_refused, worker_ended; repeatable."),
+        typer.Option(
+            help="Kind: jail_ended, task_refused, quota_refused, worker_entered, "
+            "worker_ended; repeatable."
+        ),
     ] = None,
     profile: Annotated[
         list[str] | None, typer.Option(help="Of this profile; * and ? match.")
@@ -242,14 +245,14 @@ def events(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    r"""Print what became of jails: from the event logs of this machine's nodes.
+    """Print what became of jails: from the event logs of this machine's nodes.
 
     One event a line, oldest first; --json prints the lines as they were written.
 
     \b
     raysandbox events --follow --denied
     raysandbox events --since 1h --outcome TaskOutOfMemory --json
-    """
+    """  # noqa: D301 - \b keeps the lines of a paragraph apart
     wanted = logs.Filter(
         events=tuple(event or ()),
         profiles=tuple(profile or ()),

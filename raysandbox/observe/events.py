@@ -75,7 +75,7 @@ def _any(patterns: Sequence[str], values: Sequence[str]) -> bool:
 
 def _is_denied(event: dict[str, Any]) -> bool:
     return (
-        event["event"] == "task_refused"
+        event["event"] in ("task_refused", "quota_refused")
         or bool(event.get("denied_count"))
         or str(event.get("outcome", "")) in ("TaskDenied", "TaskQuotaExceeded")
     )
@@ -184,8 +184,9 @@ def summary(event: dict[str, Any]) -> str:
     parts = []
     if event.get("outcome"):
         parts.append(str(event["outcome"]))
-    if event.get("reason"):
-        parts.append(str(event["reason"]))
+    for key in ("reason", "limit"):
+        if event.get(key):
+            parts.append(str(event[key]))
     if event.get("ended_by"):
         parts.append(f"ended by {event['ended_by']}")
     for key, name, scale in (

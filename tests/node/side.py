@@ -242,6 +242,7 @@ def end_proxy() -> bool:
         time.sleep(0.1)
     time.sleep(1)
     os.kill(_proxies[0].process.pid, signal.SIGKILL)
+    _proxies[0].process.wait()
     try:
         ray.get(running, timeout=20)
     except ray.exceptions.WorkerCrashedError:

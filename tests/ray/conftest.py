@@ -55,6 +55,7 @@ PROFILES = {
         """,
     "tight": """
         extends = "trusted"
+        why = "as trusted, with a smaller share of the store"
         [object_store]
         max_put = "25MiB"
         """,

@@ -335,3 +335,54 @@ def test_state_of_a_dead_worker_is_swept(node):
     assert all(found.path != path for found in state.read(directory))
     assert path in state.sweep(directory)
     assert not os.path.exists(path)
+
+
+def test_metrics_come_out_of_ray_s_own_pipeline(node):
+    """Ray's metrics port has what became of jails, by profile and outcome.
+
+    Labels are the operator's words and ours: no task's name makes a series.
+    """
+    found = node.drive("""
+        import urllib.request
+
+        def good(): pass
+        def bad(): raise type("Evil", (Exception,), {})("x")
+        def denied():
+            import socket
+            try:
+                socket.socket()
+            except OSError:
+                pass
+        def large(): return bytes(300 << 20)
+
+        strict = {"sandbox:strict": 1}
+        for run in (good, bad, denied, large):
+            task = ray.remote(resources=strict, max_retries=0)(run)
+            told(lambda: ray.get(task.options(name="a name").remote(), timeout=60))
+        here = ray.nodes()[0]
+        url = f"http://{here['NodeManagerAddress']}:{here['MetricsExportPort']}/metrics"
+        job = ray.get_runtime_context().get_job_id()
+        result, end = {}, time.monotonic() + 60
+        while len(result) < 6 and time.monotonic() < end:
+            time.sleep(1)
+            text = urllib.request.urlopen(url).read().decode()
+            lines = [l for l in text.splitlines() if l.startswith("ray_raysandbox_")]
+            result = {}
+            for line in lines:
+                name = line.partition("{")[0].removeprefix("ray_raysandbox_")
+                if not name.endswith(("_bucket", "_sum")):
+                    result.setdefault(name, []).append(line)
+        """)
+    assert found.keys() >= {
+        "jails_started_total", "jails_ended_total", "jail_wait_s_count",
+        "denials_total", "quota_refusals_total", "walls_total",
+    }  # fmt: skip
+    ended = " ".join(found["jails_ended_total"])
+    assert 'outcome="ok"' in ended
+    assert 'outcome="exception"' in ended
+    assert 'limit="object_store.max_result"' in found["quota_refusals_total"][0]
+    assert any('wall="seccomp"' in line for line in found["walls_total"])
+    assert any('state="enforced"' in line for line in found["walls_total"])
+    assert not any(
+        "Evil" in line or "a name" in line for lines in found.values() for line in lines
+    )
