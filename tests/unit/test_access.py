@@ -638,7 +638,7 @@ def test_request_over_the_burst_is_refused_for_good() -> None:
     """No wait would help; the message names the limit."""
     world = limited(write_burst_bytes=300_000)
     said = world.no(ALICE, KV + "Put", put(b"k", bytes(300_001)))
-    assert "limit of 300000" in said.why
+    assert "write_burst_bytes = 300000" in said.why
 
 
 def test_reads_cost_what_the_key_holds() -> None:
