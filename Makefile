@@ -11,7 +11,7 @@ PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3.10 py
     $(shell command -v $(p))))
 PIP := .venv/bin/python -m pip -qq --disable-pip-version-check
 SOURCES := pyproject.toml setup.py MANIFEST.in $(wildcard profiles/*.toml) \
-    $(wildcard native/*.c native/*.h native/Makefile) \
+    $(wildcard native/*.c native/*.h native/proxy/*.c native/proxy/*.h native/Makefile) \
     $(shell find raysandbox -type f \( -name '*.py' -o -name '*.toml' -o -name py.typed \) \
         -not -path 'raysandbox/_*/*')
 # Arguments for pytest: make test ARGS='-k seccomp'

@@ -14,6 +14,15 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
+# One line that Python executes when it starts. Errors in such a line are printed and
+# forgotten, and Ray would run without its walls: so they end the process.
+AUTOSTART = (
+    "import os; os.environ.get('RAYSANDBOX', '0') not in ('', '0') and exec("
+    '"try:\\n import raysandbox.node.autostart\\n'
+    "except BaseException as error:\\n os.write(2, b'raysandbox: RAYSANDBOX is set "
+    "and the launcher can not be put in front of Ray: ' + repr(error).encode() + "
+    "b'\\\\n')\\n os._exit(1)\")\n"
+)
 
 
 class BuildPackage(build_py):
@@ -36,6 +45,7 @@ class BuildPackage(build_py):
         profiles.mkdir(parents=True)
         for source in sorted((ROOT / "profiles").glob("*.toml")):
             shutil.copyfile(source, profiles / source.name)
+        (Path(self.build_lib) / "raysandbox.pth").write_text(AUTOSTART)
 
 
 class PlatformWheel(bdist_wheel):

@@ -143,7 +143,7 @@ mount_private_parts(const struct plan *plan, int own_mounts, unsigned slot)
     }
 }
 
-static void
+void
 set_rlimits(const struct plan *plan)
 {
     const struct record *record;
@@ -219,7 +219,7 @@ make_scratch_dirs(const struct plan *plan)
             rs_die("chdir", field_str(record, 0));
 }
 
-static void
+void
 drop_capabilities(void)
 {
     struct __user_cap_header_struct header = {
@@ -247,6 +247,20 @@ drop_capabilities(void)
         rs_die("no_new_privs", NULL);
 }
 
+void
+reset_signals(void)
+{
+    struct sigaction action = {.sa_handler = SIG_DFL};
+    sigset_t none;
+
+    for (int signal_number = 1; signal_number < SIGRTMAX; signal_number++)
+        if (signal_number != SIGKILL && signal_number != SIGSTOP)
+            sigaction(signal_number, &action, NULL);
+    sigemptyset(&none);
+    if (sigprocmask(SIG_SETMASK, &none, NULL) != 0)
+        rs_die("sigprocmask", NULL);
+}
+
 static int
 by_number(const void *left, const void *right)
 {
@@ -271,7 +285,7 @@ close_other_fds(int *keep, int count)
         rs_die("close_range", NULL);
 }
 
-static void
+void
 restrict_landlock(const struct plan *plan)
 {
     const struct record *record = plan_one(plan, R_LANDLOCK);
@@ -311,12 +325,20 @@ restrict_landlock(const struct plan *plan)
                     0) != 0)
             rs_die("landlock_add_port", NULL);
     }
+    for (cursor = 0; (record = plan_next(plan, R_LANDLOCK_PORTS, &cursor));) {
+        struct landlock_port_rule rule = {.allowed_access = field_u64(record, 0)};
+        uint64_t last = field_u32(record, 12);
+        for (rule.port = field_u32(record, 8); rule.port <= last; rule.port++)
+            if (syscall(SYS_landlock_add_rule, ruleset, LANDLOCK_RULE_PORT,
+                        &rule, 0) != 0)
+                rs_die("landlock_add_port", NULL);
+    }
     if (syscall(SYS_landlock_restrict_self, ruleset, 0) != 0)
         rs_die("landlock_restrict_self", NULL);
     close(ruleset);
 }
 
-static int
+int
 install_filter(const struct plan *plan)
 {
     const struct record *record = plan_one(plan, R_SECCOMP);

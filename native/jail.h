@@ -29,4 +29,20 @@ int jail_enter(struct jail_entry *entry);
  * confinement stays usable after it, whatever the policy says. */
 void close_other_fds(int *keep, int count);
 
+/* Single steps of jail_enter, for who has another order. */
+
+/* A blocked or ignored signal survives fork and exec; the inside starts clean. */
+void reset_signals(void);
+
+void set_rlimits(const struct plan *plan);
+
+/* Give up every capability, and no_new_privs the ways to win one back. */
+void drop_capabilities(void);
+
+/* The plan's ruleset, if there is one: the plan says why if not. */
+void restrict_landlock(const struct plan *plan);
+
+/* The plan's filter, if there is one; the listener's descriptor or -1. */
+int install_filter(const struct plan *plan);
+
 #endif

@@ -121,32 +121,6 @@ parse_arguments(struct options *options, char **argv)
     options->command = at + 1;
 }
 
-static void
-read_plan(struct plan *plan, int fd)
-{
-    struct stat file;
-
-    if (fstat(fd, &file) != 0)
-        rs_die("plan_stat", NULL);
-    if (file.st_size <= 0 || file.st_size > 16 << 20) {
-        errno = EFBIG;
-        rs_die("plan_size", NULL);
-    }
-    uint8_t *bytes = malloc((size_t)file.st_size);
-    if (bytes == NULL)
-        rs_die("plan_alloc", NULL);
-    for (off_t have = 0; have < file.st_size;) {
-        ssize_t got = pread(fd, bytes + have, (size_t)(file.st_size - have),
-                            have);
-        if (got <= 0)
-            rs_die("plan_read", NULL);
-        have += got;
-    }
-    if (plan_parse(plan, bytes, (size_t)file.st_size) != 0)
-        rs_die("plan_parse", "not a plan of this version");
-    close(fd);
-}
-
 /* Open the files through which the inside joins its cgroups.
  *
  * Version 1's cgroup.procs waits for an RCU grace period, 10 ms and more; a
@@ -176,21 +150,6 @@ open_cgroups(struct launch *launch)
             rs_die("cgroup_open", path);
         launch->cgroup_fds[launch->cgroup_count++] = fd;
     }
-}
-
-/* A blocked or ignored signal survives fork and exec; the inside starts clean. */
-static void
-reset_signals(void)
-{
-    struct sigaction action = {.sa_handler = SIG_DFL};
-    sigset_t none;
-
-    for (int signal_number = 1; signal_number < SIGRTMAX; signal_number++)
-        if (signal_number != SIGKILL && signal_number != SIGSTOP)
-            sigaction(signal_number, &action, NULL);
-    sigemptyset(&none);
-    if (sigprocmask(SIG_SETMASK, &none, NULL) != 0)
-        rs_die("sigprocmask", NULL);
 }
 
 static void
@@ -274,7 +233,7 @@ init(struct launch *launch)
     reset_signals();
 
     if (options->zygote) {
-        root_enter(&launch->plan, &launch->binds, 0);
+        root_enter(&launch->plan, &launch->binds, &(struct root_options){0});
         if (rs_status_fd >= 0) {
             fcntl(rs_status_fd, F_SETFD, FD_CLOEXEC);
             options->keep_fds[options->keep_count++] = rs_status_fd;
@@ -289,7 +248,8 @@ init(struct launch *launch)
         execute(launch);
     }
 
-    root_enter(&launch->plan, &launch->binds, 1);
+    root_enter(&launch->plan, &launch->binds,
+               &(struct root_options){.read_only_proc = 1});
     if (rs_status_fd >= 0)
         options->keep_fds[options->keep_count++] = rs_status_fd;
     options->keep_fds[options->keep_count++] = launch->sync[0];
@@ -473,7 +433,8 @@ main(int argc, char **argv)
     (void)argc;
 
     parse_arguments(&launch.options, argv);
-    read_plan(&launch.plan, launch.options.plan_fd);
+    plan_read(&launch.plan, launch.options.plan_fd);
+    close(launch.options.plan_fd);
     const struct record *namespaces = plan_one(&launch.plan, R_NAMESPACES);
     if (namespaces == NULL || plan_one(&launch.plan, R_IDMAP) == NULL) {
         errno = EINVAL;

@@ -1,8 +1,12 @@
+#define _GNU_SOURCE
 #include "plan.h"
+#include "step.h"
 
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
 static const char MAGIC[8] = {'R', 'S', 'B', 'X', 'P', 'L', 'N', '1'};
 
@@ -26,7 +30,12 @@ static const struct shape {
     [R_CHDIR] = {0, 1, 0},          [R_ENV] = {0, 1, 0},
     [R_CGROUP_JOIN] = {0, 1, 0},    [R_CGROUP_CLEAN] = {0, 2, 0},
     [R_WALL_TIME] = {8, 0, 0},      [R_TMP] = {0, 1, 0},
-    [R_CARRY] = {0, 1, 0},
+    [R_CARRY] = {0, 1, 0},          [R_TMPFS] = {20, 1, 0},
+    [R_COPY] = {4, 2, 0},           [R_COPY_ENV] = {4, 2, 0},
+    [R_ENV_PASS] = {0, 1, 0},       [R_LANDLOCK_PORTS] = {16, 0, 0},
+    [R_USER] = {8, 1, 0},           [R_LOG] = {4, 2, 0},
+    [R_CGROUP_BASE] = {4, 2, 0},    [R_CGROUP_LIMIT] = {0, 2, 1},
+    [R_PROGRAM] = {0, 2, 0},        [R_PRELUDE] = {0, 1, 0},
 };
 
 static uint32_t
@@ -95,6 +104,31 @@ refuse:
     plan->records = NULL;
     errno = EINVAL;
     return -1;
+}
+
+void
+plan_read(struct plan *plan, int fd)
+{
+    struct stat file;
+
+    if (fstat(fd, &file) != 0)
+        rs_die("plan_stat", NULL);
+    if (file.st_size <= 0 || file.st_size > 16 << 20) {
+        errno = EFBIG;
+        rs_die("plan_size", NULL);
+    }
+    uint8_t *bytes = malloc((size_t)file.st_size);
+    if (bytes == NULL)
+        rs_die("plan_alloc", NULL);
+    for (off_t have = 0; have < file.st_size;) {
+        ssize_t got = pread(fd, bytes + have, (size_t)(file.st_size - have),
+                            have);
+        if (got <= 0)
+            rs_die("plan_read", NULL);
+        have += got;
+    }
+    if (plan_parse(plan, bytes, (size_t)file.st_size) != 0)
+        rs_die("plan_parse", "not a plan of this version");
 }
 
 const struct record *

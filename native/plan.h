@@ -41,13 +41,30 @@ enum record_type {
     R_WALL_TIME = 23,     /* u64 milliseconds (run) */
     R_TMP = 24,           /* str path: the scratch's tmp is bound there */
     R_CARRY = 25,         /* str path below R_TMP's that stays visible */
-    R_MAX = R_CARRY,
+    /* The rest is for worker.c. */
+    R_TMPFS = 26,         /* u64 bytes, u64 inodes, u32 mode, str path */
+    R_COPY = 27,          /* u32 mode, str source, str target: read at launch */
+    R_COPY_ENV = 28,      /* u32 mode, str NAME, str target: as R_COPY, of the
+                             file that NAME names; NAME then names the target */
+    R_ENV_PASS = 29,      /* str NAME, or PREFIX*: kept from our environment */
+    R_LANDLOCK_PORTS = 30, /* u64 access, u32 first, u32 last */
+    R_USER = 31,          /* u32 first host id, u32 count, str registry */
+    R_LOG = 32,           /* u32 descriptor or 0, str path, str seen at; of
+                             both, %w is the worker, %j its job and a dash, %p
+                             the pid, %t worker or io_worker */
+    R_CGROUP_BASE = 33,   /* u32 version, str directory, str seen at */
+    R_CGROUP_LIMIT = 34,  /* str directory, str file, bytes value */
+    R_PROGRAM = 35,       /* str interpreter, str worker script */
+    R_PRELUDE = 36,       /* str argument of the program that reads a
+                             runtime_env and starts us again */
+    R_MAX = R_PRELUDE,
 };
 
 enum {
     BIND_READ_ONLY = 1,
     BIND_DEVICE = 2,  /* a device node: stays usable, nothing else is */
     BIND_NO_EXEC = 4,
+    BIND_SOCKET = 8, /* opened to everybody who has a path to it: to us */
 };
 
 struct record {
@@ -64,6 +81,9 @@ struct plan {
 
 /* Check and index a plan; the bytes must outlive it.  0, or -1 with errno. */
 int plan_parse(struct plan *plan, const uint8_t *bytes, size_t length);
+
+/* Read and check a whole plan from a descriptor, or die. */
+void plan_read(struct plan *plan, int fd);
 
 /* The next record of a type after *cursor (start at 0), or NULL. */
 const struct record *plan_next(const struct plan *plan, enum record_type type,

@@ -20,6 +20,30 @@
 #define HIDDEN_DIR "/.hidden/dir"
 #define HIDDEN_FILE "/.hidden/file"
 
+int
+bind_open(const char *source, uint32_t flags)
+{
+    struct rs_mount_attr attr = {.attr_set = RS_ATTR_NOSUID};
+
+    if (flags & BIND_READ_ONLY)
+        attr.attr_set |= RS_ATTR_RDONLY;
+    if (flags & (BIND_NO_EXEC | BIND_DEVICE | BIND_SOCKET))
+        attr.attr_set |= RS_ATTR_NOEXEC;
+    if (!(flags & BIND_DEVICE))
+        attr.attr_set |= RS_ATTR_NODEV;
+    /* Nothing mounted on the host later may appear inside. */
+    attr.propagation = MS_PRIVATE;
+
+    int fd = rs_open_tree(AT_FDCWD, source,
+                          RS_OPEN_TREE_CLONE | RS_OPEN_TREE_CLOEXEC |
+                              RS_AT_RECURSIVE);
+    if (fd < 0)
+        rs_die("open_tree", source);
+    if (rs_mount_setattr(fd, "", RS_AT_EMPTY_PATH | RS_AT_RECURSIVE, &attr) != 0)
+        rs_die("mount_setattr", source);
+    return fd;
+}
+
 void
 binds_open(struct binds *binds, const struct plan *plan)
 {
@@ -30,29 +54,9 @@ binds_open(struct binds *binds, const struct plan *plan)
     binds->fds = calloc(plan->count + 1, sizeof *binds->fds);
     if (binds->fds == NULL)
         rs_die("binds_alloc", NULL);
-    while ((record = plan_next(plan, R_BIND, &cursor)) != NULL) {
-        uint32_t flags = field_u32(record, 0);
-        const char *source = field_str(record, 4);
-        struct rs_mount_attr attr = {.attr_set = RS_ATTR_NOSUID};
-
-        if (flags & BIND_READ_ONLY)
-            attr.attr_set |= RS_ATTR_RDONLY;
-        if (flags & BIND_NO_EXEC || flags & BIND_DEVICE)
-            attr.attr_set |= RS_ATTR_NOEXEC;
-        if (!(flags & BIND_DEVICE))
-            attr.attr_set |= RS_ATTR_NODEV;
-        /* Nothing mounted on the host later may appear inside. */
-        attr.propagation = MS_PRIVATE;
-
-        int fd = rs_open_tree(AT_FDCWD, source,
-                              RS_OPEN_TREE_CLONE | RS_OPEN_TREE_CLOEXEC |
-                                  RS_AT_RECURSIVE);
-        if (fd < 0)
-            rs_die("open_tree", source);
-        if (rs_mount_setattr(fd, "", RS_AT_EMPTY_PATH | RS_AT_RECURSIVE, &attr) != 0)
-            rs_die("mount_setattr", source);
-        binds->fds[binds->count++] = fd;
-    }
+    while ((record = plan_next(plan, R_BIND, &cursor)) != NULL)
+        binds->fds[binds->count++] =
+            bind_open(field_str(record, 4), field_u32(record, 0));
 }
 
 void
@@ -94,15 +98,23 @@ make_parent_dirs(int root, const char *path)
         make_dirs(root, parent, 0755);
 }
 
-static void
-write_file(int root, const char *path, mode_t mode, const uint8_t *bytes,
-           size_t length)
+int
+make_file(int root, const char *path, unsigned mode)
 {
     make_parent_dirs(root, path);
     int fd = openat(root, path + 1,
                     O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, mode);
     if (fd < 0)
         rs_die("create", path);
+    return fd;
+}
+
+static void
+write_file(int root, const char *path, mode_t mode, const uint8_t *bytes,
+           size_t length)
+{
+    int fd = make_file(root, path, mode);
+
     while (length > 0) {
         ssize_t written = write(fd, bytes, length);
         if (written < 0)
@@ -115,8 +127,8 @@ write_file(int root, const char *path, mode_t mode, const uint8_t *bytes,
     close(fd);
 }
 
-static void
-attach_bind(int root, int fd, const char *target)
+void
+bind_attach(int root, int fd, const char *target)
 {
     struct stat source, there;
 
@@ -148,11 +160,23 @@ hide(const char *path)
         rs_die("hide", path);
 }
 
+/* Path of something in the new root while it is still on STAGING. */
+static void
+staged(char *target, size_t size, const char *path)
+{
+    if ((size_t)snprintf(target, size, "%s%s", STAGING, path) >= size) {
+        errno = ENAMETOOLONG;
+        rs_die("staging", path);
+    }
+}
+
 void
-root_enter(const struct plan *plan, const struct binds *binds, int read_only_proc)
+root_enter(const struct plan *plan, const struct binds *binds,
+           const struct root_options *options)
 {
     const struct record *record;
     size_t cursor, bind = 0, length;
+    char target[PATH_MAX];
 
     /* Stop our mounts from reaching the host, and the host's from us. */
     if (mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) != 0)
@@ -166,6 +190,19 @@ root_enter(const struct plan *plan, const struct binds *binds, int read_only_pro
 
     make_dirs(root, HIDDEN_DIR, 0000);
     write_file(root, HIDDEN_FILE, 0000, NULL, 0);
+    for (cursor = 0; (record = plan_next(plan, R_TMPFS, &cursor));) {
+        char data[128];
+        const char *path = field_str(record, 20);
+        make_dirs(root, path, 0755);
+        staged(target, sizeof target, path);
+        snprintf(data, sizeof data,
+                 "size=%llu,nr_inodes=%llu,mode=%o,uid=%u,gid=%u",
+                 (unsigned long long)field_u64(record, 0),
+                 (unsigned long long)field_u64(record, 8),
+                 field_u32(record, 16), options->owner, options->owner);
+        if (mount("private", target, "tmpfs", MS_NOSUID | MS_NODEV, data) != 0)
+            rs_die("mount_tmpfs", path);
+    }
     for (cursor = 0; (record = plan_next(plan, R_DIR, &cursor));)
         make_dirs(root, field_str(record, 4), field_u32(record, 0));
     for (cursor = 0; (record = plan_next(plan, R_BIND, &cursor));) {
@@ -173,7 +210,7 @@ root_enter(const struct plan *plan, const struct binds *binds, int read_only_pro
             errno = EINVAL;
             rs_die("binds", NULL);
         }
-        attach_bind(root, binds->fds[bind++], field_str2(record, 4));
+        bind_attach(root, binds->fds[bind++], field_str2(record, 4));
     }
     for (cursor = 0; (record = plan_next(plan, R_SYMLINK, &cursor));) {
         const char *path = field_str2(record, 0);
@@ -190,21 +227,18 @@ root_enter(const struct plan *plan, const struct binds *binds, int read_only_pro
     for (cursor = 0; (record = plan_next(plan, R_SCRATCH, &cursor));)
         make_dirs(root, field_str(record, 16), 0755);
     for (cursor = 0; (record = plan_next(plan, R_PROC, &cursor));) {
-        char target[PATH_MAX];
         make_dirs(root, field_str(record, 0), 0555);
-        if ((size_t)snprintf(target, sizeof target, "%s%s", STAGING,
-                             field_str(record, 0)) >= sizeof target) {
-            errno = ENAMETOOLONG;
-            rs_die("mount_proc", NULL);
-        }
+        staged(target, sizeof target, field_str(record, 0));
         /* Before the old root goes: a user namespace may mount a /proc only
          * where it already sees one in full. */
         if (mount("proc", target, "proc",
                   MS_NOSUID | MS_NODEV | MS_NOEXEC |
-                      (read_only_proc ? MS_RDONLY : 0),
-                  NULL) != 0)
+                      (options->read_only_proc ? MS_RDONLY : 0),
+                  options->proc_options) != 0)
             rs_die("mount_proc", target);
     }
+    if (options->fill != NULL)
+        options->fill(root, options->argument);
 
     /* pivot_root(".", ".") stacks the old root on the new one's place, so no
      * directory is needed to put it in; then it is detached. */

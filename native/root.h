@@ -10,6 +10,18 @@ struct binds {
     size_t count;
 };
 
+/* What only some roots have. */
+struct root_options {
+    int read_only_proc;
+    /* Of a /proc of our own, such as "hidepid=2"; NULL for none. */
+    const char *proc_options;
+    /* Who owns what R_TMPFS makes, as this user namespace counts. */
+    unsigned owner;
+    /* Adds what no record can say, below the directory fd of the new root. */
+    void (*fill)(int root, void *argument);
+    void *argument;
+};
+
 /* Open and restrict every bind source.
  *
  * With real root this is done by the monitor, before the user namespace:
@@ -20,7 +32,16 @@ void binds_open(struct binds *binds, const struct plan *plan);
  * the caller's own mount namespace.  Only a zygote, which runs no task, gets a
  * writable /proc: its jails mount their own over it. */
 void root_enter(const struct plan *plan, const struct binds *binds,
-                int read_only_proc);
+                const struct root_options *options);
+
+/* Open one bind source with the flags of R_BIND. */
+int bind_open(const char *source, uint32_t flags);
+
+/* Mount what bind_open opened at a path below the directory fd. */
+void bind_attach(int root, int fd, const char *target);
+
+/* Make a file below the directory fd; its descriptor is open for writing. */
+int make_file(int root, const char *path, unsigned mode);
 
 /* mkdir -p of an absolute path below the directory fd. */
 void make_dirs(int root, const char *path, unsigned mode);

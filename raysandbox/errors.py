@@ -14,6 +14,7 @@
         ├── TaskQuotaExceeded    an argument, result, output or put quota
         ├── TaskKilled           killed by a signal that is none of the above
         ├── TaskUnsupported      asked for what its boundary does not have
+        ├── TaskRefused          the node's policy does not let it run
         └── JailProtocolError    the jail's reply broke the protocol
 
 Ray pickles errors on their way to the driver, so every class here keeps its
@@ -22,6 +23,8 @@ fields as keyword arguments and round-trips through cloudpickle.
 
 from __future__ import annotations
 
+import json
+import os
 from typing import Any
 
 __all__ = [
@@ -35,15 +38,32 @@ __all__ = [
     "TaskKilled",
     "TaskOutOfMemory",
     "TaskQuotaExceeded",
+    "TaskRefused",
     "TaskTimedOut",
     "TaskUnsupported",
     "UnsupportedError",
 ]
 
 
+_MOST_SHOWN = 200
+
+
 def _rebuild(cls: type[RaysandboxError], fields: dict[str, Any]) -> RaysandboxError:
     """Make an error again from its fields (the other half of ``__reduce__``)."""
     return cls(**fields)
+
+
+def _written(value: object) -> str:
+    """Return a value as a file has it: on one line, without control characters."""
+    text = _plain(json.dumps(value, ensure_ascii=False, default=str))
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}…"
+
+
+def _plain(text: str) -> str:
+    """Escape what a terminal or a log would not show as it is."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class RaysandboxError(Exception):
@@ -74,8 +94,8 @@ class ProfileError(RaysandboxError):
     def __init__(
         self, *, source: str, reason: str, where: str = "", value: object = None
     ) -> None:
-        place = f"{source}: {where}" if where else source
-        shown = "" if value is None else f" = {value!r}"
+        place = _plain(f"{source}: {where}" if where else source)
+        shown = "" if value is None else f" = {_written(value)}"
         super().__init__(
             f"{place}{shown}: {reason}",
             source=source,
@@ -123,8 +143,6 @@ class SetupError(RaysandboxError):
     """
 
     def __init__(self, *, step: str, errno: int = 0, detail: str = "") -> None:
-        import os
-
         why = f": {os.strerror(errno)} (errno {errno})" if errno else ""
         more = f" [{detail}]" if detail else ""
         super().__init__(
@@ -227,6 +245,12 @@ class TaskUnsupported(TaskError):  # noqa: N818 - as above
     """The task asked for something that its boundary does not have."""
 
     what = "asked for something that a jail does not have"
+
+
+class TaskRefused(TaskError):  # noqa: N818 - as above
+    """The node's policy does not let this job have what it asked for."""
+
+    what = "was refused by the node's policy; nothing of it was run"
 
 
 class JailProtocolError(TaskError):

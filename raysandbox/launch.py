@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import select
 import signal
 import subprocess
@@ -15,11 +16,22 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from raysandbox.errors import ProfileError, SetupError
+from raysandbox.errors import ProfileError, SetupError, UnsupportedError
 from raysandbox.native import library_path
 from raysandbox.plan import IdRange, Plan
 
-__all__ = ["IdLease", "Launched", "Outcome", "launcher_path", "lease_ids", "start"]
+__all__ = [
+    "IdLease",
+    "Launched",
+    "Outcome",
+    "is_readable",
+    "is_worker_id",
+    "launcher_path",
+    "lease_ids",
+    "program_path",
+    "start",
+    "worker_ids",
+]
 
 EXIT_SETUP = 125
 
@@ -35,7 +47,16 @@ def launcher_path() -> str:
     Raises:
         SetupError: It is not installed: the wheel was built without it.
     """
-    path = os.path.join(os.path.dirname(library_path()), "raysandbox-launch")
+    return program_path("launch")
+
+
+def program_path(name: str) -> str:
+    """Return the path of one of our programs: launch, worker or node.
+
+    Raises:
+        SetupError: As `launcher_path`.
+    """
+    path = os.path.join(os.path.dirname(library_path()), f"raysandbox-{name}")
     for needed in (path, library_path()):
         if not os.access(needed, os.R_OK):
             raise SetupError(
@@ -69,51 +90,111 @@ def _configured_range() -> tuple[int, int]:
     text = os.environ.get("RAYSANDBOX_UID_RANGE")
     if not text:
         return _DEFAULT_RANGE
-    first, _, count = text.partition(":")
-    if first.isdigit() and count.isdigit():
-        numbers = int(first), int(count)
+    match = re.fullmatch(r"([0-9]{1,10}):([0-9]{1,10})", text)
+    if match is not None:
+        first, count = int(match[1]), int(match[2])
         # Never ids of people or of the system, whatever was configured.
-        if numbers[0] >= 65536 and 0 < numbers[1] <= 0xFFFFFFFE - numbers[0]:
-            return numbers
+        if first >= 65536 and _IDS_PER_LAUNCH <= count <= 0xFFFFFFFE - first:
+            return first, count
     raise ProfileError(
         source="RAYSANDBOX_UID_RANGE",
         value=text,
-        reason="must be FIRST:COUNT with FIRST of at least 65536",
+        reason="must be FIRST:COUNT with FIRST of at least 65536 and COUNT of at "
+        f"least {_IDS_PER_LAUNCH}",
     )
 
 
-def lease_ids() -> IdLease:
-    """Take host ids for one launch: its root's and its jails'.
+def _refuse_unmapped(first: int, count: int) -> None:
+    """Refuse ids that this user namespace does not have; see user_namespaces(7)."""
+    for name in ("uid_map", "gid_map"):
+        with open(f"/proc/self/{name}") as file:
+            ranges = [tuple(map(int, line.split())) for line in file]
+        if not any(
+            start <= first and first + count <= start + length
+            for start, _, length in ranges
+        ):
+            shown = ", ".join(f"{r[0]} to {r[0] + r[2] - 1}" for r in ranges)
+            raise UnsupportedError(
+                feature="own host user",
+                need=f"ids {first} to {first + count - 1} for jails",
+                have=f"only {shown} in this user namespace ({name})",
+                remedy="set RAYSANDBOX_UID_RANGE to some of those, map more ids, or "
+                "start as an ordinary user",
+            )
+
+
+def _split_range() -> tuple[IdRange, IdRange]:
+    """Return the ids of launches and those of Ray workers: a quarter."""
+    first, count = _configured_range()
+    launches = count - count // 4
+    return IdRange(first, launches), IdRange(first + launches, count // 4)
+
+
+def is_worker_id(number: int) -> bool:
+    """Say whether a host id is one that a single Ray worker has for itself."""
+    ids = _split_range()[1]
+    return ids.first <= number < ids.first + ids.count
+
+
+def worker_ids() -> tuple[IdRange, str]:
+    """Return the host ids of Ray workers, and the file that says whose they are.
 
     Raises:
-        SetupError: All of the range is in use, or the lock directory can't be
-            made.
+        SetupError: The file's directory can't be made, or the range is too small.
     """
-    if os.geteuid() != 0:
-        return IdLease(IdRange(os.geteuid(), 1))
-    first, count = _configured_range()
+    ids = _split_range()[1]
+    if ids.count < 2:
+        raise SetupError(
+            step="worker_ids", detail="RAYSANDBOX_UID_RANGE has fewer than 8 ids"
+        )
+    _make_lock_dir()
+    return ids, f"{_LOCK_DIR}/workers-{ids.first}"
+
+
+def _make_lock_dir() -> None:
     try:
         os.makedirs(_LOCK_DIR, mode=0o700, exist_ok=True)
     except OSError as error:
         raise SetupError(
             step="lease_ids", errno=error.errno or 0, detail=_LOCK_DIR
         ) from error
-    for block in range(count // _IDS_PER_LAUNCH):
-        start_id = first + block * _IDS_PER_LAUNCH
-        fd = os.open(
-            f"{_LOCK_DIR}/{start_id}",
-            os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW,
-            0o600,
-        )
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(fd)
-            continue
-        return IdLease(IdRange(start_id, _IDS_PER_LAUNCH), fd)
+
+
+def lease_ids() -> IdLease:
+    """Take host ids for one launch: its root's and its jails'.
+
+    Raises:
+        SetupError: All of the range is in use, or the locks can't be made.
+        ProfileError: ``RAYSANDBOX_UID_RANGE`` is no range.
+        UnsupportedError: We are root of a user namespace without these ids.
+    """
+    if os.geteuid() != 0:
+        return IdLease(IdRange(os.geteuid(), 1))
+    ids = _split_range()[0]
+    _refuse_unmapped(ids.first, ids.count)
+    _make_lock_dir()
+    last = ids.first + ids.count - _IDS_PER_LAUNCH
+    try:
+        for start_id in range(ids.first, last + 1, _IDS_PER_LAUNCH):
+            fd = os.open(
+                f"{_LOCK_DIR}/{start_id}",
+                os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW,
+                0o600,
+            )
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(fd)
+                continue
+            return IdLease(IdRange(start_id, _IDS_PER_LAUNCH), fd)
+    except OSError as error:
+        raise SetupError(
+            step="lease_ids", errno=error.errno or 0, detail=_LOCK_DIR
+        ) from error
     raise SetupError(
         step="lease_ids",
-        detail=f"all {count} ids from {first} are in use; set RAYSANDBOX_UID_RANGE",
+        detail=f"all {ids.count} host ids from {ids.first} are in use by other jails; "
+        "set RAYSANDBOX_UID_RANGE to a larger range",
     )
 
 
@@ -183,7 +264,7 @@ class Launched:
         """Read what the launcher says up to its end; False if time is up first."""
         while True:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            if not select.select([self.status_fd], [], [], left)[0]:
+            if not is_readable(self.status_fd, left):
                 return False
             chunk = os.read(self.status_fd, 4096)
             if not chunk:
@@ -198,7 +279,7 @@ class Launched:
         deadline = time.monotonic() + timeout_s
         while b"ended\n" not in self._status:
             left = max(0.0, deadline - time.monotonic())
-            if not select.select([self.status_fd], [], [], left)[0]:
+            if not is_readable(self.status_fd, left):
                 return False
             chunk = os.read(self.status_fd, 4096)
             if not chunk:
@@ -212,12 +293,12 @@ class Launched:
             os.close(self.life_fd)
             self.life_fd = -1
 
-    def kill(self) -> None:
-        """End the inside; the monitor cleans up after it and exits."""
+    def kill(self, number: int = signal.SIGTERM) -> None:
+        """End the inside; the monitor cleans up after it and exits 128+number."""
         if self.is_zygote:
             self.release()
         elif self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
+            self.process.send_signal(number)
 
     def close(self) -> None:
         """Close our ends; an inside that still runs is ended by that."""
@@ -226,6 +307,17 @@ class Launched:
             if fd >= 0:
                 os.close(fd)
                 setattr(self, name, -1)
+
+
+def is_readable(fd: int, timeout_s: float | None) -> bool:
+    """Wait until something can be read, or the time is up; None waits for ever.
+
+    Not select(2), which can't see a descriptor above 1023, and a busy worker has
+    thousands.
+    """
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(None if timeout_s is None else timeout_s * 1000))
 
 
 def start(
@@ -252,12 +344,19 @@ def start(
         stdin: Descriptor, as for subprocess; None to inherit.
         stdout: As stdin.
         stderr: As stdin.
+
+    Raises:
+        SetupError: The launcher is missing or can't be started.
     """
-    plan_fd = os.memfd_create("raysandbox-plan", os.MFD_CLOEXEC)
-    status_read, status_write = os.pipe()
-    life_read, life_write = os.pipe()
+    fds: list[int] = []
     try:
+        plan_fd = os.memfd_create("raysandbox-plan", os.MFD_CLOEXEC)
+        fds.append(plan_fd)
         os.write(plan_fd, plan.encode())
+        status_read, status_write = os.pipe()
+        fds += [status_read, status_write]
+        life_read, life_write = os.pipe()
+        fds += [life_read, life_write]
         arguments = [
             launcher_path(),
             f"--plan-fd={plan_fd}",
@@ -280,12 +379,14 @@ def start(
             stderr=stderr,
             close_fds=True,
         )
-    except BaseException:
-        os.close(status_read)
-        os.close(life_write)
-        raise
+        fds.remove(status_read)
+        fds.remove(life_write)
+    except OSError as error:
+        # No descriptor, no process, no memory left for us: the host's business.
+        raise SetupError(
+            step="start_launcher", errno=error.errno or 0, detail=error.filename or ""
+        ) from error
     finally:
-        os.close(plan_fd)
-        os.close(status_write)
-        os.close(life_read)
+        for fd in fds:
+            os.close(fd)
     return Launched(process, status_read, life_write, zygote)

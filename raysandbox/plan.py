@@ -29,14 +29,21 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SCRATCH",
+    "TASK_ID",
+    "Builder",
     "Context",
     "IdRange",
     "Plan",
     "Protection",
+    "Record",
     "State",
     "compile",
     "python_paths",
+    "survey",
     "system_paths",
+    "text",
+    "u32",
+    "u64",
 ]
 
 #: Where the scratch is inside, whatever the profile.
@@ -45,12 +52,6 @@ SCRATCH = "/scratch"
 TASK_ID = 1000
 
 _MAGIC = b"RSBXPLN1"
-
-# Records, as in native/plan.h.
-_NAMESPACES, _HOSTNAME, _IDMAP, _DIR, _BIND, _SYMLINK, _FILE = range(1, 8)
-_HIDE, _PROC, _MASK, _SCRATCH, _SUBDIR, _RLIMIT, _INNER_ID = range(8, 15)
-_LANDLOCK, _LANDLOCK_PATH, _LANDLOCK_PORT, _SECCOMP, _CHDIR = range(15, 20)
-_ENV, _CGROUP_JOIN, _CGROUP_CLEAN, _WALL_TIME, _TMP, _CARRY = range(20, 26)
 
 _BIND_READ_ONLY, _BIND_DEVICE = 1, 2
 
@@ -106,6 +107,47 @@ _PROC_MASKS = (
     "/proc/sysrq-trigger",
     "/proc/timer_list",
 )
+
+
+class Record(enum.IntEnum):
+    """Types of a plan's records: their fields are in ``native/plan.h``."""
+
+    NAMESPACES = 1
+    HOSTNAME = 2
+    IDMAP = 3
+    DIR = 4
+    BIND = 5
+    SYMLINK = 6
+    FILE = 7
+    HIDE = 8
+    PROC = 9
+    MASK = 10
+    SCRATCH = 11
+    SUBDIR = 12
+    RLIMIT = 13
+    INNER_ID = 14
+    LANDLOCK = 15
+    LANDLOCK_PATH = 16
+    LANDLOCK_PORT = 17
+    SECCOMP = 18
+    CHDIR = 19
+    ENV = 20
+    CGROUP_JOIN = 21
+    CGROUP_CLEAN = 22
+    WALL_TIME = 23
+    TMP = 24
+    CARRY = 25
+    TMPFS = 26
+    COPY = 27
+    COPY_ENV = 28
+    ENV_PASS = 29
+    LANDLOCK_PORTS = 30
+    USER = 31
+    LOG = 32
+    CGROUP_BASE = 33
+    CGROUP_LIMIT = 34
+    PROGRAM = 35
+    PRELUDE = 36
 
 
 class State(str, enum.Enum):
@@ -181,7 +223,8 @@ class Plan:
         return _MAGIC + struct.pack("<II", 16 + len(body), len(self.records)) + body
 
 
-def _text(*values: str) -> bytes:
+def text(*values: str) -> bytes:
+    """Encode strings for a record."""
     for value in values:
         if "\0" in value:
             raise ProfileError(
@@ -190,11 +233,13 @@ def _text(*values: str) -> bytes:
     return b"".join(os.fsencode(value) + b"\0" for value in values)
 
 
-def _u32(*values: int) -> bytes:
+def u32(*values: int) -> bytes:
+    """Encode 32-bit numbers for a record."""
     return struct.pack(f"<{len(values)}I", *values)
 
 
-def _u64(*values: int) -> bytes:
+def u64(*values: int) -> bytes:
+    """Encode 64-bit numbers for a record."""
     return struct.pack(f"<{len(values)}Q", *values)
 
 
@@ -227,25 +272,44 @@ def compile(  # noqa: A001 - plan.compile, as re.compile
         UnsupportedError: The host lacks a protection that the profile
             requires.
     """
-    builder = _Builder(profile, host, context)
-    builder.namespaces()
-    builder.root()
-    builder.limits()
-    builder.landlock()
-    builder.seccomp()
-    builder.surroundings()
+    builder = Builder(profile, host, context)
+    builder.build()
+    if builder.missing:
+        raise builder.missing[0]
     return Plan(profile.name, tuple(builder.records), tuple(builder.protections))
 
 
-class _Builder:
+def survey(
+    profile: Profile, host: Host, context: Context
+) -> tuple[tuple[Protection, ...], tuple[UnsupportedError, ...]]:
+    """Say what would hold, and all that is required and missing.
+
+    Raises:
+        ProfileError: As :func:`compile`.
+    """
+    builder = Builder(profile, host, context)
+    builder.build()
+    return tuple(builder.protections), tuple(builder.missing)
+
+
+class Builder:
     """Collects records and protections; one method per wall."""
 
     def __init__(self, profile: Profile, host: Host, context: Context) -> None:
         self.profile, self.host, self.context = profile, host, context
         self.records: list[tuple[int, bytes]] = []
         self.protections: list[Protection] = []
+        self.missing: list[UnsupportedError] = []
         self.readable: list[str] = []
         self.writable: list[str] = []
+
+    def build(self) -> None:
+        self.namespaces()
+        self.root()
+        self.limits()
+        self.landlock()
+        self.seccomp()
+        self.surroundings()
 
     def add(self, kind: int, payload: bytes) -> None:
         self.records.append((kind, payload))
@@ -256,16 +320,20 @@ class _Builder:
     def lacking(
         self, feature: str, need: str, have: str, remedy: str, *, required: bool
     ) -> None:
-        """Refuse if the profile requires ``feature``, else record it as off."""
-        if required:
-            raise UnsupportedError(
+        """Note what is missing if the profile requires it, else that it is off."""
+        if not required:
+            why = f"need {need}, have {have}; the profile does not require it"
+            self.protect(feature, State.OFF, why)
+            return
+        self.missing.append(
+            UnsupportedError(
                 feature=feature,
                 need=need,
                 have=have,
                 remedy=remedy,
                 profile=self.profile.name,
             )
-        self.protect(feature, State.OFF, f"{have}; the profile does not require it")
+        )
 
     def namespaces(self) -> None:
         wanted = self.profile.namespaces
@@ -278,13 +346,14 @@ class _Builder:
                     reason="no jail can be built without this namespace",
                 )
         if self.host.namespaces_reason:
-            raise UnsupportedError(
-                feature="namespaces",
-                need="user, pid and mount namespaces for this user",
-                have=self.host.namespaces_reason,
-                remedy=self.host.namespaces_remedy,
-                profile=self.profile.name,
+            self.lacking(
+                "namespaces",
+                "user, pid and mount namespaces for this user",
+                self.host.namespaces_reason,
+                self.host.namespaces_remedy,
+                required=True,  # whatever the profile says: no jail without them
             )
+            return
         outer = inner = 0
         for name, flag in _NEW.items():
             if not getattr(wanted, name):
@@ -296,12 +365,12 @@ class _Builder:
             if name in _PER_JAIL and (self.context.zygote or name == "cgroup"):
                 inner |= flag
             self.protect(f"{name} namespace", State.ENFORCED)
-        self.add(_NAMESPACES, _u32(outer, inner))
+        self.add(Record.NAMESPACES, u32(outer, inner))
         if wanted.uts:
-            self.add(_HOSTNAME, _text(wanted.hostname))
+            self.add(Record.HOSTNAME, text(wanted.hostname))
         ids = self.context.ids
-        self.add(_IDMAP, _u32(ids.first, ids.count))
-        self.add(_INNER_ID, _u32(TASK_ID, TASK_ID))
+        self.add(Record.IDMAP, u32(ids.first, ids.count))
+        self.add(Record.INNER_ID, u32(TASK_ID, TASK_ID))
         if ids.count == 1:
             self.protect(
                 "own host user",
@@ -321,29 +390,29 @@ class _Builder:
         )
         self._devices()
         self._synthesised()
-        self.add(_PROC, _text("/proc"))
+        self.add(Record.PROC, text("/proc"))
         for path in _PROC_MASKS:
-            self.add(_MASK, _text(path))
+            self.add(Record.MASK, text(path))
         self.add(
-            _SCRATCH,
-            _u64(files.scratch_bytes, files.scratch_inodes) + _text(SCRATCH),
+            Record.SCRATCH,
+            u64(files.scratch_bytes, files.scratch_inodes) + text(SCRATCH),
         )
-        self.add(_DIR, _u32(0o755) + _text("/tmp"))
-        self.add(_TMP, _text("/tmp"))
+        self.add(Record.DIR, u32(0o755) + text("/tmp"))
+        self.add(Record.TMP, text("/tmp"))
         for path in (*self.readable, *self.writable):
             if path.startswith("/tmp/"):
-                self.add(_CARRY, _text(path))
+                self.add(Record.CARRY, text(path))
         for name in ("shm", "home"):
-            self.add(_SUBDIR, _u32(0o700) + _text(f"{SCRATCH}/{name}"))
+            self.add(Record.SUBDIR, u32(0o700) + text(f"{SCRATCH}/{name}"))
         for target, path in ((f"{SCRATCH}/shm", "/dev/shm"), ("/tmp", "/var/tmp")):
             # Where the profile binds something below, that is all there is.
             if not any(
                 bound == path or bound.startswith(f"{path}/")
                 for bound in (*self.readable, *self.writable)
             ):
-                self.add(_SYMLINK, _text(target, path))
+                self.add(Record.SYMLINK, text(target, path))
         for path in files.hide:
-            self.add(_HIDE, _text(path))
+            self.add(Record.HIDE, text(path))
         self.protect("root file system", State.ENFORCED)
         self.protect("scratch quota", State.ENFORCED)
 
@@ -361,13 +430,14 @@ class _Builder:
                         source=self.profile.name,
                         where=where,
                         value=path,
-                        reason="does not exist on this host",
+                        reason="does not exist on this host"
+                        + (f" ({entry})" if entry != path else ""),
                     )
         for path in _outermost(paths):
             flags = _BIND_READ_ONLY if read_only else 0
-            self.add(_BIND, _u32(flags) + _text(os.path.realpath(path), path))
+            self.add(Record.BIND, u32(flags) + text(os.path.realpath(path), path))
         for target, path in symlinks:
-            self.add(_SYMLINK, _text(target, path))
+            self.add(Record.SYMLINK, text(target, path))
         (self.readable if read_only else self.writable).extend(_outermost(paths))
 
     def _expand(self, where: str, entry: str) -> list[tuple[str, bool]]:
@@ -407,14 +477,14 @@ class _Builder:
                     value=name,
                     reason=f"{path} is not a character device on this host",
                 )
-            self.add(_BIND, _u32(_BIND_DEVICE) + _text(path, path))
+            self.add(Record.BIND, u32(_BIND_DEVICE) + text(path, path))
         for target, path in (
             ("/proc/self/fd", "/dev/fd"),
             ("/proc/self/fd/0", "/dev/stdin"),
             ("/proc/self/fd/1", "/dev/stdout"),
             ("/proc/self/fd/2", "/dev/stderr"),
         ):
-            self.add(_SYMLINK, _text(target, path))
+            self.add(Record.SYMLINK, text(target, path))
 
     def _synthesised(self) -> None:
         """Files that would tell about the host, or that it may lack."""
@@ -426,7 +496,7 @@ class _Builder:
         for path in _ETC_FILES if wants_system else ():
             copy = _small_file(path)
             if copy is not None and not self._is_bound(path):
-                self.add(_FILE, _u32(0o444) + _text(path) + copy)
+                self.add(Record.FILE, u32(0o444) + text(path) + copy)
         for path, content in (
             ("/etc/passwd", user + nobody),
             ("/etc/group", f"task:x:{TASK_ID}:\nnogroup:x:65534:\n"),
@@ -437,7 +507,7 @@ class _Builder:
             ("/sys/devices/system/cpu/possible", online),
         ):
             if not self._is_bound(path):
-                self.add(_FILE, _u32(0o444) + _text(path) + content.encode())
+                self.add(Record.FILE, u32(0o444) + text(path) + content.encode())
 
     def _is_bound(self, path: str) -> bool:
         return any(_is_below(path, bound) for bound in self.readable)
@@ -456,16 +526,18 @@ class _Builder:
             # A backstop for each process; the cgroup counts them together.
             # Pid 1 ignores SIGXCPU, so the hard limit is what kills it.
             seconds = max(1, int(limits.cpu_time_s + 0.999))
-            self.add(_RLIMIT, _u32(resource.RLIMIT_CPU) + _u64(seconds, seconds + 1))
+            self.add(
+                Record.RLIMIT, u32(resource.RLIMIT_CPU) + u64(seconds, seconds + 1)
+            )
         self.protect("resource limits", State.ENFORCED)
         if self.context.wall_time and limits.wall_time_s is not None:
-            self.add(_WALL_TIME, _u64(max(1, int(limits.wall_time_s * 1000))))
+            self.add(Record.WALL_TIME, u64(max(1, int(limits.wall_time_s * 1000))))
 
     def _rlimit(self, which: int, value: int) -> None:
         _soft, hard = resource.getrlimit(which)
         if hard != resource.RLIM_INFINITY:
             value = min(value, hard)
-        self.add(_RLIMIT, _u32(which) + _u64(value, value))
+        self.add(Record.RLIMIT, u32(which) + u64(value, value))
 
     def landlock(self) -> None:
         wanted, abi = self.profile.landlock, self.host.landlock_abi
@@ -483,7 +555,7 @@ class _Builder:
             )
             return
         governed = landlock.handled(abi)
-        self.add(_LANDLOCK, _u64(*governed))
+        self.add(Record.LANDLOCK, u64(*governed))
         rules = {"/": landlock.READ_DIR, "/proc": landlock.READ}
         for path in (*self.readable, "/etc", "/sys"):
             rules[path] = landlock.READ
@@ -492,7 +564,7 @@ class _Builder:
         for name in self.profile.devices:
             rules[f"/dev/{name}"] = landlock.READ_FILE | landlock.WRITE_FILE
         for path, access in rules.items():
-            self.add(_LANDLOCK_PATH, _u64(access & governed.fs) + _text(path))
+            self.add(Record.LANDLOCK_PATH, u64(access & governed.fs) + text(path))
         missing = [
             what
             for what, have in (
@@ -511,6 +583,8 @@ class _Builder:
     def seccomp(self) -> None:
         from raysandbox.kernel import seccomp
 
+        self.protect("no new privileges", State.ENFORCED)
+        self.protect("no capabilities", State.ENFORCED)
         if not self.host.seccomp:
             self.lacking(
                 "seccomp",
@@ -523,7 +597,7 @@ class _Builder:
         notify = self.context.notify and self.host.seccomp_notify
         program = seccomp.compile_policy(self.profile.syscalls, notify=notify)
         flags = _SECCOMP_NEW_LISTENER if notify else 0
-        self.add(_SECCOMP, _u32(flags) + program.bpf)
+        self.add(Record.SECCOMP, u32(flags) + program.bpf)
         if self.context.notify and not notify:
             self.protect(
                 "seccomp",
@@ -536,8 +610,6 @@ class _Builder:
             )
         else:
             self.protect("seccomp", State.ENFORCED)
-        self.protect("no new privileges", State.ENFORCED)
-        self.protect("no capabilities", State.ENFORCED)
 
     def surroundings(self) -> None:
         context = self.context
@@ -557,12 +629,12 @@ class _Builder:
             "USER": "task",
         }
         for name, value in variables.items():
-            self.add(_ENV, _text(f"{name}={value}"))
-        self.add(_CHDIR, _text(context.chdir or SCRATCH))
+            self.add(Record.ENV, text(f"{name}={value}"))
+        self.add(Record.CHDIR, text(context.chdir or SCRATCH))
         for path in context.cgroup_dirs:
-            self.add(_CGROUP_JOIN, _text(path))
+            self.add(Record.CGROUP_JOIN, text(path))
         for directory, prefix in context.cgroup_clean:
-            self.add(_CGROUP_CLEAN, _text(directory, prefix))
+            self.add(Record.CGROUP_CLEAN, text(directory, prefix))
 
 
 def _small_file(path: str) -> bytes | None:

@@ -10,12 +10,15 @@ import struct
 from dataclasses import dataclass
 from functools import cache
 
+from raysandbox.errors import SetupError
 from raysandbox.kernel import landlock
 
 __all__ = ["Host", "probe"]
 
 _SECCOMP_GET_ACTION_AVAIL = 2
 _SECCOMP_RET_USER_NOTIF = 0x7FC00000
+# What says nothing about the host: it may work a moment later.
+_PASSING = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 _SYS_SECCOMP = {"x86_64": 317, "aarch64": 277}
 
 
@@ -52,7 +55,12 @@ class Host:
 
 @cache
 def probe() -> Host:
-    """Ask the kernel once per process."""
+    """Ask the kernel once per process.
+
+    Raises:
+        SetupError: There was no process or descriptor to ask with; another
+            time there may be.
+    """
     arch = platform.machine()
     filters, notify = _seccomp(arch)
     reason, remedy = _namespaces()
@@ -89,8 +97,16 @@ def _namespaces() -> tuple[str, str]:
     """Make all namespaces in a child, write its map, mount a /proc: as a jail does."""
     flags = 0x10000000 | 0x20000000 | 0x00020000 | 0x40000000 | 0x08000000 | 0x04000000
     uid, gid = os.geteuid(), os.getegid()
-    read_end, write_end = os.pipe()
-    pid = os.fork()
+    try:
+        read_end, write_end = os.pipe()
+    except OSError as error:
+        raise SetupError(step="probe", errno=error.errno or 0) from error
+    try:
+        pid = os.fork()
+    except OSError as error:
+        os.close(read_end)
+        os.close(write_end)
+        raise SetupError(step="probe", errno=error.errno or 0) from error
     if pid == 0:
         step, code = b"unshare", 0
         try:
@@ -116,6 +132,7 @@ def _namespaces() -> tuple[str, str]:
         except OSError as error:
             code = error.errno or errno.EIO
         finally:
+            # The parent reads the end of the pipe if even this fails.
             os.write(write_end, struct.pack("<i", code) + step)
             os._exit(0)
     os.close(write_end)
@@ -128,6 +145,8 @@ def _namespaces() -> tuple[str, str]:
     if code == 0:
         return "", ""
     failed = answer[4:].decode()
+    if code in _PASSING:
+        raise SetupError(step="probe", errno=code, detail=failed)
     return f"{failed}: {os.strerror(code)}", _remedy(failed, code)
 
 

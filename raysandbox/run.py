@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from raysandbox import launch, plan
 from raysandbox.kernel import cgroup
 from raysandbox.probe import probe
-from raysandbox.profile import Profile
+from raysandbox.profile import Limits, Profile
 
-__all__ = ["Result", "cgroup_limits", "run"]
+__all__ = ["Result", "cgroup_limits", "limit_protections", "run"]
 
 _CHECK_S = 0.1
 
@@ -46,6 +46,22 @@ def cgroup_limits(profile: Profile) -> cgroup.CgroupLimits:
         io_read_bytes_per_s=limits.io_read_bytes_per_s,
         io_write_bytes_per_s=limits.io_write_bytes_per_s,
     )
+
+
+def limit_protections(
+    report: Mapping[str, cgroup.Status],
+) -> tuple[plan.Protection, ...]:
+    """Return what became of each limit, in the profile's words."""
+    fields, found = Limits.model_fields, []
+    for name, status in report.items():
+        state, reason = plan.State(status.state.lower()), status.reason
+        key = fields[name].alias or name if name in fields else name
+        if name == "oom_group" and state is plan.State.OFF:
+            # We see to that ourselves, a moment later.
+            state = plan.State.DEGRADED
+            reason = "cgroup version 1 kills one process; raysandbox ends the others"
+        found.append(plan.Protection(f"limits.{key}", state, reason))
+    return tuple(found)
 
 
 def run(
@@ -139,7 +155,7 @@ def _run(
             if reason:
                 launched.kill()
         except KeyboardInterrupt:
-            launched.kill()
+            launched.kill(signal.SIGINT)
     usage = group.usage()
     launched.release()
     outcome = launched.wait()
@@ -154,7 +170,8 @@ def _run(
         reason = f"limits.wall_time allows {profile.limits.wall_time_s:g} s"
     elif not reason and outcome.signal == signal.SIGSYS:
         reason = "the system-call filter: a foreign ABI, or syscalls.action = kill"
-    return Result(exit_code, reason, usage, compiled.protections)
+    walls = (*limit_protections(group.report), *compiled.protections)
+    return Result(exit_code, reason, usage, walls)
 
 
 def _over(profile: Profile, usage: cgroup.Usage) -> str:

@@ -142,11 +142,14 @@ def receive(
         BlockingIOError: With ``MSG_DONTWAIT``: nothing there.
     """
     ints = array.array("i")
-    packet, ancillary, got, _ = sock.recvmsg(
-        _HEADER.size + INLINE_BYTES + 1,
-        socket.CMSG_SPACE(_MAX_FDS * ints.itemsize),
-        flags | socket.MSG_CMSG_CLOEXEC,
-    )
+    try:
+        packet, ancillary, got, _ = sock.recvmsg(
+            _HEADER.size + INLINE_BYTES + 1,
+            socket.CMSG_SPACE(_MAX_FDS * ints.itemsize),
+            flags | socket.MSG_CMSG_CLOEXEC,
+        )
+    except ConnectionResetError:
+        return None  # it closed, and what we sent last it never read
     for level, kind, data in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             ints.frombytes(data[: len(data) - len(data) % ints.itemsize])

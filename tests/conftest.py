@@ -27,8 +27,9 @@ _KINDS: dict[str, tuple[str, int]] = {
     "attacks": ("", 300),
     "image": ("image", 600),
     "ray": ("ray", 300),
+    "node": ("ray", 300),
     "cluster": ("cluster", 300),
-    "qemu": ("qemu", 1200),
+    "qemu": ("qemu", 1500),
 }
 _LAST = list(_KINDS)
 

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from raysandbox.cli.member import Addresses, Dir, Json, fail, opened, take_up
 from raysandbox.cluster.errors import ClusterError
-from raysandbox.cluster.registry import Registry
+from raysandbox.cluster.registry import NODES, Registry
 
 __all__ = ["app"]
 
@@ -47,6 +47,9 @@ def issue(
         for uri in registry.issue(role, name, address, out, days):
             print(uri)
         _say_nodes(registry, role, name, address)
+        if role in NODES:
+            # The guard needs the list of the new issuer of workers.
+            take_up(registry.dir)
     except ClusterError as error:
         fail(error)
 

@@ -1,4 +1,4 @@
-"""`raysandbox cluster …` and `raysandbox start`."""
+"""`raysandbox cluster …`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from raysandbox.cluster.errors import ClusterError
 from raysandbox.cluster.settings import ClusterDir
 from raysandbox.errors import RaysandboxError
 
-__all__ = ["app", "start_app"]
+__all__ = ["app"]
 
 app = typer.Typer(
     help="A hardened cluster: identities, guard, nodes.", no_args_is_help=True
@@ -158,6 +158,10 @@ def up(
         Optional[list[str]],  # noqa: UP045 - as above
         typer.Argument(help="further arguments of ray start, after --"),
     ] = None,
+    policy: Annotated[
+        str,
+        typer.Option(help="The node's policy; else RAYSANDBOX_POLICY or the site's."),
+    ] = "",
     as_json: Json = False,
 ) -> None:
     """Start this member: the head with its guard, or a node."""
@@ -178,9 +182,13 @@ def up(
         print(f"starting {member.role}/{member.name} …", file=sys.stderr, flush=True)
         directory.run.mkdir(mode=0o700, exist_ok=True)
         with _output_to(directory.run / "start.log"):
-            from raysandbox.cluster.start import start as run
+            from raysandbox.cluster.start import speak
 
-            run(directory, [*first, *(arguments or [])])
+            # The next import is Ray's too, which reads then who it is.
+            speak(directory)
+            from raysandbox.node.start import start as run
+
+            run([*first, *(arguments or [])], policy=policy, cluster=directory)
     except RaysandboxError as error:
         fail(error)
     told = {
@@ -215,7 +223,8 @@ def status(cluster: Dir, as_json: Json = False) -> None:
     else:
         state = "up" if found["running"] else "DOWN"
         print(f"{found['member']} of {found['cluster']}: {state}")
-        for kind, pid in found["processes"].items():
+        running = found["processes"].items() if found["running"] else ()
+        for kind, pid in running:
             print(f"  {kind}: {'pid ' + str(pid) if pid else 'ENDED'}")
         for node in found["nodes"]:
             print(f"  node {node['name'] or '(unknown)'} {node['address']}")
@@ -309,20 +318,4 @@ def reload(cluster: Dir) -> None:
         if not take_up(opened(cluster)):
             print("nothing runs here")
     except ClusterError as error:
-        fail(error)
-
-
-start_app = typer.Typer()
-
-
-@start_app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
-)
-def start(context: typer.Context, cluster: Dir) -> None:
-    """Start a hardened node: takes every argument of `ray start`."""
-    from raysandbox.cluster.start import start as run
-
-    try:
-        run(opened(cluster), context.args)
-    except RaysandboxError as error:
         fail(error)

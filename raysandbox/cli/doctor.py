@@ -14,10 +14,10 @@ from rich.table import Table
 
 from raysandbox import launch, plan
 from raysandbox import profile as profiles
-from raysandbox.errors import RaysandboxError, UnsupportedError
+from raysandbox.errors import RaysandboxError, SetupError, UnsupportedError
 from raysandbox.kernel import cgroup
 from raysandbox.probe import Host, probe
-from raysandbox.run import cgroup_limits
+from raysandbox.run import cgroup_limits, limit_protections
 
 __all__ = ["app", "examine"]
 
@@ -44,14 +44,7 @@ def examine(name: str) -> dict[str, Any]:
         walls += _limits(profile)
         walls += _plan(profile, probe())
     except UnsupportedError as error:
-        walls.append(
-            {
-                "wall": error.feature,
-                "state": "missing",
-                "reason": f"need {error.need}, have {error.have}",
-                "remedy": error.remedy,
-            }
-        )
+        walls.append(_missing(error))
     except RaysandboxError as error:
         return {"profile": name, "usable": False, "walls": walls, "problem": str(error)}
     missing = [wall["wall"] for wall in walls if wall["state"] == "missing"]
@@ -63,43 +56,44 @@ def examine(name: str) -> dict[str, Any]:
     }
 
 
+def _missing(error: UnsupportedError) -> dict[str, str]:
+    return {
+        "wall": error.feature,
+        "state": "missing",
+        "reason": f"need {error.need}, have {error.have}",
+        "remedy": error.remedy,
+    }
+
+
+def _wall(found: plan.Protection, remedy: str = "") -> dict[str, str]:
+    return {
+        "wall": found.name,
+        "state": found.state.value,
+        "reason": found.reason,
+        "remedy": remedy,
+    }
+
+
 def _plan(profile: profiles.Profile, host: Host) -> list[dict[str, str]]:
     lease = launch.lease_ids()
     try:
-        compiled = plan.compile(
+        found, missing = plan.survey(
             profile, host, plan.Context(ids=lease.ids, zygote=True, notify=True)
         )
     finally:
         lease.close()
-    return [
-        {
-            "wall": wall.name,
-            "state": wall.state.value,
-            "reason": wall.reason,
-            "remedy": "",
-        }
-        for wall in compiled.protections
-    ]
+    return [*map(_wall, found), *map(_missing, missing)]
 
 
 def _limits(profile: profiles.Profile) -> list[dict[str, str]]:
-    walls = []
     with cgroup.discover() as groups:
-        for limit, status in groups.support(cgroup_limits(profile)).items():
-            state = status.state.lower()
-            if limit == "oom_group":
-                # We see to that ourselves.
-                state = "degraded" if state == "off" else state
-            elif state == "off" and profile.limits.required:
-                state = "missing"
-            walls.append(
-                {
-                    "wall": f"cgroup {limit}",
-                    "state": state,
-                    "reason": status.reason,
-                    "remedy": status.remedy,
-                }
-            )
+        report = groups.support(cgroup_limits(profile))
+    walls = []
+    for found, status in zip(limit_protections(report), report.values()):
+        wall = _wall(found, status.remedy)
+        if found.state is plan.State.OFF and profile.limits.required:
+            wall["state"] = "missing"
+        walls.append(wall)
     return walls
 
 
@@ -107,7 +101,9 @@ def _limits(profile: profiles.Profile) -> list[dict[str, str]]:
 def doctor(
     profile: Annotated[
         list[str] | None,
-        typer.Option("--profile", "-p", help="Only this one; repeatable."),
+        typer.Option(
+            "--profile", "-p", metavar="NAME", help="Only this one; repeatable."
+        ),
     ] = None,
     cluster: Annotated[
         Optional[Path],  # noqa: UP045 - typer reads it at run time on Python 3.10
@@ -128,10 +124,12 @@ def doctor(
     try:
         launcher = launch.launcher_path()
         problem = ""
-    except RaysandboxError as error:
-        launcher, problem = "", str(error)
+    except SetupError as error:
+        launcher, problem = "", error.detail
     found = [examine(name) for name in profile or profiles.names()]
-    fine = not problem and all(each["usable"] for each in found)
+    if problem:
+        found = [{**each, "usable": False} for each in found]
+    fine = all(each["usable"] for each in found) and not problem
     if as_json:
         report = {
             "host": {
@@ -180,7 +178,7 @@ def _print(host: Host, launcher: str, found: Sequence[dict[str, Any]]) -> None:
         f"Linux {host.kernel} on {host.arch}, as {who}; Landlock ABI "
         f"{host.landlock_abi}; Python {sys.version.split()[0]}",
     )
-    console.print(f"launcher: {launcher}", markup=False)
+    _say(console, f"launcher: {launcher}")
     table = Table("wall", *(each["profile"] for each in found), box=None)
     states: dict[str, dict[str, dict[str, str]]] = {}
     for each in found:
@@ -199,16 +197,22 @@ def _print(host: Host, launcher: str, found: Sequence[dict[str, Any]]) -> None:
     table.add_section()
     table.add_row("[b]profile[/]", *verdicts)
     console.print(table)
+    # A remedy is a command to copy: on a line of its own, once, and not wrapped.
+    remedies: dict[str, None] = {}
     told = set()
     for each in found:
-        if not each["usable"] and not each["walls"]:
-            console.print(f"{each['profile']}: {each['problem']}", markup=False)
+        if each["problem"] and not each["problem"].startswith("missing: "):
+            _say(console, f"{each['profile']}: {each['problem']}")
         for wall in each["walls"]:
-            if not wall["reason"] or (wall["wall"], wall["reason"]) in told:
-                continue
-            told.add((wall["wall"], wall["reason"]))
-            remedy = f". To fix: {wall['remedy']}" if wall["remedy"] else ""
-            console.print(
-                f"{wall['wall']}: {wall['state']}: {wall['reason']}{remedy}",
-                markup=False,
-            )
+            line = f"{wall['wall']}: {wall['state']}: {wall['reason']}"
+            if wall["reason"] and line not in told:
+                told.add(line)
+                _say(console, line)
+            if wall["remedy"] and wall["state"] != "enforced":
+                remedies[wall["remedy"]] = None
+    for remedy in remedies:
+        _say(console, f"to fix: {remedy}")
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, markup=False, soft_wrap=True)

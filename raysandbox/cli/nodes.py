@@ -16,6 +16,9 @@ from raysandbox.cluster.errors import ClusterError
 
 __all__ = ["app", "quarantine", "release"]
 
+# What a Ray node claims whatever it is started with, in bytes.
+ALWAYS = ("memory", "object_store_memory")
+
 app = typer.Typer(help="Which nodes may join.", no_args_is_help=True)
 
 
@@ -26,7 +29,10 @@ def add(
     address: Addresses = [],  # noqa: B006 - typer copies it
     resource: Annotated[
         list[str],
-        typer.Option(help="ceiling, NAME=AMOUNT; may be given again; none: no ceiling"),
+        typer.Option(
+            help="ceiling, NAME=AMOUNT; may be given again; what is not named may not "
+            "be claimed, * is any other; without any there is no ceiling"
+        ),
     ] = [],  # noqa: B006 - typer copies it
     label: Annotated[
         list[str], typer.Option(help="label it may claim, NAME=VALUE; may be repeated")
@@ -45,6 +51,13 @@ def add(
     try:
         inventory.add(directory, name, address, resources, dict(map(_pair, label)))
         print(f"{name} may join from {', '.join(address)}")
+        unnamed = [r for r in ALWAYS if r not in resources]
+        if resources and "*" not in resources and unnamed:
+            typer.echo(
+                f"warning: every Ray node claims {' and '.join(unnamed)}; without a "
+                f"ceiling for it (--resource {unnamed[0]}=BYTES) {name} is refused",
+                err=True,
+            )
         take_up(directory)
     except ClusterError as error:
         fail(error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,11 @@ from rich.table import Table
 
 from raysandbox import profile as profiles
 from raysandbox.errors import ProfileError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 __all__ = ["app"]
 
@@ -25,8 +31,9 @@ app = typer.Typer(
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
 
 
-def _named(name: str) -> profiles.Profile:
-    return profiles.load_file(name) if name.endswith(".toml") else profiles.load(name)
+def _file(name: str) -> Path:
+    """Return the file that a user means: one of that path, or the profile's."""
+    return Path(name) if name.endswith(".toml") or "/" in name else profiles.find(name)
 
 
 @app.command("list")
@@ -52,21 +59,26 @@ def list_(as_json: AsJson = False) -> None:
     else:
         table = Table("profile", "boundary", "description", "file", box=None)
         for row in rows:
-            shown = row["description"] or row.get("error", "")
+            shown = "can't be used, see below" if "error" in row else row["description"]
             table.add_row(row["name"], row["boundary"], shown, row["file"])
-        Console().print(table)
+        console = Console(highlight=False)
+        console.print(table)
+        for row in rows:
+            if "error" in row:
+                console.print(row["error"], markup=False, soft_wrap=True)
     raise typer.Exit(1 if broken else 0)
 
 
 @app.command()
 def show(
-    name: Annotated[str, typer.Argument(help="Name, or a .toml file.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name, or a .toml file.")],
     as_json: AsJson = False,
 ) -> None:
     """Print a profile with everything it inherits and every default, as TOML."""
-    loaded = _named(name)
+    loaded = profiles.load_file(_file(name))
     if as_json:
-        print(json.dumps(loaded.model_dump(mode="json", by_alias=True), indent=2))
+        # As in the file: what the schema describes, and not the model's numbers.
+        print(json.dumps(tomllib.loads(profiles.dump(loaded)), indent=2))
         return
     print(f"# {loaded.source}")
     print(profiles.dump(loaded), end="")
@@ -74,18 +86,44 @@ def show(
 
 @app.command()
 def check(
-    files: Annotated[list[Path], typer.Argument(help="Profile files.")],
+    names: Annotated[
+        list[str], typer.Argument(metavar="NAME", help="Names, or .toml files.")
+    ],
+    as_json: AsJson = False,
 ) -> None:
-    """Check files: everything that is wrong, one line each. Exit status 0 or 1."""
-    wrong = 0
-    for file in files:
-        problems = profiles.check(file)
-        wrong += len(problems)
-        for problem in problems:
-            print(problem)
-        if not problems:
-            print(f"{file}: fine")
-    raise typer.Exit(1 if wrong else 0)
+    """Say everything that is wrong with profiles, one line each.
+
+    Exit status: 0 if nothing is, 1 if something is.
+    """
+    found = {}
+    for name in names:
+        try:
+            found[name] = profiles.check(_file(name))
+        except ProfileError as error:
+            found[name] = [error]
+    if as_json:
+        rows = [
+            {
+                "name": name,
+                "problems": [
+                    {
+                        "file": problem.source,
+                        "key": problem.where,
+                        "value": problem.value,
+                        "rule": problem.reason,
+                    }
+                    for problem in problems
+                ],
+            }
+            for name, problems in found.items()
+        ]
+        # TOML has dates, nan and inf; JSON has none of them.
+        plain = json.loads(json.dumps(rows, default=str), parse_constant=str)
+        print(json.dumps(plain, indent=2))
+    else:
+        for name, problems in found.items():
+            print("\n".join(map(str, problems)) or f"{name}: fine")
+    raise typer.Exit(1 if any(found.values()) else 0)
 
 
 @app.command()

@@ -19,6 +19,7 @@ identity, method and content.
     shapes      identifiers of a request that the GCS would abort on (pure)
     access      identity + request + what is known -> allowed or why not (pure)
     budget      what a caller may still ask: buckets that can go into debt (pure)
+    journal     what the access service knows, for the next start
     audit       hash-chained log, its rotation, anchors, queries and verification
     metrics     counters as a Prometheus page; alerts.yml has rules for it
     watch       nodes in the GCS that did not pass the guard

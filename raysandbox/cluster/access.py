@@ -27,7 +27,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -60,6 +60,11 @@ SHARED = {
 JOB_BYTES = 4
 # Resources that Ray can count: ten thousandths (ray/common/constants.h).
 LEAST, MOST = 0.0001, 1e12
+# What is known by name, and survives a restart.
+TABLES = (
+    "jobs", "bound", "namespaces", "job_namespace", "job_node", "nodes", "actors",
+    "submissions", "added", "workers",
+)  # fmt: skip
 MOST_ACCOUNTS = 100_000
 MOST_WORKERS = 100_000
 ACTOR_CREATION = _common.ACTOR_CREATION_TASK
@@ -177,6 +182,8 @@ class Access:
     def replay(self, facts: Iterable[list[Any]]) -> None:
         """Take back what a former process wrote to the journal."""
         for table, *rest in facts:
+            if table not in (*TABLES, "keys", "gone"):
+                raise ValueError(f"no table {table!r}")
             if table == "keys":
                 namespace, key, owner, size, digest = rest
                 self._set_key(
@@ -188,6 +195,14 @@ class Access:
             else:
                 getattr(self, table)[rest[0]] = rest[1]
 
+    def facts(self) -> Iterator[list[Any]]:
+        """Yield what `replay` needs to bring this state back."""
+        for table in TABLES:
+            for key, value in getattr(self, table).items():
+                yield [table, key, value]
+        for (namespace, key), (owner, size, digest) in self.keys.items():
+            yield ["keys", namespace.hex(), key.hex(), owner, size, digest.hex()]
+
     def ended(self, request_id: str) -> None:
         """A call has ended, in whatever way: its place in flight is free."""
         account = self._accounts.get(self._open.pop(request_id, ""))
@@ -197,8 +212,9 @@ class Access:
     def _fact(self, table: str, key: str, value: str) -> None:
         known: dict[str, str] = getattr(self, table)
         if known.get(key) != value:
-            known[key] = value
+            # In this order: what could not be written down is not known either.
             self._journal([table, key, value])
+            known[key] = value
 
     def _set_key(
         self, namespace: bytes, key: bytes, owner: str, size: int, digest: bytes
@@ -463,8 +479,8 @@ class Access:
                         )
             for name in names:
                 if name in self.keys:
-                    self._drop_key(*name)
                     self._journal(["gone", name[0].hex(), name[1].hex()])
+                    self._drop_key(*name)
             return
         size = len(ask.key) + len(ask.value)
         call.writes += size
@@ -482,8 +498,8 @@ class Access:
             )
         self._charge(call)
         digest = hashlib.sha256(ask.value).digest() if key.startswith(PACKAGE) else b""
-        self._set_key(namespace, key, owner, size, digest)
         self._journal(["keys", namespace.hex(), key.hex(), owner, size, digest.hex()])
+        self._set_key(namespace, key, owner, size, digest)
 
     def _new_owner(self, call: _Call, namespace: bytes, key: bytes) -> str:
         if namespace == FUN:
@@ -658,6 +674,7 @@ class Access:
         if call.method.endswith("ReportWorkerFailure"):
             data = ask.worker_failure
             self._is_dead(data.worker_address.worker_id)
+            self.workers.pop(data.worker_address.worker_id.hex(), None)
         else:
             data = ask.worker_data
             # It stays in the GCS, and here.

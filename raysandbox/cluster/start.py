@@ -28,7 +28,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from raysandbox.cluster.errors import ClusterError
 from raysandbox.cluster.settings import ClusterDir, Settings, read_secret, write_file
 from raysandbox.node import seams
 
-__all__ = ["down", "hook", "preflight", "start", "start_helpers"]
+__all__ = ["down", "hook", "preflight", "speak", "start", "start_helpers"]
 
 LOOPBACK_MODULE = "raysandbox.node.loopback"
 WAIT_S = 40
@@ -172,6 +172,20 @@ def _environment_problems() -> list[str]:
             "unset it, the token file of the cluster directory is used"
         )
     return problems
+
+
+def speak(cluster: ClusterDir) -> None:
+    """Give this process its identity; must come before Ray is imported.
+
+    Raises:
+        ClusterError: The environment asks for less than a hardened cluster is.
+    """
+    if problems := _environment_problems():
+        raise ClusterError(
+            where="raysandbox start",
+            what="refused, nothing was started:\n  - " + "\n  - ".join(problems),
+        )
+    os.environ.update(cluster.tls_env("cli"))
 
 
 def _taken(port: int) -> bool:
@@ -343,13 +357,19 @@ def write_wrapper(cluster: ClusterDir, program: str = "") -> Path:
     return path
 
 
-def start(cluster: ClusterDir, argv: Sequence[str], program: str = "") -> None:
+def start(
+    cluster: ClusterDir,
+    argv: Sequence[str],
+    program: str = "",
+    after: Callable[[], None] = lambda: None,
+) -> None:
     """Run `ray start` hardened.
 
     Args:
         cluster: Of which cluster.
         argv: The arguments of `ray start`.
         program: See `write_wrapper`.
+        after: Called when our own rewriter is in place: to add others.
 
     Raises:
         ClusterError: Nothing runs: what was started has been ended again.
@@ -370,10 +390,11 @@ def start(cluster: ClusterDir, argv: Sequence[str], program: str = "") -> None:
         args.append(f"--node-ip-address={member.addresses[0]}")
     if "--node-name" not in flags:
         args.append(f"--node-name={member.name}")
-    os.environ.update(cluster.tls_env("cli"))
+    speak(cluster)
     os.environ["RAY_START_HOOK"] = f"{__name__}.hook"
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     seams.install(_Rewrite(cluster, str(cluster.run / "worker")))
+    after()
     durable = bool(
         os.environ.get("RAY_REDIS_ADDRESS") or os.environ.get("RAY_gcs_storage")  # noqa: SIM112 - Ray's name
     )

@@ -36,6 +36,7 @@ from raysandbox.cluster import guard, pki
 from raysandbox.cluster.access import Access, grpc_message
 from raysandbox.cluster.audit import AuditLog, Fold, tail_problem
 from raysandbox.cluster.errors import ClusterError
+from raysandbox.cluster.journal import Journal
 from raysandbox.cluster.metrics import Metrics
 from raysandbox.cluster.registry import Registry
 from raysandbox.cluster.rolling import due
@@ -253,12 +254,15 @@ class HeadWorker(NodeWorker):
         self.access = Access(
             self.settings, cluster.inventory(), cluster.access(), self._journal
         )
-        journal = self.state / "facts.jsonl"
-        if journal.exists():
-            with journal.open() as lines:
-                self.access.replay(_facts(lines))
-        self._facts = journal.open("a", buffering=1)
-        os.chmod(journal, 0o600)
+        self._known = Journal(self.state / "facts.jsonl")
+        try:
+            self.access.replay(self._known.facts())
+        except (ValueError, TypeError, IndexError) as error:
+            raise ClusterError(
+                where=str(self._known.path),
+                what=f"holds what is no fact: {error}",
+                remedy="`raysandbox cluster down` and `up` begin anew",
+            ) from None
         self._broken = tail_problem(cluster.audit)
         self.audit = AuditLog(
             cluster.audit, self.settings.audit.rotate_bytes,
@@ -386,7 +390,11 @@ class HeadWorker(NodeWorker):
         self._queue.append(record)
 
     def _journal(self, fact: list[Any]) -> None:
-        self._facts.write(json.dumps(fact) + "\n")
+        if self._known.wants_compaction:
+            # When the disk is full the old file has room for some more.
+            with contextlib.suppress(OSError):
+                self._known.compact(self.access.facts())
+        self._known.write(fact)
 
     # -- Envoy's access log -------------------------------------------------------
 
@@ -794,15 +802,6 @@ def _why(details: str) -> str:
 def _short(uri: str) -> str:
     """Return role/name/component of an identity's URI."""
     return "/".join(uri.removeprefix("spiffe://").split("/")[1:])
-
-
-def _facts(lines: Any) -> Any:
-    for line in lines:
-        try:
-            yield json.loads(line)
-        except ValueError:
-            # The last line of a process that was killed while it wrote.
-            continue
 
 
 def _make_pipe(path: Path) -> int:

@@ -16,6 +16,8 @@ number of parts), or ERROR, whose first part is the error's kind.
 
 from __future__ import annotations
 
+import base64
+import importlib
 import inspect
 import json
 import os
@@ -115,6 +117,7 @@ def _serve(sock: socket.socket, frame: wire.Frame, state: _State) -> None:
             return
         state.result = state.error = None
         _prepare(meta)
+        _set_up(meta)
         value = _call(op, meta, frame, state)
         if isinstance(value, (tuple, list)):
             state.result = value
@@ -146,6 +149,21 @@ def _prepare(meta: dict[str, Any]) -> None:
     os.environ.update(meta.get("env", {}))
     if meta.get("cwd"):
         os.chdir(meta["cwd"])
+
+
+def _set_up(meta: dict[str, Any]) -> None:
+    """Run the job's own setup hook, and import what the node preloads."""
+    for name in meta.get("modules", ()):
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            continue  # as Ray does: it is an optimisation
+    setup = meta.get("setup") or {}
+    if "module" in setup:
+        module, _, name = setup["module"].rpartition(".")
+        getattr(importlib.import_module(module), name)()
+    elif "code" in setup:
+        pickle.loads(base64.b64decode(setup["code"]))()
 
 
 def _call(op: str, meta: dict[str, Any], frame: wire.Frame, state: _State) -> Any:

@@ -58,6 +58,8 @@ from raysandbox.kernel.cgroup_find import (
     Missing,
     make_v1_base,
     make_v2_base,
+    parse_mounts,
+    read,
     read_or_none,
     rmdir_quietly,
     write,
@@ -308,6 +310,10 @@ class Cgroups:
         """The directories that hold the groups, one per hierarchy."""
         return tuple(b.path for b in self._bases)
 
+    def described(self) -> list[list[Any]]:
+        """Return version, directory and controllers of each base, for JSON."""
+        return [[b.version, b.path, sorted(b.controllers)] for b in self._bases]
+
     @property
     def owned(self) -> tuple[tuple[str, str], ...]:
         """Directory and name prefix of every group that this process makes.
@@ -325,12 +331,56 @@ class Cgroups:
             if c not in ("cpuacct", "freezer")
         }
 
+    def places(self) -> list[tuple[int, str, str]]:
+        """Return version, base and mount point of each hierarchy in use.
+
+        For a launcher that makes a group itself, and shows it to what it
+        starts as the root of the hierarchy.
+        """
+        mounts = [m.path for m in parse_mounts(read("/proc/self/mountinfo"))]
+        return [
+            (
+                base.version,
+                base.path,
+                max((m for m in mounts if base.path.startswith(f"{m}/")), key=len),
+            )
+            for base in self._bases
+        ]
+
+    def writes(self, limits: CgroupLimits) -> dict[str, list[tuple[str, bytes]]]:
+        """Return what to write into the files of a new group, by base."""
+        found: dict[str, list[tuple[str, bytes]]] = {}
+        for step in self._plan(limits).writes:
+            found.setdefault(step.base.path, []).append((step.file, step.value))
+        return found
+
     def _base_for(self, limit: str) -> Base | None:
         v1, v2 = _CONTROLLER[limit]
         base = self._by_controller.get(v2)
         if base is not None and (base.version == 2 or v1 == v2):
             return base
         return self._by_controller.get(v1)
+
+    def describe(self, group: Cgroup) -> dict[str, Any]:
+        """Return plain data from which `adopt` makes the group again elsewhere."""
+        return {
+            "name": group.name,
+            "bases": [
+                [base.version, base.path, sorted(base.controllers), base.owned]
+                for base in self._bases
+            ],
+            "dirs": [[self._bases.index(base), path] for base, path in group.dirs],
+        }
+
+    @classmethod
+    def adopt(cls, description: Mapping[str, Any]) -> Cgroup:
+        """Take over a group that another process made, to end and remove it."""
+        bases = [
+            Base(version, path, frozenset(controllers), owned)
+            for version, path, controllers, owned in description["bases"]
+        ]
+        dirs = [(bases[index], path) for index, path in description["dirs"]]
+        return Cgroup(cls(bases, []), description["name"], dirs, {})
 
     def support(self, limits: CgroupLimits) -> dict[str, Status]:
         """Say what would become of each limit, without making a group.
@@ -428,7 +478,68 @@ class Cgroups:
         plan = self._plan(limits)
         if required:
             _refuse(limits, plan.report, "")
-        leaf = f"{PREFIX}-{self._owner}-{name}"
+        return self._create(
+            f"{PREFIX}-{self._owner}-{name}", name, limits, plan, required
+        )
+
+    def create_parent(
+        self, leaf: str, limits: CgroupLimits, *, required: bool = False
+    ) -> Cgroup:
+        """Make a group in which other processes make theirs.
+
+        They find it by ``RAYSANDBOX_CGROUP``, set to its ``paths`` with ``:``
+        between. It is in every hierarchy, and `sweep` leaves it alone: it
+        outlives its maker until somebody removes it.
+
+        Args:
+            leaf: Its directories' name.
+            limits: What all groups in it may use together.
+            required: As in `create`.
+
+        Raises:
+            UnsupportedError: As in `create`, or a controller can't be passed on
+                to the groups in it; nothing is left behind.
+            SetupError: As in `create`.
+        """
+        if not _NAME.fullmatch(leaf):
+            raise ValueError(f"cgroup name {leaf!r}: not of the form {_NAME.pattern}")
+        plan = self._plan(limits)
+        if required:
+            _refuse(limits, plan.report, "")
+        # The kernel would kill all of them when they run out of memory together.
+        writes = [step for step in plan.writes if step.limit != "oom_group"]
+        report = {k: v for k, v in plan.report.items() if k != "oom_group"}
+        whole = _Plan(self._bases, writes, report)
+        group = self._create(leaf, leaf, limits, whole, required)
+        for base, path in group.dirs:
+            if base.version == 2:
+                got, problem = make_v2_base(path, base.controllers, False)
+                if got != base.controllers:
+                    group.remove()
+                    raise UnsupportedError(
+                        feature="cgroup",
+                        need=f"{', '.join(sorted(base.controllers))} in {path}",
+                        have=problem,
+                        remedy=f"leave no process in {base.path} itself",
+                    )
+        return group
+
+    def attach(self, leaf: str) -> Cgroup | None:
+        """Return a group that somebody else made in these bases; None if gone."""
+        if not _NAME.fullmatch(leaf):
+            return None
+        dirs = [(base, f"{base.path}/{leaf}") for base in self._bases]
+        there = [(base, path) for base, path in dirs if os.path.isdir(path)]
+        return Cgroup(self, leaf, there, {}) if there else None
+
+    def _create(
+        self,
+        leaf: str,
+        name: str,
+        limits: CgroupLimits,
+        plan: _Plan,
+        required: bool,
+    ) -> Cgroup:
         made: list[tuple[Base, str]] = []
         report = dict(plan.report)
         try:
@@ -649,6 +760,16 @@ class Cgroup:
     _before: Usage = field(default_factory=Usage)
 
     @property
+    def leaf(self) -> str:
+        """The name of its directories."""
+        return os.path.basename(self.dirs[0][1]) if self.dirs else ""
+
+    @property
+    def before(self) -> Usage:
+        """What had been used before the last `reset`, where counters go on."""
+        return self._before
+
+    @property
     def paths(self) -> tuple[str, ...]:
         """The group's directories."""
         return tuple(path for _, path in self.dirs)
@@ -697,6 +818,21 @@ class Cgroup:
                 os.close(fd)
             raise _setup_error("cgroup_open", error, path) from None
         return fds
+
+    def move(self, pid: int) -> None:
+        """Bring a running process in with all its threads, at 10 to 20 ms each.
+
+        What it has allocated before stays charged to where it was.
+
+        Raises:
+            SetupError: The kernel refused (``cgroup_move``); it may be in some
+                hierarchies and not in others then.
+        """
+        for _, path in self.dirs:
+            try:
+                write(f"{path}/cgroup.procs", str(pid).encode())
+            except OSError as error:
+                raise _setup_error("cgroup_move", error, path) from None
 
     def dir_fd(self) -> int | None:
         """Open the version 2 directory for ``CLONE_INTO_CGROUP``.

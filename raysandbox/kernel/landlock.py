@@ -1,8 +1,8 @@
 """Landlock through ctypes: rights by ABI, and restricting this process.
 
 The jail's own rules are applied by the launcher from the plan; here are the
-table that the plan is made from, the probe, and :func:`restrict_self` for a
-process that is already running.
+table that the plan is made from, the probe, :func:`restrict_self` for a process
+of one thread, and :func:`create_ruleset` for whoever applies it otherwise.
 
 Source: ``Documentation/userspace-api/landlock.rst`` and
 ``include/uapi/linux/landlock.h`` of Linux 6.18.
@@ -18,25 +18,34 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 __all__ = [
+    "CONNECT_TCP",
     "EXECUTE",
     "FILE_RIGHTS",
     "IOCTL_DEV",
     "READ",
     "READ_DIR",
     "READ_FILE",
+    "SCOPE_SIGNAL",
     "WRITE",
     "WRITE_FILE",
     "Handled",
     "abi_version",
+    "create_ruleset",
     "handled",
     "restrict_self",
+    "scopes_signals_of_threads",
 ]
 
 _SYS_CREATE_RULESET = 444
 _SYS_ADD_RULE = 445
 _SYS_RESTRICT_SELF = 446
 _CREATE_RULESET_VERSION = 1
+_CREATE_RULESET_ERRATA = 2
 _RULE_PATH_BENEATH = 1
+_RULE_NET_PORT = 2
+# Erratum 2: signals between threads of one process are not scoped (6.15 and
+# the stable kernels that took it).
+_ERRATUM_THREADS = 1 << 1
 _PR_SET_NO_NEW_PRIVS = 38
 
 # Rights on files and directories, in the kernel's order (bit = position).
@@ -64,6 +73,8 @@ WRITE_FILE = _BIT["WRITE_FILE"]
 READ_FILE = _BIT["READ_FILE"]
 READ_DIR = _BIT["READ_DIR"]
 IOCTL_DEV = _BIT["IOCTL_DEV"]
+CONNECT_TCP = 1 << 1
+SCOPE_SIGNAL = 1 << 1
 
 #: Read and execute below a directory.
 READ = EXECUTE | READ_FILE | READ_DIR
@@ -109,6 +120,10 @@ class _RulesetAttr(ctypes.Structure):
         ("handled_access_net", ctypes.c_uint64),
         ("scoped", ctypes.c_uint64),
     )
+
+
+class _NetPortAttr(ctypes.Structure):
+    _fields_ = (("allowed_access", ctypes.c_uint64), ("port", ctypes.c_uint64))
 
 
 class _PathBeneathAttr(ctypes.Structure):
@@ -188,7 +203,48 @@ def restrict_self(
         raise RuntimeError("Landlock would hold for one of several threads only")
     if not scoped:
         governed = governed._replace(scoped=0)
-    attr = _RulesetAttr(governed.fs, governed.net, governed.scoped)
+    ruleset = create_ruleset(paths, governed)
+    try:
+        if _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
+            raise OSError(ctypes.get_errno(), "prctl(PR_SET_NO_NEW_PRIVS)")
+        _syscall(_SYS_RESTRICT_SELF, ctypes.c_int(ruleset), ctypes.c_uint32(0))
+    finally:
+        os.close(ruleset)
+    return governed
+
+
+def scopes_signals_of_threads() -> bool:
+    """Say whether a signal scope set by each thread leaves the others reachable.
+
+    Without that a process whose threads restrict themselves one by one could
+    not signal itself any more.
+    """
+    try:
+        errata = _syscall(
+            _SYS_CREATE_RULESET,
+            None,
+            ctypes.c_size_t(0),
+            ctypes.c_uint32(_CREATE_RULESET_ERRATA),
+        )
+    except OSError:
+        return False  # a kernel before errata were told
+    return bool(errata & _ERRATUM_THREADS)
+
+
+def create_ruleset(
+    paths: Mapping[str, int], governed: Handled, connect_ports: Iterable[int] = ()
+) -> int:
+    """Make a ruleset and return its descriptor; nothing is restricted by it yet.
+
+    Args:
+        paths: Allowed rights by path; rights that are not governed are left out.
+        governed: What the ruleset denies where no rule allows it.
+        connect_ports: TCP ports that may be connected to.
+
+    Raises:
+        OSError: The kernel refused a part of it, or a path is not there.
+    """
+    attr = _RulesetAttr(*governed)
     ruleset = _syscall(
         _SYS_CREATE_RULESET,
         ctypes.byref(attr),
@@ -197,12 +253,30 @@ def restrict_self(
     )
     try:
         _add_paths(ruleset, paths.items(), governed.fs)
-        if _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
-            raise OSError(ctypes.get_errno(), "prctl(PR_SET_NO_NEW_PRIVS)")
-        _syscall(_SYS_RESTRICT_SELF, ctypes.c_int(ruleset), ctypes.c_uint32(0))
-    finally:
+        _add_ports(ruleset, connect_ports, CONNECT_TCP & governed.net)
+    except BaseException:
         os.close(ruleset)
-    return governed
+        raise
+    return ruleset
+
+
+def _add_ports(ruleset: int, ports: Iterable[int], access: int) -> None:
+    if not access:
+        return
+    rule = _NetPortAttr(access, 0)
+    # There may be tens of thousands: what does not change is made once.
+    arguments = (
+        ctypes.c_long(_SYS_ADD_RULE),
+        ctypes.c_int(ruleset),
+        ctypes.c_int(_RULE_NET_PORT),
+        ctypes.byref(rule),
+        ctypes.c_uint32(0),
+    )
+    for port in ports:
+        rule.port = port
+        if _libc.syscall(*arguments) < 0:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
 
 
 def _add_paths(ruleset: int, rules: Iterable[tuple[str, int]], governed: int) -> None:

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import errno
 import functools
-import json
-import os
+import itertools
 import platform
 import struct
 import sys
@@ -23,6 +22,7 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from raysandbox.errors import ProfileError, UnsupportedError
+from raysandbox.kernel import oci
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -30,9 +30,18 @@ else:
     import tomli as tomllib
 
 if TYPE_CHECKING:
-    from raysandbox.profile import Syscalls
+    from raysandbox.profile import OciPolicy, Syscalls
 
-__all__ = ["Filter", "compile_policy", "describe", "name", "problems", "rule_for"]
+__all__ = [
+    "Filter",
+    "compile_policy",
+    "compile_worker",
+    "describe",
+    "name",
+    "oci_calls",
+    "problems",
+    "rule_for",
+]
 
 # pyseccomp's architecture, the kernel's AUDIT_ARCH_*, and the bit that marks a
 # second ABI under the same AUDIT_ARCH (x32), 0 where there is none.
@@ -64,12 +73,16 @@ class Filter:
 
 @dataclass(frozen=True, slots=True)
 class _Condition:
-    """One argument that must have one of ``values`` under ``mask``."""
+    """One argument that must have one of ``values`` under ``mask``.
+
+    ``also`` are others that must hold at the same time.
+    """
 
     call: str
     arg: int
     mask: int
     values: Mapping[str, int]
+    also: tuple[_Condition, ...] = ()
 
 
 # --- the table ------------------------------------------------------------------
@@ -86,14 +99,26 @@ def _calls(group: str) -> list[str]:
 
 
 def _conditions(group: str) -> list[_Condition]:
-    found = []
-    for entry in _table()["groups"][group].get("when", ()):
-        if "without" in entry:
-            mask, values = entry["without"], {"none": 0}
-        else:
-            mask, values = entry.get("mask", _INT), entry["values"]
-        found.append(_Condition(entry["call"], entry["arg"], mask, values))
-    return found
+    return [_condition(entry) for entry in _table()["groups"][group].get("when", ())]
+
+
+def _condition(entry: Mapping[str, Any]) -> _Condition:
+    if "without" in entry:
+        mask, values = entry["without"], {"none": 0}
+    else:
+        mask, values = entry.get("mask", _INT), entry["values"]
+    others = ({**other, "call": entry["call"]} for other in entry.get("and", ()))
+    also = tuple(_condition(other) for other in others)
+    return _Condition(entry["call"], entry["arg"], mask, values, also)
+
+
+def _rules(condition: _Condition) -> Iterable[tuple[tuple[int, int, int], ...]]:
+    """Every combination of values that is allowed: argument, mask, value."""
+    choices = [
+        [(each.arg, each.mask, value) for value in each.values.values()]
+        for each in (condition, *condition.also)
+    ]
+    return itertools.product(*choices)
 
 
 def problems(syscalls: Syscalls) -> list[tuple[str, object, str]]:
@@ -103,7 +128,7 @@ def problems(syscalls: Syscalls) -> list[tuple[str, object, str]]:
         Key of the section, value, and rule, for each problem.
     """
     found: list[tuple[str, object, str]] = []
-    known = _table()["groups"]
+    known = {k: v for k, v in _table()["groups"].items() if "internal" not in v}
     for group in syscalls.groups:
         if group not in known:
             found.append(
@@ -118,7 +143,7 @@ def problems(syscalls: Syscalls) -> list[tuple[str, object, str]]:
             found.append(("allow", call, _table()["absent"][call]))
     if syscalls.oci is not None:
         try:
-            _read_oci(syscalls.oci.text)
+            oci.read(syscalls.oci.text)
         except ValueError as error:
             found.append(("oci", syscalls.oci.path, str(error)))
     return found
@@ -225,29 +250,56 @@ def _compile(syscalls: Syscalls, notify: bool) -> bytes:
     if syscalls.oci is not None:
         return _compile_oci(library, syscalls.oci.path, syscalls.oci.text, denied)
     made = _new(library, denied)
-    for call in _table()["absent"]:
+    absent = set(_table()["absent"])
+    for call in absent:
         _add(library, made, library.ERRNO(errno.ENOSYS), call)
-    left_out = {*syscalls.deny, *_table()["absent"]}
-    whole = set(syscalls.allow)
-    for group in syscalls.groups:
+    _allow(library, made, syscalls.groups, syscalls.allow, {*syscalls.deny, *absent})
+    return _export(made)
+
+
+def compile_worker(groups: Iterable[str], allow: Iterable[str]) -> Filter:
+    """Compile the filter of a Ray worker: that of its jails comes on top.
+
+    Args:
+        groups: Every group of every profile that the worker may have to serve,
+            and the internal ones.
+        allow: Further calls.
+
+    Raises:
+        UnsupportedError: No libseccomp, or an architecture without a table.
+    """
+    library = _pyseccomp()
+    made = _new(library, library.ERRNO(errno.EPERM))
+    _allow(library, made, [*dict.fromkeys(groups)], allow, set())
+    return Filter(_preamble() + _export(made))
+
+
+def _allow(
+    library: Any,
+    made: Any,
+    groups: Sequence[str],
+    allow: Iterable[str],
+    left_out: set[str],
+) -> None:
+    whole = set(allow)
+    for group in groups:
         whole.update(_calls(group))
     for call in sorted(whole - left_out):
         _add(library, made, library.ALLOW, call)
-    for group in syscalls.groups:
+    seen = set()
+    for group in groups:
         for condition in _conditions(group):
             if condition.call in left_out or condition.call in whole:
                 continue
-            for value in condition.values.values():
-                _add(
-                    library,
-                    made,
-                    library.ALLOW,
-                    condition.call,
-                    library.Arg(
-                        condition.arg, library.MASKED_EQ, condition.mask, value
-                    ),
-                )
-    return _export(made)
+            for rule in _rules(condition):
+                if (condition.call, rule) in seen:
+                    continue
+                seen.add((condition.call, rule))
+                arguments = [
+                    library.Arg(arg, library.MASKED_EQ, mask, value)
+                    for arg, mask, value in rule
+                ]
+                _add(library, made, library.ALLOW, condition.call, *arguments)
 
 
 def _new(library: Any, default: int) -> Any:
@@ -272,117 +324,42 @@ def _export(made: Any) -> bytes:
 
 # --- OCI ------------------------------------------------------------------------
 
-_OCI_DEFAULTS = ("SCMP_ACT_ERRNO", "SCMP_ACT_KILL", "SCMP_ACT_KILL_PROCESS")
-_OCI_OPERATORS = {
-    "SCMP_CMP_NE": "NE",
-    "SCMP_CMP_LT": "LT",
-    "SCMP_CMP_LE": "LE",
-    "SCMP_CMP_EQ": "EQ",
-    "SCMP_CMP_GE": "GE",
-    "SCMP_CMP_GT": "GT",
-    "SCMP_CMP_MASKED_EQ": "MASKED_EQ",
-}
-_OCI_KEYS = {
-    "names", "name", "action", "args", "errnoRet", "comment", "includes", "excludes"
-}  # fmt: skip
-
-
-def _read_oci(text: str) -> list[dict[str, Any]]:
-    """Return the entries of an OCI policy that apply to a jail.
-
-    Raises:
-        ValueError: It says something that is not understood, or allows what it
-            does not name.
-    """
-    try:
-        policy = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"is not JSON: {error}") from error
-    if not isinstance(policy, dict):
-        raise ValueError("must be a JSON object")
-    if policy.get("defaultAction") not in _OCI_DEFAULTS:
-        raise ValueError(
-            f"defaultAction = {policy.get('defaultAction')!r}: must be one of "
-            f"{', '.join(_OCI_DEFAULTS)}: what is not named must be denied"
-        )
-    entries = policy.get("syscalls") or []
-    if not isinstance(entries, list):
-        raise ValueError("syscalls must be a list")
-    found = []
-    for index, entry in enumerate(entries):
-        place = f"syscalls[{index}]"
-        if not isinstance(entry, dict) or not set(entry) <= _OCI_KEYS:
-            raise ValueError(f"{place} has keys that are not understood")
-        names = entry.get("names") or ([entry["name"]] if "name" in entry else [])
-        if not names or not all(isinstance(each, str) for each in names):
-            raise ValueError(f"{place}.names must be names")
-        if entry.get("action") not in (*_OCI_DEFAULTS, "SCMP_ACT_ALLOW"):
-            raise ValueError(f"{place}.action = {entry.get('action')!r}: not supported")
-        for argument in entry.get("args") or []:
-            if argument.get("op") not in _OCI_OPERATORS:
-                raise ValueError(f"{place}.args: unknown op {argument.get('op')!r}")
-        if _applies(entry, place):
-            found.append({**entry, "names": names})
-    return found
-
-
-def _applies(entry: Mapping[str, Any], place: str) -> bool:
-    """Whether an entry counts for a process without capabilities here."""
-    includes, excludes = entry.get("includes") or {}, entry.get("excludes") or {}
-    for conditions in (includes, excludes):
-        unknown = set(conditions) - {"caps", "arches", "minKernel"}
-        if unknown:
-            raise ValueError(f"{place}: unknown condition {', '.join(sorted(unknown))}")
-    machine = {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), "")
-    if includes.get("caps") or machine in excludes.get("arches", ()):
-        return False
-    if includes.get("arches") and machine not in includes["arches"]:
-        return False
-    least = includes.get("minKernel")
-    return not least or _kernel() >= tuple(int(n) for n in least.split(".")[:2])
-
-
-def _kernel() -> tuple[int, ...]:
-    parts = os.uname().release.split("-")[0].split(".")[:2]
-    return tuple(int(part) for part in parts if part.isdigit())
-
 
 def _compile_oci(library: Any, path: str, text: str, denied: int) -> bytes:
     try:
-        entries = _read_oci(text)
-        made = _new(library, denied)
-        for entry in entries:
-            action = library.ALLOW
-            if entry["action"] != "SCMP_ACT_ALLOW":
-                number = int(entry.get("errnoRet", errno.EPERM))
-                action = library.ERRNO(number)
-                if action == denied or number == errno.EPERM:
-                    continue  # as what is not named
-            for call in entry["names"]:
-                for arguments in _alternatives(library, entry.get("args") or []):
-                    _add(library, made, action, call, *arguments)
-        return _export(made)
-    except (ValueError, KeyError, TypeError, OSError) as error:
+        rules = oci.read(text)
+    except ValueError as error:
         raise ProfileError(
             source=path, where="syscalls", reason=f"can't be compiled: {error}"
         ) from error
+    made = _new(library, denied)
+    for rule in rules:
+        action = library.ALLOW if rule.errno is None else library.ERRNO(rule.errno)
+        # EPERM is what a call that is not named gets, as the profile has it.
+        if rule.errno == errno.EPERM:
+            continue
+        arguments = [
+            library.Arg(each.index, getattr(library, each.op), each.value, each.second)
+            for each in rule.conditions
+        ]
+        _add(library, made, action, rule.call, *arguments)
+    return _export(made)
 
 
-def _alternatives(library: Any, args: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
-    """All conditions at once; one at a time where an argument is named twice."""
-    made = [
-        library.Arg(
-            int(a["index"]),
-            getattr(library, _OCI_OPERATORS[a["op"]]),
-            int(a["value"]),
-            int(a.get("valueTwo", 0)),
-        )
-        for a in args
-    ]
-    indexes = [a["index"] for a in args]
-    if len(set(indexes)) < len(indexes):
-        return [[each] for each in made]
-    return [made]
+def oci_calls(policy: OciPolicy) -> list[str]:
+    """Return every call that an OCI policy allows in some form.
+
+    Raises:
+        ProfileError: It can't be used.
+    """
+    try:
+        rules = oci.read(policy.text)
+    except ValueError as error:
+        raise ProfileError(
+            source=policy.path, where="syscalls", reason=str(error)
+        ) from error
+    allowed = dict.fromkeys(rule.call for rule in rules if rule.errno is None)
+    return [call for call in allowed if _number(call) is not None]
 
 
 # --- words ----------------------------------------------------------------------

@@ -20,7 +20,15 @@ from typing import Any
 
 from raysandbox.errors import UnsupportedError
 
-__all__ = ["SUPPORTED", "Process", "RayletCommand", "check", "install", "started"]
+__all__ = [
+    "SUPPORTED",
+    "Process",
+    "RayletCommand",
+    "check",
+    "install",
+    "remove",
+    "started",
+]
 
 # Minor versions whose seams were looked at; others must pass `check` all the same.
 SUPPORTED = tuple(f"2.{minor}" for minor in range(50, 61))
@@ -35,6 +43,15 @@ _RAYLET_ARGUMENTS = (
     "--dashboard_agent_command",
     "--runtime_env_agent_command",
     "--node_ip_address",
+    "--session_dir",
+    "--log_dir",
+    "--resource_dir",
+    "--raylet_socket_name",
+    "--store_socket_name",
+    "--static_resource_list",
+    "--min_worker_port",
+    "--max_worker_port",
+    "--node_id",
 )
 _GCS_ARGUMENTS = ("--gcs_server_port", "--node-ip-address", "--session-dir")
 
@@ -92,6 +109,21 @@ class RayletCommand:
             if not value.startswith(first + " "):
                 raise _moved(f"the interpreter at the start of {name}")
             self.process.set_argument(name, program + value[len(first) :])
+
+    def refuse_other_languages(self, program: str) -> None:
+        """Let `program` refuse Java and C++ workers, installed or not.
+
+        Raylet drops the first two words of such a command when the second is
+        ``setup_worker.py``, and ends itself when it is asked for a language
+        that has no command: so there is one, and its second word is ours.
+        """
+        for language in ("java", "cpp"):
+            name = f"--{language}_worker_command"
+            rest = self.process.argument(name).split(" ")[2:]
+            command = " ".join([program, f"--refused={language}", *rest])
+            if "RAY_WORKER_DYNAMIC_OPTION_PLACEHOLDER" not in command:
+                command += " RAY_WORKER_DYNAMIC_OPTION_PLACEHOLDER"
+            self.process.set_argument(name, command)
 
     def wrap_agent(self, name: str, python: str, module: str) -> None:
         """Start an agent through ``python -m module SCRIPT …``."""
@@ -161,9 +193,11 @@ def install(rewriter: Rewriter) -> None:
     from ray._private import services
 
     _rewriters.append(rewriter)
-    if hasattr(services.start_ray_process, "__wrapped__"):
+    if hasattr(services.start_ray_process, "raysandbox"):
         return
-    original = services.start_ray_process
+    original = getattr(
+        services.start_ray_process, "__wrapped__", services.start_ray_process
+    )
 
     def start_ray_process(
         command: list[str],
@@ -182,7 +216,13 @@ def install(rewriter: Rewriter) -> None:
         return info
 
     start_ray_process.__wrapped__ = original  # type: ignore[attr-defined]
+    start_ray_process.raysandbox = True  # type: ignore[attr-defined]
     services.start_ray_process = start_ray_process
+
+
+def remove(rewriter: Rewriter) -> None:
+    """Take a rewriter out again."""
+    _rewriters.remove(rewriter)
 
 
 def started() -> list[tuple[str, Any]]:

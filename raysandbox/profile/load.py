@@ -2,6 +2,8 @@
 
 Search path, first find wins: the directories of ``RAYSANDBOX_PROFILE_PATH``
 (separated by ``:``), ``/etc/raysandbox/profiles``, and the shipped profiles.
+What is on it and can't be read is an error: to go on to the next directory
+would run a task under another profile than the site's own.
 
 ``extends = "base"`` starts from another profile of the search path: tables
 merge key by key, everything else (lists included) is replaced. ``description``
@@ -9,19 +11,20 @@ is not inherited, and a ``why`` speaks for its own file only: a profile that
 writes into a section says why again if the section still weakens a default.
 
 A profile decides what hostile code may do, so who could have written it
-matters: a file or directory that group or others may write, or that belongs
-to anybody but root and us, is refused, not skipped.
+matters: a file, or a directory or link on the way to it, that group or others
+may write, or that belongs to anybody but root and us, is refused, not skipped.
 """
 
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import stat
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -36,11 +39,16 @@ else:
 __all__ = [
     "ENV",
     "SITE_DIR",
+    "as_tuples",
     "check",
+    "explain",
     "find",
+    "joined",
     "load",
     "load_file",
     "names",
+    "parse_trusted",
+    "read_trusted",
     "search_path",
     "shipped_dir",
     "strictest",
@@ -51,6 +59,8 @@ SITE_DIR = "/etc/raysandbox/profiles"
 
 _MOST_BYTES = 1 << 20
 _MOST_PARENTS = 16
+_MOST_LEVELS = 16
+_MOST_LINKS = 40  # as the kernel
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 
@@ -67,8 +77,9 @@ def search_path() -> list[Path]:
     """Return the directories that are searched, first first.
 
     Raises:
-        ProfileError: ``RAYSANDBOX_PROFILE_PATH`` names a relative directory,
-            which would make the profile depend on where a program is started.
+        ProfileError: ``RAYSANDBOX_PROFILE_PATH`` names what is no directory, or
+            a relative one, which would make the profile depend on where a
+            program is started.
     """
     found = []
     for entry in os.environ.get(ENV, "").split(":"):
@@ -78,6 +89,15 @@ def search_path() -> list[Path]:
             raise ProfileError(
                 source=ENV, value=entry, reason="must be absolute directories"
             )
+        try:
+            is_directory = stat.S_ISDIR(os.stat(entry).st_mode)
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or str(error)
+            raise ProfileError(
+                source=ENV, value=entry, reason=f"can't be used: {why}"
+            ) from error
+        if not is_directory:
+            raise ProfileError(source=ENV, value=entry, reason="is not a directory")
         found.append(Path(entry))
     return [*found, Path(SITE_DIR), shipped_dir()]
 
@@ -105,18 +125,23 @@ def find(name: str) -> Path:
     """
     if not is_name(name):
         raise ProfileError(
-            source="<profile name>",
+            source="profile name",
             value=name,
             reason="must be of a-z, 0-9, _ and -, and start with a letter",
         )
     for directory in search_path():
         path = directory / f"{name}.toml"
-        if os.path.lexists(path):
-            return path
+        try:
+            path.lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            raise _unreadable(path, error) from error
+        return path
     known = names()
     others = _meant(name, known) or f"there are {', '.join(known)}"
     raise ProfileError(
-        source="<profile name>", value=name, reason=f"no such profile; {others}"
+        source="profile name", value=name, reason=f"no such profile; {others}"
     )
 
 
@@ -137,7 +162,7 @@ def load_file(path: str | os.PathLike[str]) -> Profile:
     """Load a profile from a file of any place; as `load` otherwise."""
     profile, problems = _load(Path(path))
     if profile is None or problems:
-        raise _joined(problems)
+        raise joined(problems)
     return profile
 
 
@@ -188,18 +213,16 @@ def _load(path: Path) -> tuple[Profile | None, list[ProfileError]]:
         base = origin.get("syscalls.oci", file).parent
         oci = base / value
         try:
-            return OciPolicy(str(oci), _read(oci).decode())
+            return OciPolicy(str(oci), read_trusted(oci).decode())
         except ProfileError as error:
             raise ValueError(f"{error.source}: {error.reason}") from error
         except UnicodeDecodeError as error:
             raise ValueError("is not UTF-8 text") from error
 
     try:
-        profile = Profile.model_validate(
-            _tuples(merged), context={"read_oci": read_oci}
-        )
+        profile = Profile.model_validate(merged, context={"read_oci": read_oci})
     except ValidationError as error:
-        return None, [_explain(each, merged, origin, file) for each in error.errors()]
+        return None, [explain(each, origin, file) for each in error.errors()]
     problems = _unknown_syscalls(profile, origin, file)
     profile._source = str(file)
     return profile, problems
@@ -210,7 +233,7 @@ def _chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:
     chain: list[tuple[Path, dict[str, Any]]] = []
     seen: list[str] = []
     while True:
-        tables = _parse(path)
+        tables = parse_trusted(path)
         chain.append((path, tables))
         seen.append(os.path.realpath(path))
         base = tables.pop("extends", None)
@@ -221,20 +244,26 @@ def _chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:
                 raise ProfileError(source="", reason="must be one profile's name")
             path = find(base)
         except ProfileError as error:
+            if error.source == ENV:
+                raise
             raise ProfileError(
                 source=str(chain[-1][0]),
                 where="extends",
                 value=base,
                 reason=error.reason,
             ) from error
-        if os.path.realpath(path) in seen or len(chain) >= _MOST_PARENTS:
-            steps = [file.name.removesuffix(".toml") for file, _ in chain]
-            raise ProfileError(
-                source=str(chain[0][0]),
-                where="extends",
-                value=base,
-                reason=f"goes in a circle: {' -> '.join([*steps, base])}",
-            )
+        steps = " -> ".join([*(file.stem for file, _ in chain), base])
+        if os.path.realpath(path) in seen:
+            reason = f"goes in a circle: {steps}"
+            if path == chain[-1][0]:
+                reason += "; to change a profile of the same name, use another name"
+        elif len(chain) >= _MOST_PARENTS:
+            reason = f"extends more than {_MOST_PARENTS} profiles: {steps}"
+        else:
+            continue
+        raise ProfileError(
+            source=str(chain[0][0]), where="extends", value=base, reason=reason
+        )
 
 
 def _merge(
@@ -262,60 +291,85 @@ def _merge(
         into[key] = table
 
 
-def _parse(path: Path) -> dict[str, Any]:
+def parse_trusted(path: Path) -> dict[str, Any]:
+    """Read and parse a TOML file; see `read_trusted`."""
     try:
-        return tomllib.loads(_read(path).decode())
+        tables: dict[str, Any] = as_tuples(tomllib.loads(read_trusted(path).decode()))
     except UnicodeDecodeError as error:
         raise ProfileError(source=str(path), reason="is not UTF-8 text") from error
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # TOMLDecodeError, or a number of 5,000 digits
         raise ProfileError(source=str(path), reason=f"is not TOML: {error}") from error
+    except RecursionError as error:
+        raise ProfileError(source=str(path), reason="is nested too deeply") from error
+    return tables
 
 
 # --- who may have written it ----------------------------------------------------
 
 
-def _read(path: Path) -> bytes:
+def read_trusted(path: Path) -> bytes:
     """Read a file that only root and we can have written.
 
     Looks at the descriptor, not at the name: what is read is what was checked.
     """
-    _check_directories(path)
+    real = _check_way(path)
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError as error:
         raise _unreadable(path, error) from error
-    with open(fd, "rb") as file:
+    try:
         there = os.fstat(fd)
         if not stat.S_ISREG(there.st_mode):
             raise ProfileError(source=str(path), reason="is not a regular file")
-        _check_writers(path, there)
-        content = file.read(_MOST_BYTES + 1)
-    if len(content) > _MOST_BYTES:
-        raise ProfileError(source=str(path), reason="is larger than 1MiB")
-    return content
+        _check_writers(path, real, there)
+        if there.st_size > _MOST_BYTES:
+            raise ProfileError(source=str(path), reason="is larger than 1MiB")
+        with open(fd, "rb", closefd=False) as file:
+            return file.read(_MOST_BYTES)
+    finally:
+        os.close(fd)
 
 
-def _check_directories(path: Path) -> None:
-    """Whoever can write a directory can put another file in its place."""
-    for start in {path.absolute().parent, path.resolve().parent}:
-        for directory in (start, *start.parents):
-            try:
-                there = directory.stat()
-            except OSError as error:
-                raise _unreadable(path, error) from error
-            # Of a sticky directory (/tmp) others can't take our entries away.
-            if directory != start and there.st_mode & stat.S_ISVTX:
-                continue
-            _check_writers(directory, there)
+def _check_way(path: Path) -> str:
+    """Check what the kernel passes on its way to a file; return the real path.
+
+    Whoever can write one of the directories, or owns one of the links, can put
+    another file in its place.
+    """
+    here, links = Path("/"), 0
+    _check_writers(here, "/", here.stat())
+    todo = [*reversed(path.absolute().parts[1:])]
+    while todo:
+        part = todo.pop()
+        if part == "..":
+            here = here.parent
+            continue
+        here = here / part
+        try:
+            there = here.lstat()
+        except (OSError, ValueError) as error:
+            raise _unreadable(path, error) from error
+        if stat.S_ISLNK(there.st_mode):
+            links += 1
+            if links > _MOST_LINKS:
+                raise _unreadable(path, OSError(errno.ELOOP, ""))
+            _check_owner(here, str(here), there)
+            target = Path(os.readlink(here))
+            here = Path("/") if target.is_absolute() else here.parent
+            todo += [p for p in reversed(target.parts) if p != "/"]
+        # Of a sticky directory (/tmp) only its owner can take our entries away.
+        elif len(todo) > 1 and there.st_mode & stat.S_ISVTX:
+            _check_owner(here, str(here), there)
+        elif todo:
+            _check_writers(here, str(here), there)
+    return str(here)
 
 
-def _check_writers(path: Path, there: os.stat_result) -> None:
+def _check_owner(path: Path, real: str, there: os.stat_result) -> int:
+    """Refuse what another user owns; return the writers that are allowed."""
     owners, allowed = {0, os.geteuid()}, 0
-    resolved = path.resolve()
-    if resolved == _PACKAGE.parent or shipped_dir().resolve() in (
-        resolved,
-        *resolved.parents,
-    ):
+    shipped = os.path.realpath(shipped_dir())
+    if real == str(_PACKAGE.parent) or f"{real}/".startswith(f"{shipped}/"):
         # Whoever may change our code needs no profile.
         code = os.stat(__file__)
         owners.add(code.st_uid)
@@ -324,27 +378,35 @@ def _check_writers(path: Path, there: os.stat_result) -> None:
         raise ProfileError(
             source=str(path),
             reason=f"belongs to uid {there.st_uid}: must be root's or ours "
-            f"(chown root {path})",
+            f"(chown -h root {path})",
         )
+    return allowed
+
+
+def _check_writers(path: Path, real: str, there: os.stat_result) -> None:
+    allowed = _check_owner(path, real, there)
     if there.st_mode & (stat.S_IWGRP | stat.S_IWOTH) & ~allowed:
+        remedy = f"chmod go-w {path}"
+        if there.st_mode & stat.S_ISVTX:  # /tmp must stay as it is
+            remedy = "keep profiles elsewhere"
         raise ProfileError(
             source=str(path),
             reason=f"mode {stat.S_IMODE(there.st_mode):04o}: group or others can "
-            f"write it (chmod go-w {path})",
+            f"write it ({remedy})",
         )
 
 
-def _unreadable(path: Path, error: OSError) -> ProfileError:
-    return ProfileError(
-        source=str(path), reason=f"can't be read: {os.strerror(error.errno or 0)}"
-    )
+def _unreadable(path: Path, error: OSError | ValueError) -> ProfileError:
+    number = getattr(error, "errno", None)
+    why = os.strerror(number) if number else str(error)
+    return ProfileError(source=str(path), reason=f"can't be read: {why}")
 
 
 # --- saying what is wrong ---------------------------------------------------------
 
 
-def _joined(problems: list[ProfileError]) -> ProfileError:
-    """One error for all: its message has a line for each."""
+def joined(problems: list[ProfileError]) -> ProfileError:
+    """Return one error for all: its message has a line for each."""
     first, *others = problems
     if not others:
         return first
@@ -356,12 +418,18 @@ def _joined(problems: list[ProfileError]) -> ProfileError:
     )
 
 
-def _tuples(value: Any) -> Any:
-    """TOML's lists as the tuples of a frozen model."""
+def as_tuples(value: Any, depth: int = 0) -> Any:
+    """Return a TOML value with tuples for lists, as a frozen model has them.
+
+    Raises:
+        RecursionError: More levels than any profile has.
+    """
+    if depth > _MOST_LEVELS:
+        raise RecursionError
     if isinstance(value, dict):
-        return {key: _tuples(inner) for key, inner in value.items()}
+        return {key: as_tuples(inner, depth + 1) for key, inner in value.items()}
     if isinstance(value, list):
-        return tuple(_tuples(inner) for inner in value)
+        return tuple(as_tuples(inner, depth + 1) for inner in value)
     return value
 
 
@@ -370,20 +438,28 @@ def _meant(word: str, known: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else ""
 
 
-def _keys_of(location: tuple[int | str, ...]) -> tuple[str, list[str]]:
+def _keys_of(
+    location: tuple[int | str, ...], model: type[BaseModel]
+) -> tuple[str, list[str]]:
     """Return the table that a location's last part is in, and its keys."""
-    model: type[BaseModel] = Profile
+    more = ["extends"] if model is Profile else []
     table = ""
     for part in location[:-1]:
         for name, field in model.model_fields.items():
-            if (field.alias or name) == part and _is_section(field.annotation):
-                model, table = field.annotation, str(part)  # type: ignore[assignment]
+            section = _section_of(field.annotation)
+            if (field.alias or name) == part and section is not None:
+                model, table = section, str(part)
     keys = [field.alias or name for name, field in model.model_fields.items()]
-    return table, sorted(keys if table else [*keys, "extends"])
+    return table, sorted(keys if table else [*keys, *more])
 
 
-def _is_section(annotation: object) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+def _section_of(annotation: object) -> type[BaseModel] | None:
+    """Return the model of a table, or of each table of a list."""
+    if get_origin(annotation) is tuple:
+        annotation = get_args(annotation)[0]
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return None
 
 
 _RULES = {
@@ -398,17 +474,18 @@ _RULES = {
 }
 
 
-def _explain(
+def explain(
     problem: Mapping[str, Any],
-    merged: dict[str, Any],
-    origin: dict[str, Path],
+    origin: Mapping[str, Path],
     file: Path,
+    model: type[BaseModel] = Profile,
 ) -> ProfileError:
+    """Turn one of pydantic's problems into ours: place, value, rule."""
     location = tuple(part for part in problem["loc"] if part != "[key]")
     kind, context = problem["type"], problem.get("ctx", {})
     value = problem["input"]
     if kind == "extra_forbidden":
-        table, known = _keys_of(location)
+        table, known = _keys_of(location, model)
         place = f"[{table}] has" if table else "there are"
         word = str(location[-1])
         reason = _meant(word, known) or f"{place} {', '.join(known)}"

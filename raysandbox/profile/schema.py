@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -22,13 +23,23 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
     PrivateAttr,
     ValidationInfo,
     WithJsonSchema,
     model_validator,
 )
+from pydantic_core import CoreSchema
+from pydantic_core.core_schema import no_info_after_validator_function
 
+from raysandbox.profile.toml import written
 from raysandbox.profile.units import parse_duration, parse_rate, parse_size
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 __all__ = [
     "Environment",
@@ -48,7 +59,7 @@ __all__ = [
 ]
 
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}")
-_MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+_MODULE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _VARIABLE_GLOB = re.compile(r"[A-Za-z_][A-Za-z0-9_*?]*")
 _HOSTNAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
@@ -58,9 +69,13 @@ _AT_NAMES = ("@system", "@python", "@working_dir", "@scratch")
 # token, its keys, and our own settings.
 _SECRET_PREFIXES = ("RAY_", "RAYSANDBOX_")
 
-SIZE_PATTERN = r"^[0-9]+(B|KiB|MiB|GiB|TiB)$"
-DURATION_PATTERN = r"^[0-9]+(ms|s|min|h|d)$"
-RATE_PATTERN = r"^[0-9]+(B|KiB|MiB|GiB|TiB)/s$"
+SIZE_PATTERN = r"^[0-9]{1,19}(B|KiB|MiB|GiB|TiB)$"
+DURATION_PATTERN = r"^[0-9]{1,19}(ms|s|min|h|d)$"
+RATE_PATTERN = r"^[0-9]{1,19}(B|KiB|MiB|GiB|TiB)/s$"
+# As _path has it: an @name, or absolute, not the root, and without "..".
+PATH_PATTERN = (
+    rf"^(?:{'|'.join(_AT_NAMES)}|/(?!(?:[^\0]*/)?\.\.(?:/|$))[^\0]*[^/\0][^\0]*)$"
+)
 
 
 def is_name(name: str) -> bool:
@@ -103,6 +118,20 @@ OptionalSize = Annotated[
     WithJsonSchema(
         {"anyOf": [{"type": "string", "pattern": SIZE_PATTERN}, _UNLIMITED]}
     ),
+]
+
+
+def _count(value: object) -> object:
+    value = _or_unlimited(value)
+    if value is not None and (type(value) is not int or value < 1):
+        raise ValueError('must be a whole number from 1, or "unlimited"')
+    return value
+
+
+OptionalCount = Annotated[
+    int | None,
+    BeforeValidator(_count),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, _UNLIMITED]}),
 ]
 OptionalDuration = Annotated[
     Duration | None,
@@ -154,19 +183,52 @@ def _path(value: str) -> str:
     return value
 
 
-def _matching(pattern: re.Pattern[str], rule: str) -> AfterValidator:
-    def check(value: str) -> str:
-        if pattern.fullmatch(value) is None:
-            raise ValueError(rule)
+@dataclass(frozen=True, slots=True)
+class _Matching:
+    """Refuses, here and in the JSON Schema, a text that is not of a pattern."""
+
+    pattern: re.Pattern[str]
+    rule: str
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        return no_info_after_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {**handler(schema), "pattern": f"^(?:{self.pattern.pattern})$"}
+
+    def _check(self, value: str) -> str:
+        if self.pattern.fullmatch(value) is None:
+            raise ValueError(self.rule)
         return value
 
-    return AfterValidator(check)
+
+@dataclass(frozen=True, slots=True)
+class _Unique:
+    """Refuses, here and in the JSON Schema, a list that says something twice."""
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        return no_info_after_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {**handler(schema), "uniqueItems": True}
+
+    def _check(self, value: tuple[str, ...]) -> tuple[str, ...]:
+        doubles = sorted({item for item in value if value.count(item) > 1})
+        if doubles:
+            raise ValueError(f"lists {', '.join(doubles)} more than once")
+        return value
 
 
 def _passable(value: str) -> str:
     """Refuse a pattern that could let a secret of Ray's through."""
-    if _VARIABLE_GLOB.fullmatch(value) is None:
-        raise ValueError("must be a variable's name, with * and ? after its start")
     literal = re.split(r"[*?]", value, maxsplit=1)[0]
     for prefix in _SECRET_PREFIXES:
         if literal.startswith(prefix) or (
@@ -178,15 +240,12 @@ def _passable(value: str) -> str:
     return value
 
 
-def _unique(value: tuple[str, ...]) -> tuple[str, ...]:
-    doubles = sorted({item for item in value if value.count(item) > 1})
-    if doubles:
-        raise ValueError(f"lists {', '.join(doubles)} more than once")
-    return value
-
-
-Unique = AfterValidator(_unique)
-PathName = Annotated[str, AfterValidator(_path)]
+Unique = _Unique()
+PathName = Annotated[
+    str,
+    AfterValidator(_path),
+    WithJsonSchema({"type": "string", "pattern": PATH_PATTERN}),
+]
 Paths = Annotated[tuple[PathName, ...], Unique]
 Reason = Annotated[
     str,
@@ -194,8 +253,15 @@ Reason = Annotated[
 ]
 
 
-SyscallName = Annotated[str, _matching(_SYSCALL, "must be a system call's name")]
-VariableName = Annotated[str, _matching(_VARIABLE, "must be a variable's name")]
+SyscallName = Annotated[str, _Matching(_SYSCALL, "must be a system call's name")]
+PassedVariable = Annotated[
+    str,
+    _Matching(
+        _VARIABLE_GLOB, "must be a variable's name, with * and ? after its start"
+    ),
+    AfterValidator(_passable),
+]
+VariableName = Annotated[str, _Matching(_VARIABLE, "must be a variable's name")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,6 +328,12 @@ Required = Annotated[
 ]
 
 
+Indispensable = Annotated[
+    bool,
+    WithJsonSchema({"const": True, "description": "Always true: no jail without it."}),
+]
+
+
 class Namespaces(_Section):
     """Kernel namespaces that a jail has to itself."""
 
@@ -269,15 +341,15 @@ class Namespaces(_Section):
         ("network", "ipc", "uts", "cgroup", "required"), (False,)
     )
 
-    user: Annotated[bool, Field(description="Always true: no jail without it.")] = True
-    pid: Annotated[bool, Field(description="Always true: no jail without it.")] = True
-    mount: Annotated[bool, Field(description="Always true: no jail without it.")] = True
+    user: Indispensable = True
+    pid: Indispensable = True
+    mount: Indispensable = True
     network: bool = True
     ipc: bool = True
     uts: bool = True
     cgroup: bool = True
     hostname: Annotated[
-        str, _matching(_HOSTNAME, "must be a host name: a-z, 0-9 and -")
+        str, _Matching(_HOSTNAME, "must be a host name: a-z, 0-9 and -")
     ] = "jail"
     required: Required = True
 
@@ -350,10 +422,19 @@ class Landlock(_Section):
 
 
 class Network(_Section):
-    """What a jail can reach."""
+    """What a jail, or a worker that is its own boundary, can reach."""
+
+    weak: ClassVar[Mapping[str, tuple[object, ...]]] = {
+        "mode": ("ray",),
+        "required": (False,),
+    }
 
     mode: Annotated[
-        Literal["none"], Field(description="none: no interface, no IP sockets.")
+        Literal["none", "ray"],
+        Field(
+            description="none: no interface, no IP sockets. ray: TCP to the ports "
+            'of this Ray cluster, for boundary = "worker" alone.'
+        ),
     ] = "none"
     required: Required = True
 
@@ -417,6 +498,8 @@ class Syscalls(_Section):
         both = sorted(self.allow.keys() & self.deny.keys())
         if both:
             raise ValueError(f"{', '.join(both)} can't be in both allow and deny")
+        if self.oci is not None and (self.allow or self.deny):
+            raise ValueError("oci replaces allow and deny: write them in its file")
         return self
 
     @property
@@ -474,9 +557,16 @@ class Limits(_Section):
         OptionalRate, Field(alias="io_write", description="For each disk of the host.")
     ] = None
     output_bytes: Annotated[
-        Size,
-        _at_least(4096, "4KiB"),
-        Field(alias="output", description="stdout and stderr together."),
+        Annotated[Size, _at_least(4096, "4KiB")] | None,
+        BeforeValidator(_or_unlimited),
+        WithJsonSchema(
+            {"anyOf": [{"type": "string", "pattern": SIZE_PATTERN}, _UNLIMITED]}
+        ),
+        Field(
+            alias="output",
+            description="stdout and stderr together; unlimited with "
+            'boundary = "worker" alone.',
+        ),
     ] = 16 << 20
     required: Required = True
 
@@ -490,7 +580,7 @@ class Limits(_Section):
 
 
 class ObjectStore(_Section):
-    """How much one task may take from and put into Ray's object store."""
+    """How much a task and a job may take from and put into Ray's object store."""
 
     weak: ClassVar[Mapping[str, tuple[object, ...]]] = {}
 
@@ -503,6 +593,36 @@ class ObjectStore(_Section):
     max_put_bytes: Annotated[
         Size, Field(alias="max_put", description="All puts and results together.")
     ] = 512 << 20
+    max_put_objects: Annotated[
+        OptionalCount, Field(description="How many puts and results.")
+    ] = 10_000
+    max_arguments_bytes: Annotated[
+        OptionalSize,
+        Field(alias="max_arguments", description="All arguments together."),
+    ] = 2 << 30
+    max_argument_objects: Annotated[
+        OptionalCount, Field(description="How many arguments.")
+    ] = 10_000
+    max_job_bytes: Annotated[
+        OptionalSize,
+        Field(
+            alias="max_job",
+            description="Puts and results of a whole job that a node's store has.",
+        ),
+    ] = 4 << 30
+    max_job_objects: Annotated[
+        OptionalCount, Field(description="How many of those.")
+    ] = 100_000
+    max_job_arguments_bytes: Annotated[
+        OptionalSize,
+        Field(
+            alias="max_job_arguments",
+            description="Arguments of all tasks of a job that run on a node.",
+        ),
+    ] = 16 << 30
+    max_job_argument_objects: Annotated[
+        OptionalCount, Field(description="How many of those.")
+    ] = 100_000
 
 
 class Results(_Section):
@@ -525,7 +645,7 @@ class Environment(_Section):
     weak: ClassVar[Mapping[str, tuple[object, ...]]] = {}
 
     pass_: Annotated[
-        tuple[Annotated[str, AfterValidator(_passable)], ...],
+        tuple[PassedVariable, ...],
         Unique,
         Field(alias="pass", description="Names; * and ? match as in a shell."),
     ] = ("LANG", "LC_*", "TZ")
@@ -550,13 +670,21 @@ class Environment(_Section):
         return self
 
 
+def _boolean(value: object) -> object:
+    if not isinstance(value, bool):
+        raise ValueError("must be true or false")
+    return value
+
+
 class RayApi(_Section):
     """Use of Ray from inside a jail; reserved."""
 
     weak: ClassVar[Mapping[str, tuple[object, ...]]] = {}
 
     enabled: Annotated[
-        Literal[False], Field(description="Reserved: a jail has no Ray API yet.")
+        Literal[False],
+        BeforeValidator(_boolean),  # 0 == False
+        Field(description="Reserved: a jail has no Ray API yet."),
     ] = False
 
 
@@ -567,7 +695,7 @@ class Profile(_Section):
 
     name: Annotated[
         str,
-        _matching(_NAME, "must be of a-z, 0-9, _ and -, and start with a letter"),
+        _Matching(_NAME, "must be of a-z, 0-9, _ and -, and start with a letter"),
         Field(description="Same as the file's name without .toml; may be left out."),
     ]
     description: Annotated[str, Field(description="One line for `profiles list`.")] = ""
@@ -580,7 +708,7 @@ class Profile(_Section):
     ] = "task"
     preload: Annotated[
         tuple[
-            Annotated[str, _matching(_MODULE, "must be a module's dotted name")], ...
+            Annotated[str, _Matching(_MODULE, "must be a module's dotted name")], ...
         ],
         Unique,
         Field(description="Modules that every jail finds imported already."),
@@ -620,7 +748,39 @@ class Profile(_Section):
             raise ValueError(
                 "filesystem.scratch must not exceed limits.memory, which it counts in"
             )
+        inside = self.boundary == "worker"
+        # What only one kind of boundary can keep is an error with the other: a
+        # key that is silently ignored would be a promise that nobody keeps.
+        wrong = [f"{key} = {shown}" for key, shown in self._out_of_place(inside)]
+        if wrong and inside:
+            raise ValueError(
+                "boundary = \"worker\" runs the task in Ray's own process and can't "
+                f"keep {', '.join(wrong)}: give "
+                'network.mode = "ray", results.mode = "pickle", and "unlimited" for '
+                "limits.wall_time, limits.cpu_time and limits.output"
+            )
+        if wrong:
+            raise ValueError(f'{", ".join(wrong)}: only with boundary = "worker"')
         return self
+
+    def _out_of_place(self, inside: bool) -> list[tuple[str, str]]:
+        limits = self.limits
+        if not inside:
+            found = [("network.mode", '"ray"')] if self.network.mode == "ray" else []
+            if limits.output_bytes is None:
+                found.append(("limits.output", '"unlimited"'))
+            return found
+        return [
+            (key, f'"{value}"')
+            for key, value, fits in (
+                ("network.mode", self.network.mode, self.network.mode == "ray"),
+                ("results.mode", self.results.mode, self.results.mode == "pickle"),
+                ("limits.wall_time", limits.wall_time_s, limits.wall_time_s is None),
+                ("limits.cpu_time", limits.cpu_time_s, limits.cpu_time_s is None),
+                ("limits.output", limits.output_bytes, limits.output_bytes is None),
+            )
+            if not fits
+        ]
 
     @property
     def digest(self) -> str:
@@ -654,16 +814,44 @@ def _digest(value: object) -> str:
 
 
 def json_schema() -> dict[str, Any]:
-    """Return the JSON Schema of a profile file, for editors."""
+    """Return the JSON Schema of a profile file, for editors.
+
+    What it refuses, the loader refuses. The loader also knows rules that it does
+    not say: which values weaken a default and need a ``why``, least sizes, what
+    contradicts itself, which groups and system calls there are.
+    """
     schema = Profile.model_json_schema(by_alias=True, mode="validation")
+    sections: list[type[BaseModel]] = [Profile, *_sections()]
+    for section in sections:
+        table = schema if section is Profile else schema["$defs"][section.__name__]
+        for name, field in section.model_fields.items():
+            _as_written(table["properties"][field.alias or name], name)
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "raysandbox profile"
-    schema["required"] = []
+    del schema["required"]
     schema["properties"] = {
         "extends": {
             "type": "string",
+            "pattern": f"^(?:{_NAME.pattern})$",
             "description": "Profile to start from: tables merge, lists replace.",
         },
         **schema["properties"],
     }
     return schema
+
+
+def _sections() -> list[type[BaseModel]]:
+    annotations = (field.annotation for field in Profile.model_fields.values())
+    return [a for a in annotations if isinstance(a, type) and issubclass(a, BaseModel)]
+
+
+def _as_written(key: dict[str, Any], name: str) -> None:
+    """Turn the schema of a model's field into that of what a file holds."""
+    if key.get("default", ...) is None:
+        del key["default"]
+    if "default" in key:
+        key["default"] = tomllib.loads(f"x = {written(name, key['default'])}")["x"]
+    if "patternProperties" in key:
+        key["additionalProperties"] = False
+    if "anyOf" in key:  # TOML has no null
+        key["anyOf"] = [each for each in key["anyOf"] if each != {"type": "null"}]

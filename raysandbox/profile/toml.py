@@ -1,17 +1,13 @@
-"""Write a profile as the TOML that would load to it."""
+"""Write a profile or a policy as the TOML that would load to it."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
 
 from raysandbox.profile.units import format_duration, format_rate, format_size
-
-if TYPE_CHECKING:
-    from raysandbox.profile.schema import Profile
 
 __all__ = ["dump", "written"]
 
@@ -46,25 +42,32 @@ def _key(name: str) -> str:
     return name if plain.isascii() and plain.isalnum() else written("", name)
 
 
-def dump(profile: Profile) -> str:
-    """Return every key of a profile, whether it was written or is a default."""
-    lines: list[str] = []
+def dump(model: BaseModel) -> str:
+    """Return every key of a profile or policy, also what is a default."""
     tables: list[str] = []
-    for name, field in type(profile).model_fields.items():
-        value = getattr(profile, name)
+    for name, field in type(model).model_fields.items():
+        value = getattr(model, name)
         if isinstance(value, BaseModel):
             tables += ["", f"[{field.alias or name}]", *_keys(value)]
-    lines += _keys(profile)
-    return "\n".join([*lines, *tables]) + "\n"
+        elif _is_list_of_tables(value):
+            for each in value:
+                tables += ["", f"[[{field.alias or name}]]", *_keys(each)]
+    return "\n".join([*_keys(model), *tables]) + "\n"
+
+
+def _is_list_of_tables(value: object) -> bool:
+    return isinstance(value, tuple) and any(isinstance(v, BaseModel) for v in value)
 
 
 def _keys(section: BaseModel) -> list[str]:
     lines: list[str] = []
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
-        if isinstance(value, BaseModel) or (name in _QUIET and not value):
+        if isinstance(value, BaseModel) or _is_list_of_tables(value):
             continue
-        if name in ("oci", "cpu_weight") and value is None:
+        if name in _QUIET and not value:
+            continue
+        if name in _OFTEN_NONE and value is None:
             continue
         lines.append(f"{field.alias or name} = {written(name, value)}")
     # `why` reads best last.
@@ -74,3 +77,5 @@ def _keys(section: BaseModel) -> list[str]:
 
 #: Keys that say nothing when they are empty.
 _QUIET = ("why", "description")
+#: Keys that are left out when they have no value; elsewhere that is "unlimited".
+_OFTEN_NONE = ("oci", "cpu_weight", "untagged")

@@ -15,7 +15,7 @@ __all__ = [
 
 _SIZES = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 _MILLISECONDS = {"ms": 1, "s": 1000, "min": 60_000, "h": 3_600_000, "d": 86_400_000}
-_NUMBER_AND_UNIT = re.compile(r"([0-9]{1,18})([A-Za-z]+)", re.ASCII)
+_NUMBER_AND_UNIT = re.compile(r"([0-9]{1,19})([A-Za-z]+)", re.ASCII)
 # Beyond these the kernel's own types end.
 _MOST_BYTES = 1 << 62
 _MOST_MILLISECONDS = 10 * 365 * 86_400_000

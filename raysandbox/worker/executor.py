@@ -7,17 +7,18 @@ to, and turns what comes back into what Ray stores.
 
 from __future__ import annotations
 
-import fnmatch
+import functools
 import json
 import os
-import re
+import sys
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import ray
 
-from raysandbox import datacodec, wire
+from raysandbox import client, datacodec, plan, policy, wire
 from raysandbox import profile as profiles
 from raysandbox.errors import (
     JailProtocolError,
@@ -25,51 +26,26 @@ from raysandbox.errors import (
     RaysandboxError,
     TaskKilled,
     TaskQuotaExceeded,
+    TaskRefused,
     TaskUnsupported,
 )
 from raysandbox.jail import runner
 from raysandbox.kernel import cgroup
+from raysandbox.node import store_proxy
+from raysandbox.observe import state
 from raysandbox.sealed import SealedError
-from raysandbox.worker import hints, seams
+from raysandbox.worker import hints, inside, quota, seams, store
 from raysandbox.worker.events import EventLog
+from raysandbox.worker.figures import Figures
+from raysandbox.worker.gate import Gate
 from raysandbox.worker.output import Pump
-from raysandbox.worker.pool import Environment, Jail, Pool
+from raysandbox.worker.pool import Environment, Jail, Pool, groups_of_process
 
-__all__ = ["TAG_PREFIX", "JailExecutor", "profile_of"]
+__all__ = ["JailExecutor"]
 
-#: A resource of this prefix names the profile.
-TAG_PREFIX = "sandbox:"
-
-# Ray's names for resources that a placement group reserved.
-_IN_GROUP = re.compile(r"(.+?)_group_(?:\d+_)?[0-9a-f]{16,}")
 # A zygote costs memory: those of the profiles used last stay.
 _MOST_POOLS = 2
-# Environment variables that are Ray's or ours, never a task's.
-_RESERVED_VARIABLES = ("RAY_*", "RAYSANDBOX_*", "__RAY_*")
 _ERROR_PARTS = 6
-
-
-def profile_of(resources: Mapping[str, Any]) -> profiles.Profile:
-    """Return the profile that a task's resources name; untagged: the strictest.
-
-    Raises:
-        ProfileError: Two tags, or a tag that names no usable profile.
-    """
-    names = set()
-    for resource in resources:
-        match = _IN_GROUP.fullmatch(resource)
-        plain = match[1] if match else resource
-        if plain.startswith(TAG_PREFIX):
-            names.add(plain.removeprefix(TAG_PREFIX))
-    if not names:
-        return profiles.strictest()
-    if len(names) > 1:
-        raise ProfileError(
-            source="<tags>",
-            value=", ".join(sorted(names)),
-            reason="a task takes one sandbox tag",
-        )
-    return profiles.load(names.pop())
 
 
 class JailExecutor(seams.Executor):
@@ -80,21 +56,54 @@ class JailExecutor(seams.Executor):
             comes, since a prestarted worker does not know its job before.
     """
 
-    def __init__(self, trusted: seams.TrustedPath) -> None:
-        self._trusted, self._pump = trusted, Pump(self._look)
+    def __init__(self, trusted: seams.TrustedPath, gate: Gate) -> None:
+        self._trusted, self._pump, self._gate = trusted, Pump(self._look), gate
         self._worker: Any = seams.global_worker()
         self._resources_root = os.path.realpath(seams.runtime_resources()) + "/"
         self._pools: dict[str, Pool] = {}
         self._resource_paths: dict[str, bool] = {}
         self._runtime_env: tuple[str, dict[str, str]] = ("", {})
-        self._profiles: dict[frozenset[str], profiles.Profile] = {}
+        self._setup: dict[str, str] = {}
         self._events: EventLog | None = None
+        self._board = self._open_board()
+        self._figures = Figures()
+        self._bound = ""  # hex of the job that this worker is bound to
         # The jail whose answer Ray has not taken in yet, and its pool.
         self._pending: tuple[Pool, Jail, bool] | None = None
         self._job_jail: tuple[str, Pool, Jail] | None = None
         self._actor: tuple[Pool, Jail] | None = None
         self._actor_end = ""
+        # A worker serves jails or one profile of its own, for life.
+        self._serves_jails = False
+        self._inside: profiles.Profile | None = None
+        # Leaves after its task: nothing but luck keeps others from coming.
+        self._leaves = False
+        self._refusal: RaysandboxError | None = None
         self._lock = threading.RLock()
+        self._quotas = quota.Quotas(
+            quota.directory(seams.session_dir()),
+            lambda ids: store.which_stored(seams.store_socket(), ids),
+            lambda: seams.live_jobs(self._worker.gcs_client),
+        )
+
+    def _open_board(self) -> state.Board | None:
+        """Make the file in which ``raysandbox ps`` sees this worker.
+
+        Without it tasks run all the same, and the worker's log says so.
+        """
+        policy_ = self._gate.policy
+        about = {
+            "worker": self._worker.worker_id.hex(),
+            "node": self._worker.current_node_id.hex(),
+            "started": time.time(),
+            "policy": policy_.digest if policy_ is not None else "",
+        }
+        try:
+            about["bases"] = groups_of_process().described()
+            return state.Board(seams.session_log_dir(), about["worker"], about)
+        except (OSError, ValueError, RaysandboxError) as error:
+            sys.stderr.write(f"raysandbox: ps can't see this worker: {error}\n")
+            return None
 
     # -- what the seams call --------------------------------------------------
 
@@ -107,9 +116,10 @@ class JailExecutor(seams.Executor):
         """Run a function in a jail of its profile; see :class:`seams.Executor`."""
         with self._lock:
             self._settle()
-            profile, name = self._profile(), str(self._worker.current_task_name)
-            if profile.boundary == "worker":
-                raise self._unsupported(profile, name, 'boundary = "worker"')
+            self._bind()
+            name = str(self._worker.current_task_name)
+            profile = self._profile(name)
+            self._begin_jail(profile)
             layout, parts = self._arguments(profile, name, args, kwargs)
             pool = self._pool(profile)
             jail, keep = self._jail_for(pool)
@@ -127,13 +137,14 @@ class JailExecutor(seams.Executor):
         """Run a constructor or a method; an actor has one jail for life."""
         with self._lock:
             self._settle()
+            self._bind()
             name = f"{info.name}.{method}"
             if method == "__init__":
                 return self._new_actor(info, name, args, kwargs)
             if self._actor is None or self._actor[1].status is not None:
                 raise TaskKilled(
                     task=name,
-                    profile=self._profile().name,
+                    profile=self._profile(name).name,
                     seen=f"the actor's jail has ended: {self._actor_end or 'unknown'}",
                     remedy="make the actor again",
                 )
@@ -151,17 +162,16 @@ class JailExecutor(seams.Executor):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> None:
-        profile = self._profile()
+        profile = self._profile(name)
         core = self._worker.core_worker
-        if profile.boundary == "worker":
-            raise self._unsupported(profile, name, 'boundary = "worker"')
+        self._begin_jail(profile)
         if core.current_actor_is_asyncio():
             raise self._unsupported(profile, name, "an actor with async methods")
         if core.current_actor_max_concurrency() > 1:
             raise self._unsupported(profile, name, "an actor with max_concurrency > 1")
         layout, parts = self._arguments(profile, name, args, kwargs)
         pool = self._pool(profile)
-        jail = pool.take()
+        jail = self._take(pool)
         self._actor = (pool, jail)
         meta = self._meta(profile, info, "new", layout)
         self._pending = (pool, jail, True)
@@ -196,15 +206,141 @@ class JailExecutor(seams.Executor):
         with self._lock:
             self._settle()
 
+    # -- boundary = "worker" ------------------------------------------------------
+
+    def opens(self) -> bool:
+        """See :class:`seams.Executor`; runs before anything of a task is opened."""
+        with self._lock:
+            self._refusal = None
+            try:
+                profile = self._profile(str(self._worker.current_task_name))
+                if profile.boundary != "worker":
+                    return False
+                if self._serves_jails:
+                    self._leave(profile.name, "it has served tasks in jails")
+                self._enter(profile)
+            except inside.NotRestrictedError as error:
+                seams.leave(str(error))
+            except RaysandboxError as error:
+                # For the task's owner: the call itself raises it.
+                self._refusal = error
+                return False
+            return True
+
+    def _enter(self, profile: profiles.Profile) -> None:
+        """Raise the profile's walls around this process, then take the seals off."""
+        boundaries = _boundaries(self._gate.node)
+        log = EventLog(self._log_directory())
+        ports, loose = seams.ray_ports()
+        about = {
+            "node": self._worker.current_node_id.hex(),
+            "worker": self._worker.worker_id.hex(),
+            "job": self._worker.current_job_id.hex(),
+            "pid": os.getpid(),
+        }
+        entered = inside.enter(
+            profile,
+            inside.Worker(
+                launched=self._gate.launched,
+                python_path=[path for path in self._trusted if path],
+                working_dirs=self._user_directories(),
+                variables=self._variables(),
+                ports=ports,
+                loose_ports=loose,
+                ray_log_dir=seams.session_log_dir(),
+                event_dir=self._log_directory(),
+                event=about,
+            ),
+        )
+        self._inside = profile
+        self._show_inside(profile, entered.group)
+        marker = client.marker_of(self._worker.runtime_env)
+        self._leaves = marker != profile.name and self._worker.actor_id.is_nil()
+        client.remember({**boundaries, profile.name: True})
+        log.write(
+            "worker_entered",
+            **about,
+            profile=profile.name,
+            threads=entered.threads,
+            took_s=round(entered.took_s, 4),
+            leaves_after_task=self._leaves,
+            protections=_shown(entered.protections),
+        )
+        log.close()
+        seams.unseal()
+        # The job's own set-up, which the walls had to come before.
+        problem = seams.run_setup_hook(self._worker.runtime_env)
+        if problem:
+            seams.leave(problem)
+
+    def _show_inside(self, profile: profiles.Profile, group: str) -> None:
+        """Write down that tasks run in this process; the last word is theirs."""
+        place = self._board.take() if self._board is not None else None
+        if place is None:
+            return
+        actor = self._worker.actor_id
+        place.write(
+            running=True,
+            calls=0,
+            denials=0,
+            started=time.time(),
+            job=self._worker.current_job_id.binary(),
+            task=self._worker.current_task_id.binary(),
+            actor=b"" if actor.is_nil() else actor.binary(),
+            profile=profile.name,
+            name=str(self._worker.current_task_name),
+            group=group,
+        )
+
+    def guarded(self, info: Any) -> Any:
+        """See :class:`seams.Executor`."""
+        served, original = self._inside, info.function
+        if served is None or not self._worker.actor_id.is_nil():
+            return info
+
+        @functools.wraps(original)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self._check_inside(served)
+            return original(*args, **kwargs)
+
+        return seams.with_function(info, run, 1 if self._leaves else info.max_calls)
+
+    def _check_inside(self, served: profiles.Profile) -> None:
+        """Serve no other profile's task, even if raylet should send one."""
+        if self._gate.node is None:
+            # Profiles can't be read any more; the tag alone decides here.
+            asked = policy.tag_of(self._worker.core_worker.resource_ids())
+        else:
+            asked = self._profile(str(self._worker.current_task_name)).name
+        if asked != served.name:
+            self._leave(str(asked), f"it serves {served.name!r} for life")
+
+    def _begin_jail(self, profile: profiles.Profile) -> None:
+        if profile.boundary == "worker":
+            if self._refusal is not None:
+                raise self._refusal
+            self._leave(profile.name, "it has served tasks in jails")
+        self._serves_jails = True
+
+    def _leave(self, asked: str, why: str) -> NoReturn:
+        """End this worker: the task is tried again in one that may serve it."""
+        seams.leave(
+            f"raysandbox: a task of profile {asked!r} came to a worker that "
+            f"can't serve it: {why}. It is tried again elsewhere, which counts as a "
+            "retry; `import raysandbox` where tasks are submitted avoids it"
+        )
+
     # -- profiles, pools and jails ----------------------------------------------
 
-    def _profile(self) -> profiles.Profile:
-        resources = self._worker.core_worker.resource_ids()
-        key = frozenset(resources)
-        found = self._profiles.get(key)
-        if found is None:
-            found = self._profiles[key] = profile_of(resources)
-        return found
+    def _profile(self, task: str) -> profiles.Profile:
+        try:
+            return self._gate.profile(self._worker, task)
+        except TaskRefused as error:
+            self._figures.policy_refused(error.limit)
+            # A worker without jails has no pump that would do it.
+            self._figures.flush()
+            self._log("task_refused", task=task, rule=error.limit, reason=error.seen)
+            raise
 
     def _pool(self, profile: profiles.Profile) -> Pool:
         pool = self._pools.pop(profile.name, None)
@@ -254,26 +390,38 @@ class JailExecutor(seams.Executor):
     def _jail_for(self, pool: Pool) -> tuple[Jail, bool]:
         """Return a jail, and whether it outlives the call."""
         if pool.profile.boundary != "job":
-            return pool.take(), False
+            return self._take(pool), False
         job = self._worker.current_job_id.hex()
         if self._job_jail is not None:
             known_job, known_pool, jail = self._job_jail
+            known_pool.look()  # it may have ended meanwhile
             if known_job == job and known_pool is pool and jail.status is None:
                 return jail, True
             self._job_jail = None
             known_pool.end(jail, wait=True)
-        jail = pool.take()
+        jail = self._take(pool)
         self._job_jail = (job, pool, jail)
         return jail, True
 
+    def _take(self, pool: Pool) -> Jail:
+        """Return a jail that is ready for its first call."""
+        asked = time.monotonic()
+        jail = pool.take()
+        self._figures.jail_started(
+            pool.profile.name, time.monotonic() - asked, pool.walls
+        )
+        return jail
+
     def _settle(self) -> None:
-        """Let go of the jail of the last call."""
+        """Let go of the jail and of the arguments of the last call."""
+        self._quotas.let_go()
         pending, self._pending = self._pending, None
         if pending is not None and not pending[2]:
             pending[0].end(pending[1])
 
     def _look(self) -> None:
         """Between calls: take in the ends of jails. Runs in the pump's thread."""
+        self._figures.flush()
         if self._lock.acquire(blocking=False):
             try:
                 for pool in self._pools.values():
@@ -283,14 +431,15 @@ class JailExecutor(seams.Executor):
 
     def _record(self, jail: Jail, pool: Pool, usage: cgroup.Usage) -> None:
         """Write the event of a jail's end."""
-        if self._events is None:
-            self._events = EventLog(seams.session_log_dir())
-        self._events.write(
+        if jail.place is not None:
+            jail.place.free()
+            jail.place = None
+        self._figures.jail_ended(pool.profile.name, jail.outcome, jail.denied_count)
+        if jail.inquest and jail.outcome == TaskQuotaExceeded.__name__:
+            self._figures.quota_refused(pool.profile.name, "limits.output")
+        self._log(
             "jail_ended",
             profile=pool.profile.name,
-            node=self._worker.current_node_id.hex(),
-            worker=self._worker.worker_id.hex(),
-            job=self._worker.current_job_id.hex(),
             tasks=jail.tasks,
             outcome=jail.outcome,
             memory_peak_bytes=usage.memory_peak_bytes,
@@ -299,13 +448,25 @@ class JailExecutor(seams.Executor):
             forks_refused=usage.pids_denied,
             output_bytes=jail.output_bytes,
             denied=jail.denials,
-            denied_count=jail.notify.count if jail.notify is not None else 0,
-            protections={
-                wall.name: wall.state.value
-                if not wall.reason
-                else f"{wall.state.value}: {wall.reason}"
-                for wall in pool.protections
-            },
+            denied_count=jail.denied_count,
+            **({"ended_by": jail.ended_by} if jail.ended_by else {}),
+            protections=_shown(pool.protections),
+        )
+
+    def _log_directory(self) -> str:
+        chosen = self._gate.policy
+        directory = chosen.audit.directory if chosen is not None else "session"
+        return seams.session_log_dir() if directory == "session" else directory
+
+    def _log(self, event: str, **fields: Any) -> None:
+        if self._events is None:
+            self._events = EventLog(self._log_directory())
+        self._events.write(
+            event,
+            node=self._worker.current_node_id.hex(),
+            worker=self._worker.worker_id.hex(),
+            job=self._worker.current_job_id.hex(),
+            **fields,
         )
 
     # -- one call ----------------------------------------------------------------
@@ -319,22 +480,155 @@ class JailExecutor(seams.Executor):
     ) -> tuple[list[str | None], list[Any]]:
         layout = [*(None for _ in args), *kwargs]
         parts: list[Any] = []
-        limit = profile.object_store.max_argument_bytes
+        sizes: list[int] = []
+        own = profile.object_store
         for index, value in enumerate((*args, *kwargs.values())):
             metadata, data = _sealed_parts(value)
             size = memoryview(data).nbytes
-            if size > limit:
+            if size > own.max_argument_bytes:
                 shown = layout[index] or f"number {index + 1}"
-                raise TaskQuotaExceeded(
-                    task=task,
-                    profile=profile.name,
-                    limit="object_store.max_argument",
-                    allowed=f"{limit} bytes",
-                    seen=f"argument {shown} of {size} bytes",
-                    remedy="pass less, or ask for a profile with a larger limit",
+                raise self._over(
+                    profile,
+                    task,
+                    "object_store.max_argument",
+                    f"{own.max_argument_bytes} bytes",
+                    f"argument {shown} of {size} bytes",
+                    "pass less, or ask for a profile with a larger limit",
                 )
+            sizes.append(size)
             parts += [metadata, data]
+        for seen, limit, key, unit in (
+            (sum(sizes), own.max_arguments_bytes, "max_arguments", "bytes"),
+            (len(sizes), own.max_argument_objects, "max_argument_objects", "objects"),
+        ):
+            if limit is not None and seen > limit:
+                raise self._over(
+                    profile,
+                    task,
+                    f"object_store.{key}",
+                    f"{limit} {unit}",
+                    f"arguments of {seen} {unit} together",
+                    "pass less, or ask for a profile with a larger limit",
+                )
+        refusal = self._quotas.hold(self._job(), self._limits(profile), sizes)
+        if refusal is not None:
+            raise self._over_job(profile, task, refusal)
         return layout, parts
+
+    def _bind(self, inside: profiles.Profile | None = None) -> None:
+        """Say to the proxy in front of Ray's sockets, if there is one, whose we are.
+
+        Before any code of a user runs in this process: the first word is final.
+
+        Args:
+            inside: The profile whose tasks run in this very process; None where
+                they run in jails, whose quotas are counted here.
+
+        Raises:
+            SetupError: The proxy refused, or is gone.
+        """
+        job = self._job()
+        if self._bound == job or not os.path.lexists(store_proxy.BIND):
+            return
+        limits, actor = None, True
+        if inside is not None:
+            of_job, actor = self._limits(inside), not self._worker.actor_id.is_nil()
+            limits = store_proxy.Limits(
+                job_bytes=of_job.stored_bytes,
+                job_objects=of_job.stored_objects,
+                worker_bytes=inside.object_store.max_put_bytes,
+                worker_objects=inside.object_store.max_put_objects,
+            )
+        store_proxy.bind(
+            store_proxy.BIND, bytes.fromhex(job), actor=actor, limits=limits
+        )
+        self._bound = job
+
+    def _job(self) -> str:
+        return str(self._worker.current_job_id.hex())
+
+    def _limits(self, profile: profiles.Profile) -> quota.Limits:
+        """What the profile allows a job, or the node's policy if that is less."""
+        of_profile, chosen = profile.object_store, self._gate.policy
+        job_bytes, job_objects = of_profile.max_job_bytes, of_profile.max_job_objects
+        if chosen is not None:
+            job_bytes = _least(job_bytes, chosen.object_store.max_job_bytes)
+            job_objects = _least(job_objects, chosen.object_store.max_job_objects)
+        return quota.Limits(
+            stored_bytes=job_bytes,
+            stored_objects=job_objects,
+            argument_bytes=of_profile.max_job_arguments_bytes,
+            argument_objects=of_profile.max_job_argument_objects,
+        )
+
+    def _over(
+        self,
+        profile: profiles.Profile,
+        task: str,
+        limit: str,
+        allowed: str,
+        seen: str,
+        remedy: str,
+    ) -> TaskQuotaExceeded:
+        self._log("quota_refused", task=task, profile=profile.name, limit=limit)
+        self._figures.quota_refused(profile.name, limit)
+        return TaskQuotaExceeded(
+            task=task,
+            profile=profile.name,
+            limit=limit,
+            allowed=allowed,
+            seen=seen,
+            remedy=remedy,
+        )
+
+    def _over_job(
+        self, profile: profiles.Profile, task: str, refusal: quota.Refusal
+    ) -> TaskQuotaExceeded:
+        return self._over(
+            profile,
+            task,
+            refusal.limit,
+            refusal.allowed,
+            refusal.seen,
+            "drop references to objects that are no longer needed, or ask for a "
+            f"larger {refusal.limit} in the profile and the node's policy",
+        )
+
+    def _count_results(
+        self, pool: Pool, jail: Jail, task: str, frame: wire.Frame
+    ) -> None:
+        """Count what Ray is about to store; in the order of the return values."""
+        profile, sizes = pool.profile, _sizes(frame)
+        own, chosen = profile.object_store, self._gate.policy
+        most_bytes, most = _least(own.max_put_bytes), own.max_put_objects
+        if chosen is not None:
+            most_bytes = _least(most_bytes, chosen.object_store.max_task_bytes)
+            most = _least(most, chosen.object_store.max_task_objects)
+        try:
+            for seen, limit, key, unit in (
+                (sum(sizes), most_bytes, "max_put", "bytes"),
+                (len(sizes), most, "max_put_objects", "objects"),
+            ):
+                if limit is not None and seen > limit:
+                    raise self._over(
+                        profile,
+                        task,
+                        f"object_store.{key}",
+                        f"{limit} {unit}",
+                        f"results of {seen} {unit} together",
+                        "return less, or ask for a profile with a larger limit",
+                    )
+            refusal = self._quotas.store(
+                self._job(),
+                self._limits(profile),
+                self._worker.current_task_id.binary(),
+                sizes,
+            )
+            if refusal is not None:
+                raise self._over_job(profile, task, refusal)
+        except TaskQuotaExceeded:
+            jail.outcome = "TaskQuotaExceeded"
+            raise
 
     def _meta(
         self,
@@ -384,13 +678,15 @@ class JailExecutor(seams.Executor):
         text = self._worker.runtime_env
         if text != self._runtime_env[0]:
             variables = json.loads(text).get("env_vars") or {}
-            chosen = {
-                str(name): str(value)
-                for name, value in variables.items()
-                if not any(fnmatch.fnmatchcase(name, p) for p in _RESERVED_VARIABLES)
-            }
+            chosen = policy.jail_variables(self._gate.policy, variables)
+            self._setup = seams.setup_hook_of(variables)
             self._runtime_env = (text, chosen)
         return self._runtime_env[1]
+
+    def _first(self) -> dict[str, Any]:
+        """What a jail does before its first call: the job's own set-up."""
+        modules = os.environ.get("__RAYSANDBOX_PRELOAD", "").split(",")
+        return {"setup": self._setup, "modules": [*filter(None, modules)]}
 
     def _working_directory(self) -> str | None:
         directory = os.getcwd()
@@ -404,7 +700,10 @@ class JailExecutor(seams.Executor):
         meta: dict[str, Any],
         parts: list[Any],
     ) -> seams.SealedResult:
+        if not jail.tasks:
+            meta.update(self._first())
         jail.tasks.append(task)
+        self._show(pool, jail, task)
         try:
             # The next jail is forked while this one works.
             ahead = None if self._keeps(jail) else pool.prepare
@@ -413,9 +712,40 @@ class JailExecutor(seams.Executor):
             # Cancelled, or the jail is gone: in both cases nobody answers.
             self._abandon(pool, jail, error)
             raise
+        if jail.place is not None and self._keeps(jail):
+            jail.place.idle(jail.denied_count)
         if frame.kind == wire.ERROR:
             self._raise(pool, jail, task, frame)
         return self._result(pool, jail, task, meta, frame)
+
+    def _show(self, pool: Pool, jail: Jail, task: str) -> None:
+        """Write down for whoever looks that this jail has a call now."""
+        if jail.place is None:
+            if self._board is None:
+                return
+            jail.place = self._board.take()
+            if jail.place is None:
+                return
+            jail.first_call = time.time()
+        group, worker, actor = jail.slot.group, self._worker, self._worker.actor_id
+        before = group.before if group is not None else cgroup.Usage()
+        jail.place.write(
+            running=True,
+            calls=len(jail.tasks),
+            denials=jail.denied_count,
+            started=jail.first_call,
+            job=worker.current_job_id.binary(),
+            task=worker.current_task_id.binary(),
+            actor=b"" if actor.is_nil() else actor.binary(),
+            profile=pool.profile.name,
+            name=task,
+            group=group.leaf if group is not None else "",
+            before=(
+                before.cpu_time_s or 0.0,
+                before.oom_kills or 0,
+                before.pids_denied or 0,
+            ),
+        )
 
     def _keeps(self, jail: Jail) -> bool:
         """Whether this jail outlives its call."""
@@ -439,6 +769,7 @@ class JailExecutor(seams.Executor):
         self, pool: Pool, jail: Jail, task: str, meta: dict[str, Any], frame: wire.Frame
     ) -> seams.SealedResult:
         value = self._open(pool, jail, task, frame, most=1)[0]
+        self._count_results(pool, jail, task, frame)
         jail.outcome = jail.outcome or "ok"
 
         def split() -> list[Any]:
@@ -447,6 +778,7 @@ class JailExecutor(seams.Executor):
             if answer.kind == wire.ERROR:
                 self._raise(pool, jail, task, answer)
             values = self._open(pool, jail, task, answer, most=1 << 16)
+            self._count_results(pool, jail, task, answer)
             return [seams.SealedResult(each, _no_split) for each in values]
 
         return seams.SealedResult(value, split)
@@ -487,6 +819,7 @@ class JailExecutor(seams.Executor):
         )
         jail.outcome = f"exception: {name}"
         if kind == runner.ERROR_QUOTA:
+            self._figures.quota_refused(profile.name, "object_store.max_result")
             raise TaskQuotaExceeded(
                 task=task,
                 profile=profile.name,
@@ -550,6 +883,42 @@ class JailExecutor(seams.Executor):
             seen=what,
             remedy="use an ordinary function or an actor with ordinary methods",
         )
+
+
+def _shown(protections: Sequence[plan.Protection]) -> dict[str, str]:
+    return {
+        wall.name: wall.state.value
+        if not wall.reason
+        else f"{wall.state.value}: {wall.reason}"
+        for wall in protections
+    }
+
+
+def _boundaries(node: policy.Node | None) -> dict[str, bool]:
+    """Say of each profile whether it is a worker's own boundary."""
+    if node is not None:
+        return {name: it.boundary == "worker" for name, it in node.profiles.items()}
+    found = {}
+    for name in profiles.names():
+        try:
+            found[name] = profiles.load(name).boundary == "worker"
+        except ProfileError:
+            continue  # whoever asks for it is told
+    return found
+
+
+def _least(*limits: int | None) -> int | None:
+    """Return the smallest; None is no limit."""
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _sizes(frame: wire.Frame) -> list[int]:
+    """Return the bytes of each value of a RESULT frame that `_values` has checked."""
+    parts = iter(frame.parts[1:])
+    return [
+        sum(next(parts).nbytes for _ in range(count))
+        for _, _, _, count in runner.ENTRY.iter_unpack(frame.parts[0])
+    ]
 
 
 def _no_split() -> NoReturn:

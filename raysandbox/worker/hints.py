@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from raysandbox.kernel import cgroup
 from raysandbox.plan import SCRATCH
 from raysandbox.profile import Profile
+from raysandbox.worker.gate import SEALED
 
 __all__ = ["explain"]
 
@@ -57,8 +58,12 @@ def _by_errno(
     profile: Profile, number: int, path: str, usage: cgroup.Usage | None
 ) -> str:
     limits, files = profile.limits, profile.filesystem
-    if number == errno.ENOENT and path.startswith("/") and os.path.lexists(path):
-        return f"{path} is not in the jail: no entry of filesystem.read covers it"
+    if number == errno.ENOENT and path.startswith("/"):
+        if os.path.lexists(path):
+            return f"{path} is not in the jail: no entry of filesystem.read covers it"
+        if os.path.lexists(SEALED) and not path.startswith((f"{SCRATCH}/", "/tmp/")):
+            # Behind the node's wall the worker doesn't see more than its jails.
+            return f"if the host has {path}, no entry of filesystem.read covers it"
     if number == errno.EACCES and path and (mode := _private_mode(path)):
         return (
             f"{path} has mode {mode:04o}: a jail runs as a user of its own, so what "

@@ -8,12 +8,16 @@ any part of that can't be put in place, the worker ends instead of serving.
 from __future__ import annotations
 
 import os
+import select
 import sys
+import threading
 import time
 from typing import NoReturn
 
 __all__ = ["worker_hook"]
 
+_PACKAGE = "raysandbox"
+_WORKER_SCRIPT = "/ray/_private/workers/default_worker.py"
 # How long Ray has to write down why the worker leaves.
 _LAST_WORDS_S = 2.0
 
@@ -29,6 +33,7 @@ def worker_hook() -> None:
 
     worker = ray_worker.global_worker
     try:
+        _end_with(os.getppid())
         _install()
     except BaseException:
         # Ray logs the error and then enters the main loop all the same.
@@ -37,12 +42,63 @@ def worker_hook() -> None:
 
 
 def _install() -> None:
+    _use_the_nodes_packages()
+    from raysandbox import client
     from raysandbox.worker import seams
     from raysandbox.worker.executor import JailExecutor
+    from raysandbox.worker.gate import Gate
+    from raysandbox.worker.output import lose_what_does_not_fit
 
+    lose_what_does_not_fit()
     trusted = seams.TrustedPath.of_worker(sys.path)
-    seams.install(JailExecutor(trusted))
+    client.install()
+    # The gate first: it takes out of the environment what a client put there.
+    seams.install(JailExecutor(trusted, Gate()))
     sys.path = trusted
+
+
+def _use_the_nodes_packages() -> None:
+    """Take our own modules from the node's installation, and let jails do so.
+
+    In a pip environment Python finds a copy of all packages that the job may have
+    changed. Raylet starts workers by a path in the node's own.
+
+    Raises:
+        ImportError: raysandbox is not installed there.
+    """
+    import ray._private.worker as ray_worker
+
+    root = os.path.realpath(ray_worker.global_worker.node.get_runtime_env_dir_path())
+    if not os.path.realpath(__file__).startswith(root + "/"):
+        return
+    site = sys.argv[0].removesuffix(_WORKER_SCRIPT)
+    if not os.path.isdir(f"{site}/{_PACKAGE}"):
+        raise ImportError(f"raysandbox is not installed on this node, in {site}")
+    for name in [name for name in sys.modules if name.partition(".")[0] == _PACKAGE]:
+        del sys.modules[name]
+    sys.path.insert(0, site)
+
+
+def _end_with(raylet: int) -> None:
+    """End this worker, and so its jails, at the moment its raylet ends.
+
+    Ray's own look at the process table takes many seconds, takes a zombie for
+    alive, and waits for the task that runs.
+
+    Raises:
+        OSError: It is gone already.
+    """
+    fd = os.pidfd_open(raylet)
+    if os.getppid() != raylet:
+        os._exit(1)
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+
+    def watch() -> None:
+        poll.poll()
+        os._exit(1)
+
+    threading.Thread(target=watch, name="raysandbox-raylet", daemon=True).start()
 
 
 def _leave() -> NoReturn:

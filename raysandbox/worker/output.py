@@ -9,16 +9,60 @@ from __future__ import annotations
 
 import os
 import select
+import sys
 import threading
 import time
-from collections.abc import Callable
-from typing import IO
+import traceback
+from collections.abc import Callable, Iterable
+from typing import IO, Any, TextIO, cast
 
-__all__ = ["Output", "Pump"]
+__all__ = ["Lossy", "Output", "Pump", "lose_what_does_not_fit"]
 
 _CHUNK = 64 << 10
 _TICK_S = 0.2
 _MAGIC = (b":job_id:", b":task_name:", b":actor_name:")
+
+
+def _is_magic(line: bytes) -> bool:
+    """Whether a line is one of Ray's own, or may become one.
+
+    A task can write a prefix in two pieces: what could still become one counts.
+    """
+    return line.startswith(_MAGIC) or any(magic.startswith(line) for magic in _MAGIC)
+
+
+class Lossy:
+    """A worker's stdout or stderr, which loses what a full disk does not take.
+
+    Ray itself writes markers there around each task, and a worker in which that
+    fails ends, with the task's answer in its hands.
+    """
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write what can be written; always as if all of it was."""
+        try:
+            self._stream.write(text)
+        except OSError:
+            return len(text)
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        """As :meth:`write`, for each."""
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        """Write what waits, or lose it."""
+        try:
+            self._stream.flush()
+        except OSError:
+            return
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 class Output:
@@ -37,11 +81,15 @@ class Output:
         self.write_fds: list[int] = []
         self._line_start = [True, True]
         self._lock = threading.Lock()
-        for index in range(2):
-            read_end, write_end = os.pipe2(os.O_CLOEXEC)
-            os.set_blocking(read_end, False)
-            self._fds[read_end] = index
-            self.write_fds.append(write_end)
+        try:
+            for index in range(2):
+                read_end, write_end = os.pipe2(os.O_CLOEXEC)
+                os.set_blocking(read_end, False)
+                self._fds[read_end] = index
+                self.write_fds.append(write_end)
+        except OSError:
+            self.close()
+            raise
 
     @property
     def over_limit(self) -> bool:
@@ -82,15 +130,10 @@ class Output:
             return
         lines = chunk.splitlines(keepends=True)
         for number, line in enumerate(lines):
-            if (number or self._line_start[index]) and line.startswith(_MAGIC):
+            if (number or self._line_start[index]) and _is_magic(line):
                 lines[number] = b" " + line
         self._line_start[index] = chunk.endswith((b"\n", b"\r"))
-        sink = self._sinks[index]
-        try:
-            sink.write(b"".join(lines).decode("utf-8", "replace"))
-            sink.flush()
-        except (OSError, ValueError):
-            return  # the worker's own log is gone; the task is not to blame
+        _write(self._sinks[index], b"".join(lines).decode("utf-8", "replace"))
 
     def finish(self) -> int:
         """Forward the rest of a jail that is gone; return what it printed.
@@ -102,7 +145,7 @@ class Output:
             for index, sink in enumerate(self._sinks):
                 if not self._line_start[index]:
                     self._line_start[index] = True
-                    sink.write("\n")
+                    _write(sink, "\n")
             seen, self.seen_bytes = self.seen_bytes, 0
         return seen
 
@@ -113,6 +156,29 @@ class Output:
                 os.close(fd)
             self._fds.clear()
             self.write_fds.clear()
+
+
+def _write(sink: IO[str], text: str) -> None:
+    try:
+        sink.write(text)
+        sink.flush()
+    except (OSError, ValueError):
+        return  # the worker's own log is gone or full; the task is not to blame
+
+
+def lose_what_does_not_fit() -> None:
+    """Keep a full disk from ending this process; see :class:`Lossy`."""
+    sys.stdout = cast(TextIO, Lossy(sys.stdout))
+    sys.stderr = cast(TextIO, Lossy(sys.stderr))
+
+
+def _safely(act: Callable[[], bool | None]) -> bool:
+    """Whether it went well: without the pump every later jail would hang."""
+    try:
+        return bool(act())
+    except Exception:  # noqa: BLE001 - whatever it is, others are waiting
+        traceback.print_exc()
+        return False
 
 
 class Pump:
@@ -129,17 +195,23 @@ class Pump:
         self._thread: threading.Thread | None = None
 
     def add(self, fd: int, handler: Callable[[], bool]) -> None:
-        """Call ``handler`` when ``fd`` is readable, until it returns False."""
+        """Call ``handler`` when ``fd`` is readable, until it returns False.
+
+        Raises:
+            OSError: The descriptor can't be waited for.
+            RuntimeError: No thread can be started.
+        """
         known = fd in self._handlers
         self._handlers[fd] = handler
         if known:
             return
         self._epoll.register(fd, select.EPOLLIN)
         if self._thread is None:
-            self._thread = threading.Thread(
+            thread = threading.Thread(
                 target=self._run, name="raysandbox-pump", daemon=True
             )
-            self._thread.start()
+            thread.start()
+            self._thread = thread
 
     def remove(self, fd: int) -> None:
         """Forget a descriptor; must be called before it is closed."""
@@ -155,8 +227,8 @@ class Pump:
             for fd, events in self._epoll.poll(_TICK_S):
                 handler = self._handlers.get(fd)
                 # Hung up alone: nothing to read, now or later.
-                if not events & select.EPOLLIN or (handler and not handler()):
+                if not events & select.EPOLLIN or (handler and not _safely(handler)):
                     self.remove(fd)
             if time.monotonic() >= next_tick:
-                self._on_tick()
+                _safely(self._on_tick)
                 next_tick = time.monotonic() + _TICK_S

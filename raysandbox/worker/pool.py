@@ -7,6 +7,7 @@ ended becomes one of the errors of :mod:`raysandbox.errors`.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import itertools
@@ -34,19 +35,21 @@ from raysandbox.errors import (
 )
 from raysandbox.jail.zygote import receive_message, send_message
 from raysandbox.kernel import cgroup, seccomp_notify
+from raysandbox.observe import state
 from raysandbox.probe import probe
 from raysandbox.profile import Profile
-from raysandbox.run import cgroup_limits
+from raysandbox.run import cgroup_limits, limit_protections
 from raysandbox.worker.output import Output, Pump
 
-__all__ = ["Environment", "Jail", "Pool"]
+__all__ = ["Environment", "Jail", "Pool", "groups_of_process"]
 
 _START_S = 60.0
 _READY_S = 30.0
 _SLICE_S = 0.1
 _CHECK_S = 0.25
-# Between the end of a dying jail's socket and the word of its end.
-_DYING_S = 0.5
+# Between the end of a dying jail's socket and the word of its end: the kernel takes
+# its mounts down in between, which on a busy host takes its time.
+_DYING_S = 3.0
 # One jail works, one is ready, one is on its way out.
 _SLOTS = 3
 # What every call needs; msgpack comes with Ray.
@@ -105,13 +108,23 @@ class Jail:
     status: int | None = None
     calls: int = 0
     timed_out: str = ""
+    # When its present call was sent.
+    called: float = field(default_factory=time.monotonic)
+    # Its record for whoever looks, and who asked for its end.
+    place: state.Place | None = None
+    ended_by: str = ""
     tasks: list[str] = field(default_factory=list)
     outcome: str = ""
     # Its end is being looked into: the event waits for the finding.
     inquest: bool = False
     usage: cgroup.Usage = field(default_factory=cgroup.Usage)
     output_bytes: int = 0
-    started: float = field(default_factory=time.monotonic)
+    first_call: float = 0.0
+
+    @property
+    def running_s(self) -> float:
+        """For how long its present call has been running."""
+        return time.monotonic() - self.called
 
     @property
     def over_output(self) -> bool:
@@ -127,6 +140,19 @@ class Jail:
         """System calls that were denied so far, described."""
         return list(self.notify.denials) if self.notify is not None else []
 
+    @property
+    def denied_count(self) -> int:
+        """How many system calls were denied so far."""
+        return self.notify.count if self.notify is not None else 0
+
+    def is_asked_to_end(self) -> bool:
+        """Tell the record what changed; see whether somebody wants us gone."""
+        if self.place is None:
+            return False
+        self.place.denied(self.denied_count)
+        self.ended_by = self.ended_by or self.place.asked_to_end() or ""
+        return bool(self.ended_by)
+
 
 class Pool:
     """The zygote of one profile in this worker, and its jails."""
@@ -140,6 +166,8 @@ class Pool:
     ) -> None:
         self.profile, self.environment = profile, environment
         self.protections: tuple[plan.Protection, ...] = ()
+        #: Name and state of each of them.
+        self.walls: tuple[tuple[str, str], ...] = ()
         self._pump, self._on_end = pump, on_end
         self._launched: launch.Launched | None = None
         self._socket: socket.socket | None = None
@@ -178,13 +206,19 @@ class Pool:
                     cgroup_clean=self._owned(),
                 ),
             )
-            self.protections = compiled.protections
-            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            with theirs:
+            self.protections = (
+                *limit_protections(self._groups.support(cgroup_limits(profile))),
+                *compiled.protections,
+            )
+            self.walls = tuple((w.name, w.state.value) for w in self.protections)
+            ours, theirs = _pair()
+            with theirs, contextlib.ExitStack() as undo:
+                undo.enter_context(ours)
                 self._launched = launch.start(
                     compiled,
                     [
-                        sys.executable,
+                        # Not a virtual environment's, which may be the job's own.
+                        os.path.realpath(sys.executable),
                         "-I",
                         "-S",
                         "-c",
@@ -197,15 +231,19 @@ class Pool:
                     keep_fds=[theirs.fileno()],
                     stdin=subprocess.DEVNULL,
                 )
+                undo.pop_all()
         finally:
             lease.close()
         self._socket = ours
         self._slots = [Slot(number) for number in range(1, 1 + _SLOTS)]
         self._free_slots = list(self._slots)
-        self._configure(compiled.encode())
+        try:
+            self._configure(compiled.encode())
+        except OSError as error:
+            raise self._lost() from error
 
     def _discover_groups(self) -> cgroup.Cgroups:
-        groups, limits = _groups(), cgroup_limits(self.profile)
+        groups, limits = groups_of_process(), cgroup_limits(self.profile)
         if self.profile.limits.required:
             groups.require(limits, profile=self.profile.name)
         return groups
@@ -234,7 +272,7 @@ class Pool:
         return self.profile.preload if self.environment.preload else ()
 
     def _receive(self, timeout_s: float) -> tuple[dict[str, Any], list[int]]:
-        if not select.select([self._control], [], [], timeout_s)[0]:
+        if not launch.is_readable(self._control.fileno(), timeout_s):
             self.stop()
             raise SetupError(step="zygote", errno=errno.ETIMEDOUT)
         try:
@@ -256,11 +294,17 @@ class Pool:
         for jail in list(self._jails.values()):
             jail.status = signal.SIGKILL
             self._forget(jail, "lost")
-        if launched is not None:
-            launched.kill()
-            outcome = launched.wait(_READY_S)
-            detail = f"the zygote ended with status {outcome.exit_code}"
-        self._strip_all()
+        try:
+            if launched is not None:
+                launched.kill()
+                outcome = launched.wait(_READY_S)
+                detail = f"the zygote ended with status {outcome.exit_code}"
+        except SetupError as error:
+            return error  # the launcher says which step it was
+        except subprocess.TimeoutExpired:
+            detail = "the zygote does not end"
+        finally:
+            self._strip_all()
         return SetupError(step="zygote", detail=detail)
 
     def stop(self) -> None:
@@ -293,8 +337,14 @@ class Pool:
 
     def look(self) -> None:
         """Take in what the zygote has said meanwhile; between calls only."""
+        for jail in list(self._jails.values()):
+            if jail.place is not None and jail.is_asked_to_end():
+                jail.outcome = "TaskKilled"
+                self.kill(jail)
         try:
-            while self._socket is not None and _is_readable(self._socket):
+            while self._socket is not None and launch.is_readable(
+                self._socket.fileno(), 0
+            ):
                 self._handle(*self._receive(0))
         except SetupError:
             return  # the next take() says why
@@ -312,6 +362,9 @@ class Pool:
         Raises:
             SetupError: It could not be made; nothing was run.
         """
+        # The one that waits, or its zygote, may have died meanwhile: nothing of a
+        # task was in it, so another one takes its place.
+        self.look()
         if self._socket is None:
             self.start()
         jail, self._spare = self._spare or self._spawn(), None
@@ -323,27 +376,36 @@ class Pool:
     def _spawn(self) -> Jail:
         while not self._free_slots:
             self._handle(*self._receive(_READY_S))
-        slot = self._free_slots.pop(0)
+        slot = self._free_slots[0]
         self._furnish(slot)
+        ours, theirs = _pair()
+        self._free_slots.pop(0)  # from here on it is the jail's
         self._next_id += 1
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         jail = Jail(self._next_id, slot, ours)
         self._jails[jail.jail_id] = jail
         user = slot.number if self._mapped > 1 else 0
         request = {"op": "spawn", "id": jail.jail_id, "slot": slot.number, "user": user}
         with theirs:
-            send_message(self._control, request, [theirs.fileno()])
+            self._send(request, [theirs.fileno()])
         return jail
+
+    def _send(self, message: dict[str, Any], fds: list[int]) -> None:
+        """Send a request to the zygote.
+
+        Raises:
+            SetupError: It is gone; the next call starts another one.
+        """
+        try:
+            send_message(self._control, message, fds)
+        except OSError as error:
+            raise self._lost() from error
 
     def _furnish(self, slot: Slot) -> None:
         """Give a slot its pipes, once, and a group that counts from zero."""
         if slot.output is not None and (slot.group is None or slot.group.reset()):
             return
         if slot.output is None:
-            limit = self.profile.limits.output_bytes
-            slot.output = output = Output(limit, (sys.stdout, sys.stderr))
-            for fd in output.read_fds:
-                self._pump.add(fd, functools.partial(output.drain, fd))
+            slot.output = self._new_output()
         if slot.group is not None:
             slot.group.remove()
             slot.group = None
@@ -351,15 +413,36 @@ class Pool:
         if self._groups is not None:
             self._group_number += 1
             slot.group = self._groups.create(
-                f"{self._tag}{self._group_number}", cgroup_limits(self.profile)
+                f"{self._tag}{self._group_number}",
+                cgroup_limits(self.profile),
+                required=self.profile.limits.required,
             )
             fds = slot.group.procs_fds()
         message = {"op": "slot", "slot": slot.number, "dir": False}
         try:
-            send_message(self._control, message, [*slot.output.write_fds, *fds])
+            self._send(message, [*slot.output.write_fds, *fds])
         finally:
             for fd in fds:
                 os.close(fd)
+
+    def _new_output(self) -> Output:
+        try:
+            # A jail's profile always has one.
+            limit = self.profile.limits.output_bytes or 0
+            output = Output(limit, (sys.stdout, sys.stderr))
+            try:
+                for fd in output.read_fds:
+                    self._pump.add(fd, functools.partial(output.drain, fd))
+            except BaseException:
+                for fd in output.read_fds:
+                    self._pump.remove(fd)
+                output.close()
+                raise
+        except (OSError, RuntimeError) as error:
+            # RuntimeError: no process was left for the pump's thread.
+            number = getattr(error, "errno", None) or errno.EAGAIN
+            raise SetupError(step="output", errno=number, detail=str(error)) from error
+        return output
 
     def _strip(self, slot: Slot) -> None:
         """Take a slot's pipes and group away."""
@@ -426,7 +509,9 @@ class Pool:
     def kill(self, jail: Jail) -> None:
         """Ask the zygote to end a jail; ``end`` waits for it."""
         if self._socket is not None and jail.status is None:
-            send_message(self._control, {"op": "kill", "id": jail.jail_id})
+            # A zygote that is gone took the jail along; its end is seen elsewhere.
+            with contextlib.suppress(OSError):
+                send_message(self._control, {"op": "kill", "id": jail.jail_id})
 
     def end(self, jail: Jail, *, wait: bool = False) -> None:
         """End a jail; its outcome is handled when the zygote says it is gone."""
@@ -467,7 +552,7 @@ class Pool:
     def wait(self, jail: Jail, task: str, number: int) -> wire.Frame:
         """Wait for the reply to call ``number``; see :meth:`call`."""
         limits, store = self.profile.limits, self.profile.object_store
-        now = time.monotonic()
+        now = jail.called = time.monotonic()
         deadline = None if limits.wall_time_s is None else now + limits.wall_time_s
         next_check = now + _CHECK_S
         poll = select.poll()
@@ -491,6 +576,8 @@ class Pool:
             if now >= next_check:
                 next_check = now + _CHECK_S
                 self._check_usage(jail, task)
+                if jail.is_asked_to_end():
+                    raise self._post_mortem(jail, task, "")
         try:
             frame = wire.receive(
                 jail.call,
@@ -519,7 +606,7 @@ class Pool:
         until = time.monotonic() + _DYING_S
         while jail.status is None:
             left = until - time.monotonic()
-            if left <= 0 or not select.select([self._control], [], [], left)[0]:
+            if left <= 0 or not launch.is_readable(self._control.fileno(), left):
                 return False
             self._handle(*self._receive(0))
         return True
@@ -559,12 +646,20 @@ class Pool:
         self.end(jail, wait=True)
         common = {"task": task, "profile": self.profile.name, "hint": self.hint(jail)}
         status = jail.status if jail.status is not None else 0
+        if jail.ended_by:
+            return TaskKilled(
+                seen=f"ended by the operator ({jail.ended_by})",
+                remedy="ask whoever runs this node",
+                **common,
+            )
         if jail.timed_out:
             wall = jail.timed_out == "limits.wall_time"
             allowed = limits.wall_time_s if wall else limits.cpu_time_s
+            seen = jail.running_s if wall else usage.cpu_time_s
             return TaskTimedOut(
                 limit=jail.timed_out,
                 allowed=f"{allowed:g} s",
+                seen=_seconds(seen) + ("" if wall else " of CPU"),
                 remedy="make it faster, or ask for a profile with a larger limit",
                 **common,
             )
@@ -601,7 +696,13 @@ class Pool:
             and usage.cpu_time_s is not None
             and usage.cpu_time_s >= cpu
         ):
-            return TaskTimedOut(limit="limits.cpu_time", allowed=f"{cpu:g} s", **common)
+            return TaskTimedOut(
+                limit="limits.cpu_time",
+                allowed=f"{cpu:g} s",
+                seen=f"{_seconds(usage.cpu_time_s)} of CPU",
+                remedy="make it faster, or ask for a profile with a larger limit",
+                **common,
+            )
         how = (
             f"signal {killer} ({signal.Signals(killer).name})"
             if killer
@@ -620,15 +721,22 @@ class Pool:
 
 
 @functools.cache
-def _groups() -> cgroup.Cgroups:
+def groups_of_process() -> cgroup.Cgroups:
     """Look for the groups of this process once; remove those of dead ones."""
     groups = cgroup.discover()
     groups.sweep()
     return groups
 
 
-def _is_readable(sock: socket.socket) -> bool:
-    return bool(select.select([sock], [], [], 0)[0])
+def _pair() -> tuple[socket.socket, socket.socket]:
+    try:
+        return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    except OSError as error:
+        raise SetupError(step="socketpair", errno=error.errno or 0) from error
+
+
+def _seconds(duration_s: float | None) -> str:
+    return "unknown" if duration_s is None else f"{duration_s:.1f} s"
 
 
 def _mebibytes(size: int | None) -> str:

@@ -13,11 +13,13 @@ stock worker (Ray 2.60) would unpickle or import something a user controls:
 ``sys.path``                                 user directories stay out of it
 ==========================================  ==================================
 
+:func:`unseal` takes them away again, in a worker that is its own boundary.
 :func:`install` checks that each is there and refuses by name if one is not.
 """
 
 from __future__ import annotations
 
+import base64
 import inspect
 import io
 import json
@@ -27,7 +29,7 @@ import sys
 import threading
 import traceback
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
 import ray
@@ -35,16 +37,27 @@ from google.protobuf.message import DecodeError
 from ray import exceptions
 from ray._private import function_manager, ray_constants, serialization
 from ray._private import worker as ray_worker
+from ray._private.runtime_env import setup_hook
 from ray.core.generated import common_pb2
 from ray.exceptions import RayTaskError
 
-from raysandbox.errors import UnsupportedError
+from raysandbox.api import HOOK
+from raysandbox.errors import ProfileError, UnsupportedError
 
 _raylet: Any = ray._raylet
 
-__all__ = ["Executor", "SealedArgument", "SealedResult", "TrustedPath", "install"]
+__all__ = [
+    "Executor",
+    "SealedArgument",
+    "SealedResult",
+    "TrustedPath",
+    "install",
+    "unseal",
+]
 
 _ABSENT = object()
+#: Variable in which the node tells its workers what ports raylet was given.
+RAYLET_PORTS = "RAYSANDBOX_RAYLET_PORTS"
 
 
 class SealedArgument:
@@ -110,6 +123,18 @@ class Executor:
     def serialized(self) -> None:
         """The last result is stored; its jail is no longer needed."""
 
+    def opens(self) -> bool:
+        """Say whether the call that is to come runs in this very process.
+
+        Asked before anything of the call is opened. If so, every wall of its
+        profile is up around the process and the seals are off when it returns.
+        """
+        raise NotImplementedError
+
+    def guarded(self, info: Any) -> Any:
+        """Return Ray's record of a function, with a look at each call's tag."""
+        raise NotImplementedError
+
 
 class FunctionBytes:
     """A function or class as it lies in the GCS, unopened."""
@@ -155,18 +180,19 @@ class TrustedPath(list):  # type: ignore[type-arg]
     def of_worker(cls, entries: Iterable[str]) -> TrustedPath:
         """Take over a worker's path without what its runtime_env put there.
 
-        Ray's agent passes those directories by ``PYTHONPATH``; all of them lie
-        below the session's ``runtime_resources``.
+        All of that lies below the session's ``runtime_resources``: what Ray's
+        agent passes by ``PYTHONPATH``, and the packages of a pip environment.
         """
         root = os.path.realpath(runtime_resources()) + "/"
-        variables = os.environ.get("PYTHONPATH", "").split(":")
         user = [
             entry
             for entry in dict.fromkeys(entries)
-            if entry in variables and os.path.realpath(entry).startswith(root)
+            if entry and os.path.realpath(entry).startswith(root)
         ]
         made = cls(entry for entry in entries if entry and entry not in user)
-        made.refused = user
+        # Behind the node's wall they come by another way, not into this path.
+        handed = os.environ.get("RAYSANDBOX_USER_PATH", "").split(":")
+        made.refused = [*user, *filter(None, handed)]
         return made
 
     def insert(self, index: Any, entry: str) -> None:
@@ -184,6 +210,35 @@ class TrustedPath(list):  # type: ignore[type-arg]
             self.append(entry)
 
 
+#: What `install` replaced: owner, name, and what stood there itself.
+_replaced: list[tuple[Any, str, Any]] = []
+
+
+def _replace(owner: Any, name: str, value: Any) -> None:
+    _replaced.append((owner, name, vars(owner).get(name, _ABSENT)))
+    setattr(owner, name, value)
+
+
+def unseal() -> None:
+    """Put stock Ray back: from here on this process opens what users send.
+
+    Only behind the walls of a profile with ``boundary = "worker"``, once and
+    for good. The look at each call's tag stays.
+    """
+    while _replaced:
+        owner, name, value = _replaced.pop()
+        if value is _ABSENT:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, value)
+    if isinstance(sys.path, TrustedPath):
+        sys.path = [*sys.path.refused, *sys.path]
+    # Asked for when the job became known, and answered with none then.
+    logging = ray_worker.global_worker.job_logging_config
+    if logging is not None:
+        logging._apply()
+
+
 def install(executor: Executor) -> None:
     """Replace all seams, or none.
 
@@ -196,6 +251,7 @@ def install(executor: Executor) -> None:
         (function_manager.FunctionActorManager, "_load_actor_class_from_gcs"),
         (function_manager.FunctionActorManager, "_load_actor_class_from_local"),
         (function_manager.FunctionActorManager, "_load_function_from_local"),
+        (function_manager.FunctionActorManager, "get_execution_info"),
         (serialization.SerializationContext, "_deserialize_object"),
         (serialization.SerializationContext, "serialize"),
         (_raylet, "ray_pickle"),
@@ -220,16 +276,28 @@ def install(executor: Executor) -> None:
                 have=f"Ray {ray.__version__} without it",
                 remedy="install a Ray version that raysandbox supports",
             )
+    _guard_functions(executor)
     _seal_functions(executor)
     _seal_arguments()
     _seal_results(executor)
     _seal_pickle(executor)
 
 
+def _guard_functions(executor: Executor) -> None:
+    """Stays for the worker's life, sealed or not."""
+    manager = function_manager.FunctionActorManager
+    original = manager.get_execution_info
+
+    def get_execution_info(self: Any, *args: Any, **options: Any) -> Any:
+        return executor.guarded(original(self, *args, **options))
+
+    manager.get_execution_info = get_execution_info
+
+
 def _seal_functions(executor: Executor) -> None:
     manager = function_manager.FunctionActorManager
 
-    def fetch_registered_method(self: Any, key: bytes) -> Any:
+    def fetch_registered_method(self: Any, key: bytes, timeout: Any = None) -> Any:
         values = self._worker.gcs_client.internal_kv_get(
             key, ray_constants.KV_NAMESPACE_FUNCTION_TABLE
         )
@@ -248,7 +316,9 @@ def _seal_functions(executor: Executor) -> None:
             values.get(field) for field in fields
         )
 
-    def fetch_and_register_remote_function(self: Any, key: bytes) -> bool:
+    def fetch_and_register_remote_function(self: Any, key: bytes) -> Any:
+        if executor.opens():
+            return self.fetch_and_register_remote_function(key)
         found = self.fetch_registered_method(key)
         if not found:
             return False
@@ -271,7 +341,9 @@ def _seal_functions(executor: Executor) -> None:
             )
         return True
 
-    def load_actor_class_from_gcs(self: Any, job_id: Any, descriptor: Any) -> type:
+    def load_actor_class_from_gcs(self: Any, job_id: Any, descriptor: Any) -> Any:
+        if executor.opens():
+            return self._load_actor_class_from_gcs(job_id, descriptor)
         key = function_manager.make_function_table_key(
             b"ActorClass", job_id, descriptor.function_id.binary()
         )
@@ -287,12 +359,23 @@ def _seal_functions(executor: Executor) -> None:
         )
         return _actor_class(info, executor)
 
-    manager.fetch_registered_method = fetch_registered_method
-    manager.fetch_and_register_remote_function = fetch_and_register_remote_function
-    manager._load_actor_class_from_gcs = load_actor_class_from_gcs
-    # Code from local paths would be imported by the worker: always the GCS.
-    manager._load_actor_class_from_local = lambda *_: None
-    manager._load_function_from_local = lambda *_: False
+    def load_actor_class_from_local(self: Any, descriptor: Any) -> Any:
+        if executor.opens():
+            return self._load_actor_class_from_local(descriptor)
+        return None
+
+    def load_function_from_local(self: Any, descriptor: Any) -> Any:
+        return executor.opens() and self._load_function_from_local(descriptor)
+
+    for name, seam in (
+        ("fetch_registered_method", fetch_registered_method),
+        ("fetch_and_register_remote_function", fetch_and_register_remote_function),
+        ("_load_actor_class_from_gcs", load_actor_class_from_gcs),
+        # Code from local paths would be imported by the worker: always the GCS.
+        ("_load_actor_class_from_local", load_actor_class_from_local),
+        ("_load_function_from_local", load_function_from_local),
+    ):
+        _replace(manager, name, seam)
 
 
 def _actor_class(info: FunctionBytes, executor: Executor) -> type:
@@ -351,7 +434,7 @@ def _seal_arguments() -> None:
             return _failed_dependency(data)
         return original(self, data, metadata, ref, *rest)
 
-    context._deserialize_object = deserialize_object
+    _replace(context, "_deserialize_object", deserialize_object)
 
 
 def _short_text(data: Any) -> str | None:
@@ -428,7 +511,7 @@ def _seal_results(executor: Executor) -> None:
             return serialized(self, original) if callable(serialized) else serialized
         return original(self, value)
 
-    context.serialize = serialize
+    _replace(context, "serialize", serialize)
 
 
 def serialize_python(inband: bytes, buffers: Iterable[memoryview]) -> Any:
@@ -478,12 +561,12 @@ def _seal_pickle(executor: Executor) -> None:
         made.load = refuse  # type: ignore[attr-defined]
         return made
 
-    _raylet.ray_pickle = shim(_raylet.ray_pickle, loads)
-    _raylet.pickle = shim(_raylet.pickle, refuse)
+    _replace(_raylet, "ray_pickle", shim(_raylet.ray_pickle, loads))
+    _replace(_raylet, "pickle", shim(_raylet.pickle, refuse))
     for module in (serialization, function_manager, ray_worker, exceptions):
-        module.pickle = shim(module.pickle, refuse)
+        _replace(module, "pickle", shim(module.pickle, refuse))
     # The driver's logging configuration is a pickle as well.
-    ray_worker.Worker.job_logging_config = property(lambda _self: None)
+    _replace(ray_worker.Worker, "job_logging_config", property(lambda _self: None))
 
     def format_exc(*args: Any, **options: Any) -> str:
         shown = executor.formatted(sys.exc_info()[1])
@@ -500,7 +583,7 @@ def _seal_pickle(executor: Executor) -> None:
     formatter.__dict__.update(traceback.__dict__)
     formatter.format_exc = format_exc  # type: ignore[attr-defined]
     formatter.format_exception = format_exception  # type: ignore[attr-defined]
-    _raylet.traceback = formatter
+    _replace(_raylet, "traceback", formatter)
 
 
 def on_main_thread() -> bool:
@@ -513,15 +596,160 @@ def signature_of(target: Any) -> str:
     return str(inspect.signature(target))
 
 
+def setup_hook_of(variables: Mapping[str, Any]) -> dict[str, str]:
+    """Return a runtime_env's own setup hook, unopened, for a jail to run.
+
+    Returns:
+        ``{}``, ``{"module": "a.b"}`` or ``{"code": base64 of the pickle}``.
+
+    Raises:
+        ProfileError: The GCS has no such function.
+    """
+    hook = variables.get(ray_constants.WORKER_PROCESS_SETUP_HOOK_ENV_VAR)
+    if not isinstance(hook, str) or hook == HOOK:
+        return {}
+    if not hook.startswith(setup_hook.RUNTIME_ENV_FUNC_IDENTIFIER):
+        return {"module": hook}
+    manager = ray_worker.global_worker.function_actor_manager
+    info = manager.fetch_registered_method(setup_hook._encode_function_key(hook))
+    if info is None:
+        raise ProfileError(
+            source="runtime_env",
+            where="worker_process_setup_hook",
+            reason="the GCS does not have the function",
+        )
+    return {"code": base64.b64encode(info.function).decode()}
+
+
+def run_setup_hook(runtime_env: str) -> str:
+    """Run a runtime_env's own setup hook here, as stock Ray does.
+
+    Only in a worker that is its own boundary. Returns what went wrong, or ``""``.
+    """
+    variables = json.loads(runtime_env or "{}").get("env_vars") or {}
+    hook = variables.get(ray_constants.WORKER_PROCESS_SETUP_HOOK_ENV_VAR)
+    if not isinstance(hook, str) or hook == HOOK:
+        return ""
+    return setup_hook.load_and_execute_setup_hook(hook) or ""
+
+
 def runtime_resources() -> str:
     """Return where Ray unpacks what runtime environments bring."""
     return str(ray_worker.global_worker.node.get_runtime_env_dir_path())
+
+
+def session_dir() -> str:
+    """Return Ray's directory of this session."""
+    return str(ray_worker.global_worker.node.get_session_dir_path())
+
+
+def store_socket() -> str:
+    """Return the path of the node's object store's socket."""
+    return str(ray_worker.global_worker.node.plasma_store_socket_name)
+
+
+def live_jobs(gcs_client: Any) -> set[str]:
+    """Return the jobs that have not ended, as hex."""
+    table = gcs_client.get_all_job_info(
+        skip_submission_job_info_field=True, skip_is_running_tasks_field=True
+    )
+    return {job.hex() for job, data in table.items() if not data.is_dead}
 
 
 def session_log_dir() -> str:
     """Return Ray's log directory of this session."""
     node = ray_worker.global_worker.node
     return str(os.path.join(node.get_session_dir_path(), "logs"))
+
+
+def with_function(info: Any, function: Callable[..., Any], max_calls: int) -> Any:
+    """Return Ray's record of a function with another function in it."""
+    return info._replace(function=function, max_calls=max_calls)
+
+
+def leave(reason: str) -> NoReturn:
+    """End this worker instead of running the task that is to run now.
+
+    As a worker that breaks: Ray writes the reason down, and tries the task
+    again in another one if it may be tried again.
+    """
+    leaving = SystemExit(1)
+    leaving.ray_terminate_msg = reason  # type: ignore[attr-defined]
+    raise leaving
+
+
+def ray_ports() -> tuple[frozenset[int], str]:
+    """Return the TCP ports that Ray may connect to from a worker here.
+
+    Returns:
+        The ports, and why they are more than Ray's own, or ``""``. Ray's own
+        are those of the GCS, of each node's raylet, of agent and dashboard, and
+        the range for workers and drivers, which nodes are taken to have in
+        common; where Ray lets the kernel choose, the kernel's whole range.
+    """
+    worker = ray_worker.global_worker
+    node, ports = worker.node, set()
+    addresses = [worker.gcs_client.address, node.webui_url or ""]
+    ports |= {_port(address) for address in addresses}
+    for each in worker.gcs_client.get_all_node_info().values():
+        ports |= {each.node_manager_port, each.metrics_agent_port}
+        ports |= {getattr(each, "runtime_env_agent_port", 0)}
+    options = _raylet_options()
+    chosen = {
+        int(port) for port in options.get("worker_port_list", "").split(",") if port
+    }
+    low, high = (int(options.get(f"{end}_worker_port", 0)) for end in ("min", "max"))
+    if low and high:
+        chosen |= set(range(low, high + 1))
+    loose = []
+    if not chosen:
+        loose.append("--min-worker-port and --max-worker-port are not set")
+    if not int(options.get("node_manager_port", 0)):
+        loose.append("--node-manager-port is not set")
+    if loose:
+        with open("/proc/sys/net/ipv4/ip_local_port_range") as file:
+            first, last = (int(word) for word in file.read().split())
+        chosen |= set(range(first, last + 1))
+    reason = f"the kernel's own range too: {', '.join(loose)}" if loose else ""
+    return frozenset(ports | chosen) - {0}, reason
+
+
+def _port(address: str) -> int:
+    port = address.rpartition(":")[2].partition("/")[0]
+    return int(port) if port.isdigit() else 0
+
+
+def _raylet_options() -> dict[str, str]:
+    """Return what raylet was started with: it is our parent.
+
+    Behind the node's wall it can't be seen; then the wall tells.
+    """
+    told = os.environ.get(RAYLET_PORTS)
+    if told is not None:
+        return {str(key): str(value) for key, value in json.loads(told).items()}
+    try:
+        with open(f"/proc/{os.getppid()}/cmdline", "rb") as file:
+            words = os.fsdecode(file.read()).split("\0")
+    except OSError:
+        return {}
+    pairs = (word[2:].split("=", 1) for word in words if word.startswith("--"))
+    return {pair[0]: pair[1] for pair in pairs if len(pair) == 2}
+
+
+def job_of(gcs_client: Any, job_id: str) -> tuple[str, dict[str, str]] | None:
+    """Return a job's namespace and metadata from the GCS's job table, or None.
+
+    The job configuration of this process is no source: it came with the task.
+    """
+    table = gcs_client.get_all_job_info(
+        job_or_submission_id=job_id,
+        skip_submission_job_info_field=True,
+        skip_is_running_tasks_field=True,
+    )
+    for found, data in table.items():
+        if found.hex() == job_id:
+            return data.config.ray_namespace, dict(data.config.metadata)
+    return None
 
 
 def global_worker() -> Any:

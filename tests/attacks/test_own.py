@@ -83,6 +83,13 @@ class Bench:
         self.gone()
         return done
 
+    def beyond_start(self, done: Done) -> float:
+        """Seconds of a run beyond what an empty jail takes on this machine.
+
+        An emulated machine needs many just to start the launcher.
+        """
+        return done.seconds - self.inside("", "pass").seconds
+
     def left(self) -> list[int]:
         """Pids of what still runs."""
         found = []
@@ -218,7 +225,7 @@ def test_fork_bomb(limited: Bench) -> None:
     made, error = map(int, done.out.split())
     assert 0 < made < 24
     assert error == 11
-    assert done.seconds < 20
+    assert limited.beyond_start(done) < 20
 
 
 def test_thread_bomb(limited: Bench) -> None:
@@ -251,7 +258,7 @@ def test_relentless_fork_bomb(limited: Bench) -> None:
     done = limited.inside('[limits]\npids = 32\nwall_time = "2s"', code)
     assert done.code == 124
     assert "limits.wall_time" in done.err
-    assert done.seconds < 20
+    assert limited.beyond_start(done) < 20
 
 
 # --- disk -------------------------------------------------------------------
@@ -352,9 +359,9 @@ def test_open_files(bench: Bench) -> None:
 
 _SPIN = (
     "import time\n"
-    "end = time.monotonic() + {s}\n"
+    "begun, end = time.process_time(), time.monotonic() + {s}\n"
     "while time.monotonic() < end: pass\n"
-    "print(time.process_time())"
+    "print(time.process_time() - begun)"
 )
 
 
@@ -381,7 +388,7 @@ def test_cpu_time(limited: Bench) -> None:
     done = limited.inside('[limits]\ncpu_time = "1s"\nwall_time = "30s"', code)
     assert done.code == 124
     assert "limits.cpu_time allows 1 s" in done.err
-    assert done.seconds < 15
+    assert limited.beyond_start(done) < 15
 
 
 def test_wall_time(bench: Bench) -> None:
@@ -396,7 +403,7 @@ def test_wall_time(bench: Bench) -> None:
     done = bench.inside('[limits]\nwall_time = "1s"', code)
     assert done.code == 124
     assert "limits.wall_time allows 1 s" in done.err
-    assert done.seconds < 10
+    assert bench.beyond_start(done) < 10
 
 
 def test_stopped_processes(bench: Bench) -> None:
@@ -404,7 +411,7 @@ def test_stopped_processes(bench: Bench) -> None:
     code = "import os, signal, time\nos.fork()\nos.kill(0, signal.SIGSTOP)\n"
     done = bench.inside('[limits]\nwall_time = "1s"', code)
     assert done.code == 124
-    assert done.seconds < 10
+    assert bench.beyond_start(done) < 10
 
 
 # --- what is left -----------------------------------------------------------

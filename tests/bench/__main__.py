@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import statistics
@@ -28,6 +29,7 @@ from raysandbox import launch, plan, profile
 from raysandbox.kernel import cgroup
 from raysandbox.probe import probe
 from raysandbox.run import cgroup_limits
+from tests.node import drive
 
 # Where make's build directory is: the working directory of `make bench` is in it.
 OUTPUT = Path(__file__).resolve().parents[2] / "build" / "bench.json"
@@ -289,6 +291,40 @@ def files(rounds: int) -> list[Figure]:
     return found
 
 
+def store(rounds: int) -> list[Figure]:
+    """Put and get in a worker, through the proxy with a quota against stock."""
+    found = []
+    limits = {"job_bytes": 8 << 30, "worker_bytes": 8 << 30}
+    sides = [
+        drive.Side("stock", store=600 << 20),
+        drive.Side("proxy", store=600 << 20, limits=limits),
+    ]
+    try:
+        for name, size, count in (("1 KB", 1000, 1000), ("100 MB", 100_000_000, 5)):
+            for side in sides:
+                side("put_get", size, count)
+            plain, counted = _turns(
+                rounds,
+                *(functools.partial(side, "put_get", size, count) for side in sides),
+            )
+            ratio = plain / counted
+            found.append(
+                Figure(
+                    f"put and get of {name} through the quota against stock",
+                    counted * 1e6,
+                    plain * 1e6,
+                    "us",
+                    ratio,
+                    "at least 0.9 of the speed",
+                    ratio >= 0.9,
+                )
+            )
+    finally:
+        for side in sides:
+            side.close()
+    return found
+
+
 def cluster(rounds: int) -> list[Figure]:
     """A hardened cluster against stock Ray, in peace and under floods."""
     from tests.bench.cluster import rows
@@ -302,6 +338,7 @@ PARTS: dict[str, Callable[[int], list[Figure]]] = {
     "argument": argument,
     "memory": memory,
     "files": files,
+    "store": store,
     "cluster": cluster,
 }
 

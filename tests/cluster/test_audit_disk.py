@@ -9,49 +9,32 @@ from __future__ import annotations
 
 import base64
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.cluster.guard_only import RS, Guard
 from tests.cluster.lab import Host, Lab, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(120)]
 
-RS = (sys.executable, "-m", "raysandbox")
 HEAD = "10.77.4.1"
-PROBE = Path(__file__).parent / "probes" / "call.py"
-NODES = "/ray.rpc.NodeInfoGcsService/GetAllNodeInfo"
-START = (
-    "import sys; from raysandbox.cluster.start import start_helpers;"
-    "from raysandbox.cluster.settings import ClusterDir;"
-    "start_helpers(ClusterDir(sys.argv[1]), fresh=True)"
-)
 
 
-class Guard:
+class DiskGuard(Guard):
     """A guard whose audit log is on a small disk."""
 
     def __init__(self, host: Host) -> None:
-        self.host, self.path = host, host.home / "c"
+        super().__init__(host)
         host.run(*RS, "cluster", "init", str(self.path), "--head-address", HEAD)
-        host.run(
-            *RS, "cluster", "certs", "issue", "driver", "alice", "--address", HEAD,
-            "--out", str(host.home / "alice"), "--cluster", str(self.path),
-        )  # fmt: skip
+        self.cli("certs", "issue", "driver", "alice", "--address", HEAD,
+                 "--out", str(host.home / "alice"))  # fmt: skip
         (self.path / "audit").mkdir(mode=0o700)
         host.run("mount", "-t", "tmpfs", "-o", "size=300k,mode=700", "tmpfs",
                  str(self.path / "audit"))  # fmt: skip
-        self.probe = subprocess.Popen(
-            host.argv([sys.executable, str(PROBE)]), text=True,
-            env=host.env({"GRPC_VERBOSITY": "NONE"}),
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        )  # fmt: skip
 
-    def start(self, policy: str, **more: Any) -> None:
+    def start_as(self, policy: str, **more: Any) -> None:
         """Start the guard under a policy, on an empty disk."""
         self.host.run("sh", "-c", f"rm -rf {self.path}/audit/* {self.path}/run")
         text = (self.path / "cluster.toml").read_text().partition("[audit]")[0]
@@ -59,30 +42,13 @@ class Guard:
             text = f"{key} = {json.dumps(value)}\n" + text
         text += f'[audit]\nwhen_disk_is_full = "{policy}"\n'
         (self.path / "cluster.toml").write_text(text)
-        self.host.run(sys.executable, "-c", START, str(self.path))
+        self.start()
 
-    def passes(
-        self, who: str = "alice/identity/driver", method: str = NODES,
-        kind: str = "GetAllNodeInfoRequest", fields: Any = None,
-    ) -> bool:  # fmt: skip
+    def passes(self, **how: Any) -> bool:
         """Whether a call is let through to where the GCS would be."""
-        identity = self.host.home / who
-        ask = {
-            "address": f"{HEAD}:6379", "ca": self.path / "ca.pem",
-            "fields": fields or {}, "cert": identity.with_suffix(".pem"),
-            "key": identity.with_suffix(".key"), "token": self.path / "token",
-            "method": method, "kind": kind,
-        }  # fmt: skip
-        assert self.probe.stdin is not None
-        assert self.probe.stdout is not None
-        self.probe.stdin.write(json.dumps(ask, default=str) + "\n")
-        self.probe.stdin.flush()
-        said = json.loads(self.probe.stdout.readline())
-        if said["code"] == "PERMISSION_DENIED":
-            return False
-        assert said["code"] == "UNAVAILABLE", said
-        assert "fault filter" in said["details"] or "upstream" in said["details"], said
-        return "upstream" in said["details"]
+        verdict = self.verdict(**how)
+        assert verdict in ("through", "closed", "denied"), verdict
+        return verdict == "through"
 
     def fill(self) -> None:
         """Fill the disk to the last byte."""
@@ -92,34 +58,22 @@ class Guard:
         """Give the room back."""
         self.host.run("rm", str(self.path / "audit" / "ballast"))
 
-    def said(self) -> str:
-        """Return what the helpers wrote on their standard error."""
-        return (self.path / "run" / "supervisor.log").read_text()
-
-    def audit(self, *args: str) -> str:
-        """Run `raysandbox audit`."""
-        return self.host.run(*RS, "audit", "--cluster", str(self.path), *args).stdout
-
 
 @pytest.fixture(scope="module")
-def guard() -> Iterator[Guard]:
+def guard() -> Iterator[DiskGuard]:
     """A head without Ray."""
     with Lab() as lab:
-        made = Guard(lab.host("head", HEAD))
+        made = DiskGuard(lab.host("head", HEAD))
         yield made
-        made.probe.kill()
-        made.probe.wait()
-        for pipe in (made.probe.stdin, made.probe.stdout):
-            if pipe is not None:
-                pipe.close()
+        made.close()
 
 
-def test_closed_refuses_every_call_until_there_is_room(guard: Guard) -> None:
+def test_closed_refuses_every_call_until_there_is_room(guard: DiskGuard) -> None:
     """Nothing goes to the GCS that can't be recorded.
 
     With room again calls go on, the gap is in the log, and the chain is whole.
     """
-    guard.start("closed")
+    guard.start_as("closed")
     assert guard.passes()
     guard.fill()
     wait_for("the first refusal", lambda: not guard.passes())
@@ -135,10 +89,10 @@ def test_closed_refuses_every_call_until_there_is_room(guard: Guard) -> None:
     assert any("the audit log can't be written" in line for line in denied)
 
 
-def test_open_lets_calls_through_and_says_so(guard: Guard) -> None:
+def test_open_lets_calls_through_and_says_so(guard: DiskGuard) -> None:
     """Every call passes, UNRECORDED, and the alert says that."""
-    guard.host.run(*RS, "cluster", "down", "--cluster", str(guard.path))
-    guard.start("open")
+    guard.cli("down")
+    guard.start_as("open")
     assert guard.passes()
     guard.fill()
 
@@ -156,7 +110,7 @@ def test_open_lets_calls_through_and_says_so(guard: Guard) -> None:
     assert json.loads(guard.audit("verify", "--json"))["ok"]
 
 
-def test_killed_supervisor_leaves_a_log_that_goes_on(guard: Guard) -> None:
+def test_killed_supervisor_leaves_a_log_that_goes_on(guard: DiskGuard) -> None:
     """After SIGKILL the guard is back and the log verifies.
 
     It says that there was a restart.
@@ -186,9 +140,9 @@ def test_killed_supervisor_leaves_a_log_that_goes_on(guard: Guard) -> None:
     assert json.loads(guard.audit("verify", "--json"))["ok"]
 
 
-def test_tampered_log_is_an_alert_at_the_next_start(guard: Guard) -> None:
+def test_tampered_log_is_an_alert_at_the_next_start(guard: DiskGuard) -> None:
     """Whoever changed it while the guard was down is found without being asked."""
-    guard.host.run(*RS, "cluster", "down", "--cluster", str(guard.path))
+    guard.cli("down")
     guard.host.run(
         "sed",
         "-i",
@@ -199,11 +153,11 @@ def test_tampered_log_is_an_alert_at_the_next_start(guard: Guard) -> None:
         *RS, "audit", "--cluster", str(guard.path), "verify", check=False
     )
     assert (out.returncode, "does not match its hash" in out.stderr) == (1, True)
-    guard.host.run(sys.executable, "-c", START, str(guard.path))
+    guard.start()
     wait_for("the alert", lambda: '"alert": "audit_broken"' in guard.said())
 
 
-def test_observing_lets_a_stranger_through_with_an_alert(guard: Guard) -> None:
+def test_observing_lets_a_stranger_through_with_an_alert(guard: DiskGuard) -> None:
     """Observing, an unlisted node's join goes on to the GCS and is alerted.
 
     The same join is refused with admission = "enforce".
@@ -223,10 +177,10 @@ def test_observing_lets_a_stranger_through_with_an_alert(guard: Guard) -> None:
             }
         },
     }
-    guard.host.run(*RS, "cluster", "reload", "--cluster", str(guard.path))
+    guard.cli("reload")
     assert not guard.passes(**join)
-    guard.host.run(*RS, "cluster", "down", "--cluster", str(guard.path))
-    guard.start("closed", admission="observe")
+    guard.cli("down")
+    guard.start_as("closed", admission="observe")
     assert guard.passes(**join)
     wait_for("the alert", lambda: '"alert": "unexpected_node"' in guard.said())
     alerts = guard.audit("--json", "--what", "unexpected_node").splitlines()

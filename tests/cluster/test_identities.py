@@ -47,6 +47,8 @@ class Cluster:
         self.node = lab.host("n1", NODE)
         self.rogue = lab.host("rogue", ROGUE)
         self.path = self.head.home / "c"
+        self.policy = lab.path / "policy.toml"
+        self.head.run(*RS, "policy", "init", "--output", str(self.policy))
         self.cli("cluster", "init", str(self.path), "--name", "prod",
                  "--head-address", HEAD, cluster=False)  # fmt: skip
         with (self.path / "cluster.toml").open("a") as file:
@@ -76,7 +78,16 @@ class Cluster:
         host = host or self.head
         more = ("--cluster", str(host.home / "c")) if cluster else ()
         index = args.index("--") if "--" in args else len(args)
-        return host.run(*RS, *args[:index], *more, *args[index:], check=check)
+        env = {"RAYSANDBOX_POLICY": str(self.policy)}
+        return host.run(
+            *RS,
+            *args[:index],
+            *more,
+            *args[index:],
+            check=check,
+            env=env,
+            timeout_s=120,
+        )
 
     def issue(
         self, role: str, name: str, address: str, out: Path | None = None
@@ -547,6 +558,7 @@ def _shim(cluster: Cluster, host: Host) -> None:
     shim.mkdir()
     kept = ("HOME", "PATH", "PYTHONPATH", "RAY_USAGE_STATS_ENABLED")
     env = [f"{k}={v}" for k, v in host.env().items() if k in kept]
+    env.append(f"RAYSANDBOX_POLICY={cluster.policy}")
     command = shlex.join(host.argv(["env", *env, *RS]))
     (shim / "raysandbox").write_text(
         f'#!/bin/sh\ncase "$2" in up) set -- "$@" {shlex.join(SMALL)};; esac\n'

@@ -30,7 +30,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["BUILD", "Result", "lacks", "run"]
+__all__ = ["BUILD", "Result", "kill_all", "lacks", "pytest_inside", "run"]
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -112,8 +112,29 @@ def _initramfs() -> Path:
     return image
 
 
-def _die_with_parent() -> None:
+_running: list[subprocess.Popen[bytes]] = []
+
+
+def _be_humble() -> None:
+    """Die with the thread that started this, and leave the cores to others."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    os.nice(10)
+
+
+def kill_all() -> None:
+    """End every machine of this process."""
+    for process in list(_running):
+        process.kill()
+
+
+def pytest_inside(arguments: Sequence[str]) -> Result:
+    """Run tests of this directory's tree on the second kernel."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q"]
+    return run(
+        [*command, "--timeout", "300", *arguments],
+        env={"RAYSANDBOX_TEST_ALONE": "1"},
+        timeout_s=1200,
+    )
 
 
 def _words(words: Sequence[str]) -> bytes:
@@ -179,8 +200,9 @@ def run(
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=_die_with_parent,
+            preexec_fn=_be_humble,
         )
+        _running.append(process)
         expired = threading.Event()
 
         def expire() -> None:
@@ -204,6 +226,7 @@ def run(
             timer.cancel()
             process.kill()
             process.wait()
+            _running.remove(process)
             process.stdout.close()  # type: ignore[union-attr]
         total_s = time.monotonic() - began
         files = {

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-import sys
-from pathlib import Path
+from concurrent.futures import Future
 
 import pytest
 
-from tests.qemu.run import Result, lacks, run
-
-HERE = Path.cwd()
+from tests.qemu.parts import PARTS
+from tests.qemu.run import Result, lacks
 
 
 @pytest.fixture(scope="module")
@@ -38,22 +36,7 @@ def _passed(line: str) -> int:
 
 
 @pytest.mark.usefixtures("_kernel")
-@pytest.mark.parametrize(
-    ("tests", "at_least"),
-    [
-        (["tests/attacks/test_surfaces.py", "tests/unit/test_cgroup.py"], 600),
-        # As root alone: an emulated jail takes four seconds to start.
-        (["tests/attacks/test_own.py", "-k", "root"], 20),
-    ],
-    ids=["surfaces", "own"],
-)
-def test_walls(tests: list[str], at_least: int) -> None:
+@pytest.mark.parametrize("part", PARTS)
+def test_walls(part: str, machines: dict[str, Future[Result]]) -> None:
     """What needs no Ray holds there too, as root and as an ordinary user."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", *tests]
-    result = run(
-        [*command, "--timeout", "300"],
-        cwd=str(HERE),
-        env={"RAYSANDBOX_TEST_ALONE": "1"},
-        timeout_s=540,
-    )
-    assert _passed(_closing_line(result)) >= at_least
+    assert _passed(_closing_line(machines[part].result())) >= PARTS[part].at_least

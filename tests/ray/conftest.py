@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,10 +43,35 @@ PROFILES = {
         max_result = "1MiB"
         max_put = "1536KiB"
         """,
+    "frugal": """
+        extends = "standard"
+        [object_store]
+        max_arguments = "1200KiB"
+        max_argument_objects = 3
+        max_put_objects = 3
+        max_job = "2MiB"
+        max_job_objects = 4
+        max_job_arguments = "1MiB"
+        """,
     "lethal": """
         extends = "standard"
         [syscalls]
         action = "kill"
+        """,
+    "inside": """
+        extends = "trusted"
+        why = "as trusted, with less room"
+        filesystem.scratch = "64MiB"
+        filesystem.why = "as trusted"
+        [limits]
+        memory = "512MiB"
+        pids = 200
+        """,
+    "demanding": """
+        extends = "trusted"
+        why = "more than a running worker can give"
+        [namespaces]
+        required = true
         """,
     "broken": """
         extends = "standard"
@@ -68,31 +94,60 @@ def profile_dir() -> Iterator[Path]:
     shutil.rmtree(directory)
 
 
-@pytest.fixture(scope="session")
-def cluster(profile_dir: Path) -> Iterator[None]:
-    """A local Ray whose workers are in the sandbox."""
-    patch = pytest.MonkeyPatch()
-    patch.setenv("RAYSANDBOX_PROFILE_PATH", str(profile_dir))
-    patch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-    temporary = tempfile.mkdtemp(prefix="rsx-ray-", dir="/tmp")
+def _start(temporary: str, **options: bool) -> None:
     raysandbox.init(
         num_cpus=2,
         include_dashboard=False,
         _temp_dir=temporary,
         log_to_driver=True,
         logging_level="ERROR",
+        **options,
     )
+
+
+@pytest.fixture(scope="module")
+def hook_alone(cluster: str) -> Iterator[None]:
+    """A cluster without the launcher, for one module in between."""
+    del cluster
+    ray.shutdown()
+    temporary = tempfile.mkdtemp(prefix="rsx-ray-", dir="/tmp")
+    _start(temporary, wall=False)
     yield
+    ray.shutdown()
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def cluster(profile_dir: Path) -> Iterator[str]:
+    """A local Ray whose workers are in the sandbox; what it warned of."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("RAYSANDBOX_PROFILE_PATH", str(profile_dir))
+    patch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    temporary = tempfile.mkdtemp(prefix="rsx-ray-", dir="/tmp")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _start(temporary)
+    yield " ".join(str(each.message) for each in caught)
     ray.shutdown()
     patch.undo()
     shutil.rmtree(temporary, ignore_errors=True)
 
 
+@pytest.fixture
+def offered(cluster: str) -> tuple[str, dict[str, float]]:
+    """What the node left out, and what it offers."""
+    return cluster, ray.cluster_resources()
+
+
 @pytest.fixture(autouse=True)
 def by_value(request: pytest.FixtureRequest) -> None:
     """Functions of the test modules travel by value: jails don't see our files."""
-    if request.module.__name__.endswith("test_sealed"):
-        return  # drivers of its own
+    own = ("test_sealed", "test_bad_input", "test_policy", "test_observe")
+    if request.module.__name__.endswith(own):
+        return  # drivers of their own
     request.getfixturevalue("cluster")
+    if not ray.is_initialized():
+        # A module with a cluster of its own came before.
+        _start(tempfile.mkdtemp(prefix="rsx-ray-", dir="/tmp"))
     module = sys.modules[request.module.__name__]
     ray.cloudpickle.register_pickle_by_value(module)

@@ -14,10 +14,12 @@ from raysandbox.worker.events import FILE_NAME
 def events() -> list[dict[str, Any]]:
     """All events so far."""
     log = Path(ray._private.worker._global_node.get_session_dir_path(), "logs")
-    path = log / FILE_NAME
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    # One for each worker behind a wall, or one for all.
+    return [
+        json.loads(line)
+        for path in log.glob(f"{Path(FILE_NAME).stem}*.jsonl")
+        for line in path.read_text().splitlines()
+    ]
 
 
 def ended(task: str) -> list[dict[str, Any]]:

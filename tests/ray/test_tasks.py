@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import time
 import zipfile
@@ -417,6 +418,42 @@ def test_runtime_env_variables_directories_and_modules(tmp_path):
 
     got = ray.get(look.remote(), timeout=120)
     assert got == ["green", False, "from the working directory", "helper", "extra", 1]
+
+
+def test_pip_packages_are_seen_by_the_task(tmp_path):
+    """What ``runtime_env`` installs is there in the jail, and in no other."""
+    package = tmp_path / "rsx_extra"
+    package.mkdir()
+    (package / "rsx_extra.py").write_text("NAME = 'installed by pip'\n")
+    (package / "pyproject.toml").write_text(
+        "[build-system]\nrequires = []\n"
+        'build-backend = "setuptools.build_meta"\n'
+        '[project]\nname = "rsx-extra"\nversion = "1.0"\n'
+        '[tool.setuptools]\npy-modules = ["rsx_extra"]\n'
+    )
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-index"]
+    build += ["--no-build-isolation", "-w", str(tmp_path), str(package)]
+    subprocess.run(build, check=True)
+    wheel = next(tmp_path.glob("rsx_extra-*.whl"))
+
+    def look():
+        try:
+            import rsx_extra
+        except ImportError:
+            return None
+        return rsx_extra.NAME, os.getpid()
+
+    task = ray.remote(resources=STRICT)(look)
+    there = task.options(
+        runtime_env={
+            "pip": {
+                "packages": [str(wheel)],
+                "pip_install_options": ["--no-index", "--no-deps"],
+            }
+        }
+    )
+    assert ray.get(there.remote(), timeout=180) == ("installed by pip", 1)
+    assert ray.get(task.remote()) is None
 
 
 def test_many_tasks_at_once():

@@ -297,6 +297,21 @@ def test_writer_survives_sigkill(tmp_path: Path) -> None:
     assert verify(path).lines > 20
 
 
+@pytest.mark.parametrize("where", ["current", "seam", "end"])
+def test_starting_guard_looks_at_the_end(log: Path, where: str) -> None:
+    """The current file, its seam with the one before, and what was cut off it."""
+    current = log / "audit.jsonl"
+    assert tail_problem(log) == ""
+    lines = _lines(current)
+    if where == "current":
+        current.write_text("".join(lines).replace("alice", "bobby", 1))
+    elif where == "seam":
+        current.write_text("".join(lines[1:]))
+    else:
+        current.write_text("".join(lines[:-1]))
+    assert tail_problem(log) != ""
+
+
 def test_second_writer_is_refused(tmp_path: Path) -> None:
     """Two guards on one log would write two chains into it."""
     log = AuditLog(tmp_path / "a", 1 << 30, 9)

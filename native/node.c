@@ -1,0 +1,89 @@
+/* raysandbox-node: become raylet, and leave somebody behind who cleans up.
+ *
+ *   raysandbox-node PLAN RAYLET [ARGUMENT]...
+ *
+ * Theory of operation.  A worker can't remove its own cgroup, and nobody else
+ * is there when raylet is killed.  So before this process becomes raylet (same
+ * pid: whoever started us watches it) it forks a keeper, which is nobody's
+ * child.  The keeper removes the groups of workers that have ended; when raylet
+ * ends, its workers have a few seconds to notice, then it kills what is left,
+ * removes all and ends. */
+#define _GNU_SOURCE
+#include "group.h"
+#include "jail.h"
+#include "step.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { SWEEP_MS = 1000, GRACE_MS = 5000, END_MS = 30000, STEP_MS = 100 };
+
+static _Noreturn void
+keep(const struct plan *plan, pid_t raylet, int raylet_fd)
+{
+    struct pollfd end = {.fd = raylet_fd, .events = POLLIN};
+    int null = open("/dev/null", O_RDWR | O_CLOEXEC), kept[] = {raylet_fd};
+
+    if (null < 0 || dup2(null, 0) < 0 || dup2(null, 1) < 0 || dup2(null, 2) < 0)
+        rs_die("null", NULL);
+    close_other_fds(kept, 1);
+    reset_signals();
+    prctl(PR_SET_NAME, "raysandbox-node", 0, 0, 0);
+    if (chdir("/") != 0)
+        rs_die("chdir", "/");
+    while (poll(&end, 1, SWEEP_MS) <= 0)
+        groups_sweep(plan, 0);
+    for (int waited = 0; waited < END_MS; waited += STEP_MS) {
+        if (groups_sweep(plan, waited < GRACE_MS ? 0 : raylet) == 0)
+            break;
+        nanosleep(&(struct timespec){.tv_nsec = STEP_MS * 1000000L}, NULL);
+    }
+    groups_remove_bases(plan);
+    _exit(0);
+}
+
+int
+main(int argc, char **argv)
+{
+    struct plan plan;
+
+    if (argc < 3) {
+        errno = EINVAL;
+        rs_die("arguments", "need PLAN RAYLET [ARGUMENT]...");
+    }
+    int plan_fd = open(argv[1], O_RDONLY | O_CLOEXEC | O_NOFOLLOW);
+    if (plan_fd < 0)
+        rs_die("plan_open", argv[1]);
+    plan_read(&plan, plan_fd);
+    close(plan_fd);
+    if (plan_one(&plan, R_CGROUP_BASE) != NULL) {
+        pid_t raylet = getpid();
+        int raylet_fd = (int)syscall(SYS_pidfd_open, raylet, 0);
+        if (raylet_fd < 0)
+            rs_die("pidfd_open", NULL);
+        pid_t child = fork();
+        if (child < 0)
+            rs_die("fork", NULL);
+        if (child == 0) {
+            setsid();
+            if (fork() == 0)
+                keep(&plan, raylet, raylet_fd);
+            _exit(0);
+        }
+        int status;
+        while (waitpid(child, &status, 0) < 0 && errno == EINTR)
+            ;
+        close(raylet_fd);
+    }
+    execv(argv[2], argv + 2);
+    rs_die("exec", argv[2]);
+}

@@ -1,0 +1,71 @@
+"""``RAYSANDBOX=1``: a plain `ray start` puts its workers behind the node's wall.
+
+Imported by the wheel's ``.pth`` file in every Python that has the variable, and
+only then. It waits for the module through which Ray starts its processes, and
+puts the launcher in front of it; nothing else of Ray is touched, and a Python
+that starts no Ray never notices. If the launcher can't be put there, Ray can't
+be imported: nothing is started without it.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+_MODULE = "ray._private.services"
+
+
+class _Loader(importlib.abc.Loader):
+    """Ray's own loader, and one step after it."""
+
+    def __init__(self, loader: importlib.abc.Loader) -> None:
+        self._loader = loader
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._loader.exec_module(module)
+        module.start_ray_process = _armed(module)  # type: ignore[attr-defined]
+
+
+def _armed(module: ModuleType) -> object:
+    """Return a start_ray_process that arms itself when it is first called."""
+    original = module.start_ray_process
+
+    def start_ray_process(*args: object, **options: object) -> object:
+        if module.start_ray_process is start_ray_process:
+            module.start_ray_process = original  # type: ignore[attr-defined]
+        from raysandbox.node import launch
+        from raysandbox.node.start import arm
+
+        if launch.current() is None:
+            arm()
+        return module.start_ray_process(*args, **options)
+
+    start_ray_process.__wrapped__ = original  # type: ignore[attr-defined]
+    return start_ray_process
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds one module, once, and gets out of the way."""
+
+    def find_spec(
+        self,
+        name: str,
+        path: Sequence[str] | None,
+        target: ModuleType | None = None,
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name != _MODULE:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader)
+        return spec
+
+
+sys.meta_path.insert(0, _Finder())

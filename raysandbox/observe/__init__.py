@@ -1,0 +1,1 @@
+"""Seeing what runs in the sandbox: live state, events, figures, and the cluster."""

@@ -1,0 +1,274 @@
+"""Which profile a task gets: a request against a node's rules.
+
+Pure: what the GCS, Ray and the kernel have to say was asked before. The first
+rule whose conditions all hold decides alone. Where none holds, and wherever
+something is missing, it is ``strict`` or a refusal, never anything laxer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+from raysandbox.errors import ProfileError
+from raysandbox.policy.schema import STRICTEST, TAG_PREFIX, Policy, Rule
+
+__all__ = [
+    "LOADER_VARIABLES",
+    "RAY_VARIABLES",
+    "Decision",
+    "Request",
+    "decide",
+    "jail_variables",
+    "runtime_env_refusals",
+    "tag_of",
+    "variable_kind",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What is known of the one who asks, and what is asked for.
+
+    Attributes:
+        tag: The profile that the task's resources name, or None.
+        namespace: Ray namespace of the job, from the GCS's job table.
+        metadata: The job's metadata, from there too.
+        signer: Who signed the code, if a signature was verified.
+    """
+
+    tag: str | None = None
+    namespace: str = ""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    signer: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """What became of a request.
+
+    Attributes:
+        profile: The profile that the task runs under, or None: refused.
+        rule: Name of the rule that decided, or ``""`` if none was for this job.
+        why: A sentence for the task's owner and for ``policy explain``.
+        remedy: What the owner or the operator can change, if it was refused.
+        skipped: Rules that came before, each with what did not match.
+    """
+
+    profile: str | None
+    rule: str
+    why: str
+    remedy: str = ""
+    skipped: tuple[str, ...] = ()
+
+
+# Ray's names for resources that a placement group reserved.
+_IN_GROUP = re.compile(r"(.+?)_group_(?:\d+_)?[0-9a-f]{16,}")
+
+
+def tag_of(resources: Mapping[str, Any]) -> str | None:
+    """Return the profile that a task's resources name, or None without a tag.
+
+    Raises:
+        ProfileError: Two tags.
+    """
+    names = set()
+    for resource in resources:
+        match = _IN_GROUP.fullmatch(resource)
+        plain = match[1] if match else resource
+        if plain.startswith(TAG_PREFIX):
+            names.add(plain.removeprefix(TAG_PREFIX))
+    if len(names) > 1:
+        raise ProfileError(
+            source="<tags>",
+            value=", ".join(sorted(names)),
+            reason="a task takes one sandbox tag",
+        )
+    return names.pop() if names else None
+
+
+def decide(policy: Policy, request: Request) -> Decision:
+    """Return which profile the request gets under this policy."""
+    skipped: list[str] = []
+    for rule in policy.rules:
+        mismatch = _mismatch(rule, request)
+        if mismatch:
+            skipped.append(f"{rule.name}: {mismatch}")
+            continue
+        return _by_rule(policy, rule, request, tuple(skipped))
+    if request.tag in (None, STRICTEST):
+        asked = "no tag" if request.tag is None else f"tag {request.tag!r}"
+        return Decision(
+            profile=STRICTEST,
+            rule="",
+            why=f"no rule is for this job; {asked}: the strictest profile",
+            skipped=tuple(skipped),
+        )
+    return Decision(
+        profile=None,
+        rule="",
+        why=f"no rule is for this job, so it may use {STRICTEST!r} alone",
+        remedy=f"ask for {STRICTEST!r}, or have the operator add a rule for "
+        f"{_whose(request)} with profiles = [{request.tag!r}]",
+        skipped=tuple(skipped),
+    )
+
+
+def _by_rule(
+    policy: Policy, rule: Rule, request: Request, skipped: tuple[str, ...]
+) -> Decision:
+    if request.tag is None:
+        wanted = rule.untagged or policy.untagged
+        source = "the rule's" if rule.untagged else "the policy's"
+        if rule.may_use(wanted):
+            why = f"no tag: {source} untagged = {wanted!r}"
+        else:
+            why = f"no tag: the rule does not allow {source} untagged = {wanted!r}"
+            wanted = STRICTEST
+        return Decision(profile=wanted, rule=rule.name, why=why, skipped=skipped)
+    if rule.may_use(request.tag):
+        return Decision(
+            profile=request.tag,
+            rule=rule.name,
+            why=f"rule {rule.name!r} allows {request.tag!r}",
+            skipped=skipped,
+        )
+    allowed = ", ".join(dict.fromkeys([STRICTEST, *rule.profiles]))
+    return Decision(
+        profile=None,
+        rule=rule.name,
+        why=f"rule {rule.name!r} is for this job and allows {allowed}",
+        remedy=f"ask for one of {allowed}, or have the operator add "
+        f"{request.tag!r} to the rule's profiles",
+        skipped=skipped,
+    )
+
+
+def _mismatch(rule: Rule, request: Request) -> str:
+    """Say which condition does not hold, or ``""`` if all do."""
+    if rule.namespaces and not _any(rule.namespaces, request.namespace):
+        return (
+            f"namespace {request.namespace!r} is none of {', '.join(rule.namespaces)}"
+        )
+    for key, pattern in rule.metadata.items():
+        value = request.metadata.get(key)
+        if value is None:
+            return f"the job has no metadata {key!r}"
+        if not fnmatchcase(value, pattern):
+            return f"metadata {key} = {value!r} is not {pattern!r}"
+    if rule.signers and not (request.signer and _any(rule.signers, request.signer)):
+        if request.signer is None:
+            return "the code has no verified signature"
+        return f"signer {request.signer!r} is none of {', '.join(rule.signers)}"
+    return ""
+
+
+def _any(patterns: tuple[str, ...], value: str) -> bool:
+    return any(fnmatchcase(value, pattern) for pattern in patterns)
+
+
+def _whose(request: Request) -> str:
+    return f"namespace {request.namespace!r}"
+
+
+# --- runtime environments -----------------------------------------------------------
+
+# Ray's key to ours; Ray stores some under another name than users write.
+_WRAPPERS = {
+    "py_executable": "py_executable",
+    "image_uri": "image_uri",
+    "container": "container",
+    "nsight": "nsight",
+    "_nsight": "nsight",
+    "rocprof_sys": "rocprof_sys",
+    "_rocprof_sys": "rocprof_sys",
+    "conda": "conda",
+    "pip": "pip",
+    "uv": "uv",
+    "java_jars": "java_jars",
+}
+_HARMLESS = frozenset(
+    (
+        "working_dir",
+        "py_modules",
+        "excludes",
+        "env_vars",
+        "config",
+        "worker_process_setup_hook",
+        "_ray_release",
+        "_ray_commit",
+        "_inject_current_ray",
+    )
+)
+#: Variables that steer the dynamic loader or Python.
+LOADER_VARIABLES = ("LD_*", "PYTHON*", "GLIBC_TUNABLES", "MALLOC_*", "GCONV_PATH")
+#: Variables of Ray's and ours.
+RAY_VARIABLES = ("RAY_*", "__RAY_*", "RAYSANDBOX_*", "_RAY_*")
+
+
+def runtime_env_refusals(
+    policy: Policy, runtime_env: Mapping[str, Any], *, own_hook: str = ""
+) -> list[str]:
+    """Say what a runtime_env asks for that the policy refuses; empty if nothing.
+
+    Args:
+        policy: The node's.
+        runtime_env: As Ray's agent or worker has it, parsed.
+        own_hook: The setup hook that is raysandbox's own.
+
+    Returns:
+        One sentence each, with the policy's key that would allow it.
+    """
+    answers, found = policy.runtime_env, []
+
+    def refuse(key: str, ours: str, allowing: str = "allow") -> None:
+        found.append(
+            f"runtime_env key {key!r}: refused by this node's policy "
+            f'(runtime_env.{ours} = "{allowing}" would allow it)'
+        )
+
+    for key, value in runtime_env.items():
+        if value is None or value in ("", {}, []):
+            continue
+        if key in _WRAPPERS:
+            if getattr(answers, _WRAPPERS[key]) == "refuse":
+                refuse(key, _WRAPPERS[key])
+        elif key not in _HARMLESS and answers.other == "refuse":
+            refuse(key, "other")
+    hook = runtime_env.get("worker_process_setup_hook")
+    if hook and hook != own_hook and answers.setup_hook == "refuse":
+        refuse("worker_process_setup_hook", "setup_hook", "jail")
+    variables = runtime_env.get("env_vars") or {}
+    for name in sorted(map(str, variables)):
+        kind = variable_kind(name)
+        if kind == "loader" and answers.loader_variables == "refuse":
+            refuse(f"env_vars.{name}", "loader_variables", "jail")
+        elif kind == "ray" and answers.ray_variables == "refuse":
+            refuse(f"env_vars.{name}", "ray_variables", "drop")
+    return found
+
+
+def variable_kind(name: str) -> str:
+    """Return ``"ray"``, ``"loader"`` or ``""`` for a variable's name."""
+    if any(fnmatchcase(name, pattern) for pattern in RAY_VARIABLES):
+        return "ray"
+    if any(fnmatchcase(name, pattern) for pattern in LOADER_VARIABLES):
+        return "loader"
+    return ""
+
+
+def jail_variables(
+    policy: Policy | None, variables: Mapping[str, Any]
+) -> dict[str, str]:
+    """Return those of a runtime_env's variables that its jails see."""
+    hidden = {"ray"}
+    if policy is not None and policy.runtime_env.loader_variables != "jail":
+        hidden.add("loader")
+    return {
+        str(name): str(value)
+        for name, value in variables.items()
+        if variable_kind(str(name)) not in hidden
+    }

@@ -1,0 +1,573 @@
+"""What a node's policy is: one model, from which the JSON Schema is generated too.
+
+The operator's word against the client's: which profiles this node offers, who
+may have which, and what all of them together may take. Every default is the
+strictest choice that lets a node work, what weakens one needs a ``why`` in the
+same table, and what is not listed here is an error. Values are written as in
+profiles (``"8GiB"``, ``"4h"``, ``"unlimited"``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PlainSerializer,
+    PrivateAttr,
+    WithJsonSchema,
+    model_validator,
+)
+
+from raysandbox.profile.schema import (
+    SIZE_PATTERN,
+    Cores,
+    OptionalDuration,
+    OptionalSize,
+    Unique,
+    is_name,
+)
+from raysandbox.profile.schema import _as_written as as_written
+from raysandbox.profile.schema import _Matching as Matching
+from raysandbox.profile.schema import _or_unlimited as or_unlimited
+from raysandbox.profile.schema import _Section as Section
+from raysandbox.profile.units import parse_size
+
+__all__ = [
+    "STRICTEST",
+    "TAG_PREFIX",
+    "Audit",
+    "Ceilings",
+    "ObjectStore",
+    "Percent",
+    "Policy",
+    "Rule",
+    "RuntimeEnv",
+    "Totals",
+    "Worker",
+    "json_schema",
+]
+
+#: The profile that everybody may have, and that decides where nothing else does.
+STRICTEST = "strict"
+#: A resource of this prefix names the profile that a task asks for.
+TAG_PREFIX = "sandbox:"
+
+_RULE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,62}")
+_USER = re.compile(r"[a-z_][a-z0-9_-]{0,31}|[0-9]{1,10}")
+_PERCENT = re.compile(r"([1-9][0-9]?|100)%")
+_PERCENT_SCHEMA = {"type": "string", "pattern": r"^([1-9][0-9]?|100)%$"}
+# Ray counts resources in ten-thousandths in a 64-bit number.
+_MOST_AT_ONCE = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Percent:
+    """A share of what the machine has."""
+
+    value: int
+
+    def __str__(self) -> str:
+        return f"{self.value}%"
+
+    def of(self, whole: float) -> float:
+        """Return this share of ``whole``."""
+        return whole * self.value / 100
+
+
+def _percent_or(
+    value: object, parse: Any, least: float, most: float, rule: str
+) -> Percent | int | float:
+    if isinstance(value, Percent):
+        return value
+    if isinstance(value, str) and (match := _PERCENT.fullmatch(value)):
+        return Percent(int(match[1]))
+    try:
+        number = parse(value)
+    except ValueError:
+        raise ValueError(rule) from None
+    if not least <= number <= most:
+        raise ValueError(rule)
+    return number  # type: ignore[no-any-return]
+
+
+def _number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError("no number")
+    return value
+
+
+def _whole_number(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError("no whole number")
+    return value
+
+
+def _cpu_total(value: object) -> Percent | int | float:
+    rule = 'must be a number of cores from 0.1 to 4096, or a share such as "80%"'
+    return _percent_or(value, _number, 0.1, 4096, rule)
+
+
+def _memory_total(value: object) -> Percent | int | float:
+    rule = 'must be a size of at least 256MiB such as "12GiB", or a share such as "80%"'
+    return _percent_or(value, parse_size, 256 << 20, math.inf, rule)
+
+
+def _pids_total(value: object) -> Percent | int | float:
+    rule = 'must be a number of at least 64, or a share such as "50%"'
+    return _percent_or(value, _whole_number, 64, 1 << 22, rule)
+
+
+_AS_WRITTEN = PlainSerializer(lambda v: str(v) if isinstance(v, Percent) else v)
+CpuTotal = Annotated[
+    Percent | float,
+    _AS_WRITTEN,
+    BeforeValidator(_cpu_total),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "number", "minimum": 0.1, "maximum": 4096},
+                _PERCENT_SCHEMA,
+            ]
+        }
+    ),
+]
+MemoryTotal = Annotated[
+    Percent | int,
+    _AS_WRITTEN,
+    BeforeValidator(_memory_total),
+    WithJsonSchema(
+        {"anyOf": [{"type": "string", "pattern": SIZE_PATTERN}, _PERCENT_SCHEMA]}
+    ),
+]
+PidsTotal = Annotated[
+    Percent | int,
+    _AS_WRITTEN,
+    BeforeValidator(_pids_total),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 64}, _PERCENT_SCHEMA]}),
+]
+
+
+def _count(value: object) -> object:
+    value = or_unlimited(value)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError('must be a whole number above 0, or "unlimited"')
+    return value
+
+
+Count = Annotated[
+    int | None,
+    BeforeValidator(_count),
+    WithJsonSchema(
+        {"anyOf": [{"type": "integer", "minimum": 1}, {"const": "unlimited"}]}
+    ),
+]
+
+
+def _enough_pids(value: int | None) -> int | None:
+    if value is not None and value < 8:
+        raise ValueError("must be at least 8")
+    return value
+
+
+Pids = Annotated[Count, AfterValidator(_enough_pids)]
+
+
+def _size_of_at_least(least: int, shown: str) -> AfterValidator:
+    def check(value: int | None) -> int | None:
+        if value is not None and value < least:
+            raise ValueError(f"must be at least {shown}")
+        return value
+
+    return AfterValidator(check)
+
+
+def _time_of_at_least_100ms(value: float | None) -> float | None:
+    if value is not None and value < 0.1:
+        raise ValueError("must be at least 100ms")
+    return value
+
+
+_Time = Annotated[OptionalDuration, AfterValidator(_time_of_at_least_100ms)]
+
+
+def _profile_name(value: str) -> str:
+    if not is_name(value):
+        raise ValueError("must be a profile's name: a-z, 0-9, _ and -")
+    return value
+
+
+ProfileName = Annotated[str, AfterValidator(_profile_name)]
+
+
+def _pattern(value: str) -> str:
+    if not value or "\0" in value:
+        raise ValueError("must be a name, with * and ? as in a shell")
+    return value
+
+
+Pattern = Annotated[str, AfterValidator(_pattern)]
+
+
+# --- who may have what -----------------------------------------------------------
+
+
+class Rule(Section):
+    """Which jobs it is for, and which profiles those may use.
+
+    All that is given must match. Rules are tried in order and the first that
+    matches decides alone.
+    """
+
+    weak: ClassVar[Mapping[str, tuple[object, ...]]] = {}
+
+    name: Annotated[
+        str,
+        Matching(_RULE_NAME, "must be a short text of letters, digits, blanks, . _ -"),
+        Field(description="For messages and `policy explain`; unique."),
+    ]
+    namespaces: Annotated[
+        tuple[Pattern, ...],
+        Unique,
+        Field(
+            description="Ray namespaces of the job, as the GCS has them, with * and ?. "
+            "Left out: any."
+        ),
+    ] = ()
+    metadata: dict[str, Pattern] = Field(
+        default_factory=dict,
+        description="Job metadata, as the GCS has it; values may have * and ?.",
+    )
+    signers: Annotated[
+        tuple[Pattern, ...],
+        Unique,
+        Field(
+            description="Who must have signed the code. Without a verified "
+            "signature a rule that asks for one matches nothing."
+        ),
+    ] = ()
+    profiles: Annotated[
+        tuple[ProfileName, ...],
+        Unique,
+        Field(description='What these jobs may ask for; "strict" always is.'),
+    ]
+    untagged: Annotated[
+        ProfileName | None,
+        Field(description="For their tasks without a tag; default: the policy's."),
+    ] = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Rule:
+        if self.untagged not in (None, STRICTEST, *self.profiles):
+            raise ValueError(f"untagged = {self.untagged!r} is not one of its profiles")
+        return self
+
+    def may_use(self, profile: str) -> bool:
+        """Whether a job that this rule is for may ask for ``profile``."""
+        return profile == STRICTEST or profile in self.profiles
+
+
+class Ceilings(Section):
+    """What no profile gets more of, whatever its file says.
+
+    A profile that asks for more is lowered to it when the node starts.
+    """
+
+    weak: ClassVar[Mapping[str, tuple[object, ...]]] = {}
+
+    cpu_cores: Annotated[Cores, Field(alias="cpu")] = None
+    memory_bytes: Annotated[
+        OptionalSize, _size_of_at_least(64 << 20, "64MiB"), Field(alias="memory")
+    ] = None
+    pids: Pids = None
+    wall_time_s: Annotated[_Time, Field(alias="wall_time")] = None
+    cpu_time_s: Annotated[_Time, Field(alias="cpu_time")] = None
+    scratch_bytes: Annotated[
+        OptionalSize, _size_of_at_least(1 << 20, "1MiB"), Field(alias="scratch")
+    ] = None
+    output_bytes: Annotated[
+        OptionalSize, _size_of_at_least(4096, "4KiB"), Field(alias="output")
+    ] = None
+    max_argument_bytes: Annotated[OptionalSize, Field(alias="max_argument")] = None
+    max_result_bytes: Annotated[OptionalSize, Field(alias="max_result")] = None
+    max_put_bytes: Annotated[OptionalSize, Field(alias="max_put")] = None
+    boundary: Annotated[
+        Literal["task", "job", "worker"],
+        Field(description="The weakest boundary that an offered profile may have."),
+    ] = "worker"
+
+
+# --- what a runtime_env may do ----------------------------------------------------
+
+
+_Answer = Literal["refuse", "allow"]
+
+
+class RuntimeEnv(Section):
+    """What happens to a runtime_env that would reach around the worker's wall."""
+
+    weak: ClassVar[Mapping[str, tuple[object, ...]]] = dict.fromkeys(
+        (
+            "py_executable",
+            "image_uri",
+            "container",
+            "nsight",
+            "rocprof_sys",
+            "conda",
+            "pip",
+            "uv",
+            "java_jars",
+            "java_workers",
+            "cpp_workers",
+            "other",
+        ),
+        ("allow",),
+    )
+
+    py_executable: Annotated[
+        _Answer, Field(description="Another interpreter than the node's own.")
+    ] = "refuse"
+    image_uri: Annotated[_Answer, Field(description="The worker in a container.")] = (
+        "refuse"
+    )
+    container: Annotated[_Answer, Field(description="The same, by its old name.")] = (
+        "refuse"
+    )
+    nsight: Annotated[_Answer, Field(description="A profiler around the worker.")] = (
+        "refuse"
+    )
+    rocprof_sys: Annotated[
+        _Answer, Field(description="A profiler around the worker.")
+    ] = "refuse"
+    conda: Annotated[
+        _Answer,
+        Field(
+            description="Another interpreter, and an installer that runs the job's "
+            "code on the node, outside of every wall."
+        ),
+    ] = "refuse"
+    pip: Annotated[
+        _Answer,
+        Field(
+            description="An installer that runs the job's code (setup.py) on the node, "
+            "outside of every wall."
+        ),
+    ] = "refuse"
+    uv: Annotated[_Answer, Field(description="As pip.")] = "refuse"
+    java_jars: Annotated[_Answer, Field(description="Code of a Java worker.")] = (
+        "refuse"
+    )
+    java_workers: Annotated[_Answer, Field(description="Workers in Java.")] = "refuse"
+    cpp_workers: Annotated[_Answer, Field(description="Workers in C++.")] = "refuse"
+    other: Annotated[
+        _Answer, Field(description="Keys that raysandbox does not know.")
+    ] = "refuse"
+    setup_hook: Annotated[
+        Literal["jail", "refuse"],
+        Field(
+            description="A job's own worker_process_setup_hook and preload modules: "
+            "run inside the jails, or the job is refused."
+        ),
+    ] = "jail"
+    loader_variables: Annotated[
+        Literal["jail", "drop", "refuse"],
+        Field(
+            description="env_vars that steer the loader or Python (LD_*, PYTHON*): "
+            "the jail alone sees them, nobody does, or the job is refused."
+        ),
+    ] = "jail"
+    ray_variables: Annotated[
+        Literal["drop", "refuse"],
+        Field(description="env_vars of Ray's and ours (RAY_*, RAYSANDBOX_*)."),
+    ] = "drop"
+
+
+# --- workers and the node ----------------------------------------------------------
+
+
+class Worker(Section):
+    """The process that speaks Ray's protocol, with its jails inside.
+
+    Its limits hold on top of those of the profiles.
+    """
+
+    weak: ClassVar[Mapping[str, tuple[object, ...]]] = {}
+
+    user: Annotated[
+        str,
+        Matching(_USER, "must be a user's name or number"),
+        Field(
+            description="Who workers run as where raylet is root's: a name, a number, "
+            'or "auto" for an id that nobody else on the machine has.'
+        ),
+    ] = "auto"
+    cpu_cores: Annotated[Cores, Field(alias="cpu")] = None
+    memory_bytes: Annotated[
+        OptionalSize, _size_of_at_least(256 << 20, "256MiB"), Field(alias="memory")
+    ] = None
+    pids: Pids = 4096
+    open_files: Annotated[int, Field(ge=1024, le=1 << 20)] = 65536
+
+    @model_validator(mode="after")
+    def _unprivileged(self) -> Worker:
+        if self.user in ("root", "0") or (self.user.isdigit() and not int(self.user)):
+            raise ValueError("user must not be root: a worker needs no privilege")
+        return self
+
+
+class Totals(Section):
+    """What all workers and jails of the node may take together.
+
+    The rest stays for raylet, the GCS and the machine.
+    """
+
+    weak: ClassVar[Mapping[str, tuple[object, ...]]] = {"required": (False,)}
+
+    cpu_cores: Annotated[CpuTotal, Field(alias="cpu")] = Percent(90)
+    cpu_weight: Annotated[
+        int,
+        Field(
+            ge=1,
+            le=10000,
+            description="All of them together against raylet and the rest under "
+            "contention; 100 is the host's default for one group.",
+        ),
+    ] = 50
+    memory_bytes: Annotated[MemoryTotal, Field(alias="memory")] = Percent(80)
+    pids: PidsTotal = Percent(50)
+    required: Annotated[
+        bool,
+        Field(description="Refuse to start where the host can't enforce these."),
+    ] = True
+
+
+class ObjectStore(Section):
+    """Ray's object store: what one task and one job may hold.
+
+    Holds together with the profile's ``object_store``; the smaller one decides.
+    """
+
+    weak: ClassVar[Mapping[str, tuple[object, ...]]] = {}
+
+    max_task_bytes: Annotated[
+        OptionalSize, Field(alias="max_task", description="Stored by one task.")
+    ] = None
+    max_task_objects: Annotated[
+        Count, Field(description="Objects stored by one task.")
+    ] = 10_000
+    max_job_bytes: Annotated[
+        OptionalSize,
+        Field(alias="max_job", description="Held by one job on this node."),
+    ] = 8 << 30
+    max_job_objects: Annotated[
+        Count, Field(description="Objects held by one job on this node.")
+    ] = 100_000
+
+
+class Audit(Section):
+    """Where events go: jails' ends, refusals, kills."""
+
+    weak: ClassVar[Mapping[str, tuple[object, ...]]] = {}
+
+    directory: Annotated[
+        str,
+        Field(
+            description='An absolute directory, or "session" for Ray\'s session logs.'
+        ),
+    ] = "session"
+
+    @model_validator(mode="after")
+    def _absolute(self) -> Audit:
+        path = self.directory
+        if path != "session" and (
+            not path.startswith("/") or "\0" in path or ".." in path.split("/")
+        ):
+            raise ValueError(
+                'directory must be an absolute path without "..", or "session"'
+            )
+        return self
+
+
+class Policy(Section):
+    """Everything that a node's operator decides; see `raysandbox.policy`."""
+
+    weak: ClassVar[Mapping[str, tuple[object, ...]]] = {}
+
+    description: str = ""
+    untagged: Annotated[
+        ProfileName,
+        Field(
+            description="For tasks without a tag, of jobs whose rule allows it; "
+            "all others get strict."
+        ),
+    ] = STRICTEST
+    offer: dict[ProfileName, Annotated[int, Field(ge=1, le=_MOST_AT_ONCE)]] = Field(
+        default_factory=lambda: {STRICTEST: 64},
+        description="Profile to how many of it at once: the node's tags.",
+    )
+    rules: tuple[Rule, ...] = ()
+    ceilings: Ceilings = Field(default_factory=Ceilings)
+    runtime_env: RuntimeEnv = Field(default_factory=RuntimeEnv)
+    worker: Worker = Field(default_factory=Worker)
+    totals: Totals = Field(default_factory=Totals)
+    object_store: ObjectStore = Field(default_factory=ObjectStore)
+    audit: Audit = Field(default_factory=Audit)
+
+    _source: str = PrivateAttr(default="")
+
+    @property
+    def source(self) -> str:
+        """The file it was loaded from, or ``""``."""
+        return self._source
+
+    @property
+    def digest(self) -> str:
+        """Short hash of the whole policy, for records."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def profiles(self) -> list[str]:
+        """Return every profile that it names, sorted; strict is always one."""
+        named = {STRICTEST, self.untagged, *self.offer}
+        for rule in self.rules:
+            named |= {*rule.profiles, *([rule.untagged] if rule.untagged else [])}
+        return sorted(named)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Policy:
+        names = [rule.name for rule in self.rules]
+        doubles = sorted({name for name in names if names.count(name) > 1})
+        if doubles:
+            raise ValueError(f"two rules are named {doubles[0]!r}")
+        return self
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON Schema of a policy file, for editors."""
+    schema = Policy.model_json_schema(by_alias=True, mode="validation")
+    sections: list[type[Section]] = [Policy, Rule, *_tables()]
+    for section in sections:
+        table = schema if section is Policy else schema["$defs"][section.__name__]
+        for name, field in section.model_fields.items():
+            key = table["properties"][field.alias or name]
+            as_written(key, name)
+            if isinstance(field.default, Percent):
+                key["default"] = str(field.default)
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = "raysandbox node policy"
+    return schema
+
+
+def _tables() -> list[type[Section]]:
+    annotations = (field.annotation for field in Policy.model_fields.values())
+    return [a for a in annotations if isinstance(a, type) and issubclass(a, Section)]

@@ -1,0 +1,49 @@
+"""Drives `tests.node.side`: a Ray of its own in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+
+class Side:
+    """A process of `tests.node.side`; see there for what it can be told."""
+
+    def __init__(self, kind: str, **options: Any) -> None:
+        self._errors = tempfile.TemporaryFile()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.node.side", kind, json.dumps(options)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            env={**os.environ, "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"},
+        )
+
+    def __call__(self, name: str, *arguments: Any) -> Any:
+        """Have it do something and return its answer."""
+        stdin, stdout = self.process.stdin, self.process.stdout
+        assert stdin is not None
+        assert stdout is not None
+        stdin.write(json.dumps([name, *arguments]) + "\n")
+        stdin.flush()
+        while line := stdout.readline():
+            with contextlib.suppress(ValueError):
+                return json.loads(line)
+        self._errors.seek(0)
+        raise RuntimeError(self._errors.read()[-3000:].decode(errors="replace"))
+
+    def close(self) -> None:
+        """End it, and its Ray."""
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+        try:
+            self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()

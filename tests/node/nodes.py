@@ -1,0 +1,169 @@
+"""A node started by `raysandbox start`, and what is left of it afterwards."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+POLICY = """
+[offer]
+strict = 3
+standard = 4
+
+[[rules]]
+name = "everybody"
+profiles = ["standard"]
+
+[worker]
+pids = 512
+
+[totals]
+cpu = "100%"
+memory = "80%"
+pids = "90%"
+"""
+
+
+def free_port() -> int:
+    """A port that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Node:
+    """Start one; `close` ends what was started, and nothing else."""
+
+    def __init__(self, command: list[str] | None = None, **variables: str) -> None:
+        self.temporary = Path(tempfile.mkdtemp(prefix="rsn-", dir="/tmp"))
+        # Not in /tmp: who may write there could replace the directory.
+        self.site = Path(tempfile.mkdtemp(prefix="rsn-", dir=Path.home()))
+        policy = self.site / "policy.toml"
+        policy.write_text(POLICY)
+        self.token = self.site / "token"
+        self.token.write_text("0123456789abcdef" * 4)
+        self.token.chmod(0o600)
+        self.port = free_port()
+        self.address = f"127.0.0.1:{self.port}"
+        self.log = self.temporary / "start.log"
+        self.environment = {
+            **{k: v for k, v in os.environ.items() if not k.startswith("RAY")},
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(self.token),
+            "PYTHONPATH": str(ROOT),
+        }
+        first = 20_000 + os.getpid() % 40 * 256
+        arguments = [
+            "start", "--head", "--block", "--num-cpus=2", f"--port={self.port}",
+            "--node-ip-address=127.0.0.1", "--include-dashboard=false",
+            f"--temp-dir={self.temporary}/r", f"--min-worker-port={first}",
+            f"--max-worker-port={first + 255}",
+            "--object-store-memory=200000000",
+        ]  # fmt: skip
+        with open(self.log, "wb") as log:
+            self.process = subprocess.Popen(
+                [*(command or [sys.executable, "-m", "raysandbox"]), *arguments],
+                env={
+                    **self.environment,
+                    "RAYSANDBOX_POLICY": str(policy),
+                    **variables,
+                },
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd="/",
+            )
+        end = time.monotonic() + 60
+        while "--block" not in self.log.read_text():
+            if self.process.poll() is not None or time.monotonic() > end:
+                said = self.log.read_text()
+                self.close()
+                raise AssertionError(f"did not start: {said[-3000:]}")
+            time.sleep(0.1)
+
+    def drive(self, code: str, *arguments: str) -> str:
+        """Run a driver's source on this node; a failure shows its output."""
+        first = (
+            "import os, sys, time, ray\n"
+            f"ray.init(address={self.address!r}, logging_level='ERROR', "
+            "log_to_driver=False)\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", first + textwrap.dedent(code), *arguments],
+            env=self.environment,
+            cwd="/",
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        return done.stdout
+
+    @property
+    def session(self) -> Path:
+        return (self.temporary / "r" / "session_latest").resolve()
+
+    def processes(self) -> dict[int, str]:
+        """Every living process of this node: pid to the start of its command."""
+        found = {}
+        for entry in os.listdir("/proc"):
+            if not entry.isdigit() or int(entry) == os.getpid():
+                continue
+            try:
+                command = Path(f"/proc/{entry}/cmdline").read_bytes().decode()
+                parent = int(
+                    Path(f"/proc/{entry}/stat")
+                    .read_text()
+                    .rpartition(")")[2]
+                    .split()[1]
+                )
+            except (OSError, UnicodeDecodeError):
+                continue
+            if str(self.temporary) in command or parent == self.raylet:
+                found[int(entry)] = command.replace("\0", " ")[:80]
+        return found
+
+    @property
+    def raylet(self) -> int:
+        for entry in os.listdir("/proc"):
+            try:
+                if os.path.basename(os.readlink(f"/proc/{entry}/exe")) == "raylet":
+                    command = Path(f"/proc/{entry}/cmdline").read_bytes().decode()
+                    if str(self.temporary) in command:
+                        return int(entry)
+            except OSError:
+                continue
+        return 0
+
+    def groups(self, raylet: int) -> list[str]:
+        """Control groups of this node's workers, and the node's own."""
+        return [
+            str(path)
+            for path in Path("/sys/fs/cgroup").rglob(f"raysandbox-*-w{raylet}")
+        ]
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(30)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+        for pid in self.processes():
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        shutil.rmtree(self.temporary, ignore_errors=True)
+        shutil.rmtree(self.site, ignore_errors=True)

@@ -1,0 +1,29 @@
+"""What of the tests runs on the second kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["PARTS", "Part"]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A run of pytest in there.
+
+    Attributes:
+        arguments: Of pytest.
+        at_least: How many tests must pass.
+    """
+
+    arguments: tuple[str, ...]
+    at_least: int
+
+
+PARTS = {
+    "surfaces": Part(
+        ("tests/attacks/test_surfaces.py", "tests/unit/test_cgroup.py"), 600
+    ),
+    # As root alone: an emulated jail takes four seconds to start.
+    "own": Part(("tests/attacks/test_own.py", "-k", "root"), 20),
+}

@@ -1,0 +1,89 @@
+"""What a jail prints can't speak to Ray's log monitor."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import threading
+
+import pytest
+
+from raysandbox.worker.output import Lossy, Output, Pump
+
+
+def _forwarded(*writes: bytes) -> str:
+    sink = io.StringIO()
+    output = Output(1 << 16, (sink, io.StringIO()))
+    try:
+        for each in writes:
+            os.write(output.write_fds[0], each)
+            output.drain_all()
+        output.finish()
+    finally:
+        output.close()
+    return sink.getvalue()
+
+
+@pytest.mark.parametrize(
+    "writes",
+    [
+        [b":job_id:01000000\nfor another driver\n"],
+        [b"first\n:job_id:01000000\n"],
+        [b":job", b"_id:01000000\n"],
+        [b":", b"task_name:other\n"],
+        [b"first\n:", b"actor_name:", b"other\n"],
+        [b"first", b"\n:task_name:other\n"],
+    ],
+)
+def test_a_line_of_rays_own_is_not_forwarded_as_one(writes: list[bytes]) -> None:
+    """However it is cut into pieces, a magic prefix never starts a line."""
+    text = _forwarded(*writes)
+    assert ":" in text
+    assert not [line for line in text.split("\n") if line.startswith(":")]
+
+
+def test_other_lines_are_forwarded_as_they_are() -> None:
+    """An honest colon stays where it is."""
+    assert _forwarded(b":wq\na:job_id:1\n", b"open") == ":wq\na:job_id:1\nopen\n"
+
+
+def test_a_full_disk_is_no_error_for_the_worker() -> None:
+    """Markers that Ray prints, and what a jail printed, are lost and no more.
+
+    Guards against a worker that ends between a task's answer and its delivery.
+    """
+    full = open("/dev/full", "w", buffering=1)
+    with pytest.raises(OSError, match="No space left"):
+        full.write("x\n")
+    lossy = Lossy(full)
+    print("x", file=lossy, flush=True)
+    lossy.writelines(["a\n", "b\n"])
+    assert lossy.write("abc\n") == 4
+    assert lossy.fileno() == full.fileno()
+    output = Output(1 << 20, (lossy, lossy))
+    os.write(output.write_fds[0], b"no line end")
+    assert output.finish() == len("no line end")
+    output.close()
+    with contextlib.suppress(OSError):
+        full.close()
+
+
+def test_a_handler_that_fails_does_not_stop_the_pump() -> None:
+    """One bad descriptor costs itself alone: other jails' output goes on."""
+    seen = threading.Event()
+    pump = Pump(lambda: None)
+    bad_read, bad_write = os.pipe()
+    good_read, good_write = os.pipe()
+
+    def fail() -> bool:
+        raise RuntimeError("a handler's own mistake")
+
+    pump.add(bad_read, fail)
+    os.write(bad_write, b"x")
+    pump.add(good_read, lambda: bool(os.read(good_read, 1)) and not seen.set())
+    os.write(good_write, b"x")
+    assert seen.wait(10)
+    pump.remove(good_read)
+    for fd in (bad_read, bad_write, good_read, good_write):
+        os.close(fd)
