@@ -674,6 +674,7 @@ class Access:
         if call.method.endswith("ReportWorkerFailure"):
             data = ask.worker_failure
             self._is_dead(data.worker_address.worker_id)
+            self.workers.pop(data.worker_address.worker_id.hex(), None)
         else:
             data = ask.worker_data
             # It stays in the GCS, and here.

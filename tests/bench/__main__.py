@@ -415,6 +415,8 @@ def main() -> None:
                 continue
             status.update(f"measuring: {name}")
             figures += part(options.rounds)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps([asdict(each) for each in figures], indent=1))
     table = Table()
     for heading in ("figure", "sandbox", "stock", "ratio", "reach", "reached"):
         table.add_column(heading, justify="left" if heading == "figure" else "right")
@@ -424,14 +426,12 @@ def main() -> None:
             f"{figure.sandbox:.3g} {figure.unit}",
             f"{figure.stock:.3g} {figure.unit}" if figure.stock else "",
             f"{figure.ratio:.2f}"
-            if figure.ratio > 0.01
+            if figure.ratio > 0.01 or figure.ratio <= 0
             else f"1/{1 / figure.ratio:.0f}",
             figure.reach,
             "yes" if figure.ok else "no",
         )
     console.print(table)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps([asdict(each) for each in figures], indent=1))
     console.print(f"written to {options.output}")
 
 
