@@ -25,8 +25,9 @@ __all__ = ["arm", "local", "start"]
 # How many sandboxed tasks of one profile a local node runs at once: CPUs bound
 # it, not this.
 _LOCAL_TAGS = 1_000_000
-# Workers' ports of local clusters: some for each, below those of the kernel.
-_FIRST_PORT, _PORTS, _PLACES = 10_000, 512, 40
+# Workers' ports of local clusters, below those of the kernel. Ranges may overlap:
+# raylet passes over a port that is taken.
+_FIRST_PORT, _PORTS, _PLACES, _APART = 10_000, 512, 340, 64
 
 
 def arm(policy: str = "") -> launch.Launcher:
@@ -101,7 +102,7 @@ def local(policy: str = "") -> launch.Launcher:
             return policies.load_node(path)
         return policies.resolve(_local_policy())
 
-    first = _FIRST_PORT + os.getpid() % _PLACES * _PORTS
+    first = _FIRST_PORT + os.getpid() % _PLACES * _APART
     return launch.Launcher(load, use_totals=False, ports=(first, first + _PORTS - 1))
 
 

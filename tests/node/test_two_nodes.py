@@ -1,0 +1,71 @@
+"""Two machines, of which one offers a profile."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from tests.cluster.lab import POLICY, Lab
+
+pytestmark = [pytest.mark.cluster, pytest.mark.root]
+PORT = 6399
+DRIVER = f"""
+import os, sys, ray
+ray.init(address="10.9.0.1:{PORT}", logging_level="ERROR", log_to_driver=False)
+
+@ray.remote
+def where():
+    return os.getpid()
+
+def run(profile):
+    refs = [where.options(resources={{f"sandbox:{{profile}}": 1}}).remote() for _ in range(4)]
+    return ray.get(refs, timeout=60)
+
+assert run("standard") == [1] * 4
+nodes = {{n["NodeManagerAddress"]: n["Resources"] for n in ray.nodes() if n["Alive"]}}
+print(sorted((a, "sandbox:standard" in r, "sandbox:strict" in r) for a, r in nodes.items()))
+ready, _ = ray.wait([where.options(resources={{"sandbox:fast": 1}}).remote()], timeout=5)
+print(len(ready))
+"""
+
+
+@pytest.mark.timeout(240)
+def test_a_tagged_task_runs_where_its_profile_is_offered():
+    """The other node runs nothing of it, and a tag that nobody offers never runs."""
+    with Lab() as lab:
+        head, other = lab.host("head", "10.9.0.1"), lab.host("other", "10.9.0.2")
+        head.policy.write_text(POLICY.replace("standard = 64\nfast = 64", ""))
+        other.policy.write_text(POLICY.replace("fast = 64", ""))
+        token = lab.path / "token"
+        token.write_text("0123456789abcdef" * 4)
+        token.chmod(0o600)
+        extra = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+        start = ["python", "-m", "raysandbox", "start", "--num-cpus=2",
+                 "--object-store-memory=100000000", "--min-worker-port=20000",
+                 "--max-worker-port=20100"]  # fmt: skip
+        head.popen(
+            *start, "--head", "--block", f"--port={PORT}", "--include-dashboard=false",
+            "--node-ip-address=10.9.0.1", f"--temp-dir={head.home}/r",
+            env=extra, log="start.log",
+        )  # fmt: skip
+        _await(head)
+        other.popen(
+            *start, "--block", f"--address=10.9.0.1:{PORT}",
+            "--node-ip-address=10.9.0.2", f"--temp-dir={other.home}/r",
+            env=extra, log="start.log",
+        )  # fmt: skip
+        _await(other)
+        out = head.python(DRIVER, env=extra).stdout.splitlines()
+        assert out[-2:] == [
+            "[('10.9.0.1', False, True), ('10.9.0.2', True, True)]",
+            "0",
+        ]
+
+
+def _await(host) -> None:
+    log = host.home / "start.log"
+    end = time.monotonic() + 60
+    while not log.exists() or "--block" not in log.read_text():
+        assert time.monotonic() < end, log.read_text() if log.exists() else "no log"
+        time.sleep(0.2)
