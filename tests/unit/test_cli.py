@@ -540,7 +540,8 @@ def test_a_bad_range_of_host_ids_is_refused(value, monkeypatch) -> None:
 def test_a_range_that_is_in_use_is_told(cli) -> None:
     """A quarter is for workers.
 
-    The second jail of a range for one waits for nobody and says what to set."""
+    The second jail of a range for one waits for nobody and says what to set.
+    """
     extra = {"RAYSANDBOX_UID_RANGE": "1500000000:8"}
     holder = cli.start(
         "run", "--", "sh", "-c", "echo up; cat", extra=extra,
