@@ -184,7 +184,7 @@ def check(*, gcs: bool = False) -> None:
     for name in _WORKER_ARGUMENTS:
         if name not in source:
             raise _moved(f"default_worker.py: {name}")
-    functions = {"start_raylet": _RAYLET_ARGUMENTS}
+    functions: dict[str, tuple[str, ...]] = {"start_raylet": _RAYLET_ARGUMENTS}
     if gcs:
         functions["start_gcs_server"] = _GCS_ARGUMENTS
     for function, names in functions.items():
