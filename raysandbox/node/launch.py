@@ -100,6 +100,9 @@ class Launcher:
         )
         if os.geteuid() == 0:
             _close_directory(os.path.dirname(session.raylet_socket), session.directory)
+        for name in ("events", "export_events"):
+            # Ray's first process that logs there makes them; workers can't.
+            os.makedirs(os.path.join(session.log_dir, name), exist_ok=True)
         _write_wrapper(wrapper, compiled.encode())
         if self.wrap:
             raylet.wrap_workers(wrapper, sys.executable)

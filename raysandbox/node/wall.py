@@ -59,7 +59,7 @@ HOOK_VARIABLE = "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR"
 _BIND_SOCKET = 8
 _NET_BIND, _NET_CONNECT = 1, 2
 _SCOPE_ABSTRACT, _SCOPE_SIGNAL = 1, 2
-_TMP_BYTES, _SHM_BYTES, _INODES = 256 << 20, 64 << 20, 65536
+_TMP_BYTES, _SHM_BYTES, _SESSION_BYTES, _INODES = 256 << 20, 64 << 20, 1 << 20, 65536
 # Host variables that a worker may see: nothing that steers the loader or
 # Python, no secret by value.
 _PASSED = (
@@ -305,7 +305,13 @@ class _WorkerBuilder(plan.Builder):
                 "namespace: names and sizes of other processes can be seen, nothing "
                 "that Landlock's domain or ptrace's rules keep",
             )
-        for path, size in (("/tmp", _TMP_BYTES), ("/dev/shm", _SHM_BYTES)):
+        private = {"/tmp": _TMP_BYTES, "/dev/shm": _SHM_BYTES}
+        # Ray sets the modes of its directories each time: on a read-only mount
+        # that would be an error which it does not expect.
+        above = os.path.dirname(self.session.directory)
+        if not any(above == path or above.startswith(f"{path}/") for path in private):
+            private[above] = _SESSION_BYTES
+        for path, size in private.items():
             self.add(
                 plan.Record.TMPFS,
                 plan.u64(size, _INODES) + plan.u32(0o700) + plan.text(path),

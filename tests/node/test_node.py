@@ -296,9 +296,7 @@ print(json.dumps(ray.get(ray.remote(hunt).options(
 
 
 def test_no_secret_in_a_jail(node):
-    """Not by path, environment, /proc, descriptor or memory; what we look for itself
-    may be in memory, and nowhere twice as often as that.
-    """
+    """Not by path, environment, /proc, descriptor or memory."""
     found, names, links = json.loads(node.drive(SECRETS).splitlines()[-1])
     assert not [place for place in found if not place.startswith("memory")]
     # The needle and its copy in a read buffer: all in the task's own heap.

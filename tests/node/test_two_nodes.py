@@ -19,13 +19,17 @@ def where():
     return os.getpid()
 
 def run(profile):
-    refs = [where.options(resources={{f"sandbox:{{profile}}": 1}}).remote() for _ in range(4)]
-    return ray.get(refs, timeout=60)
+    task = where.options(resources={{f"sandbox:{{profile}}": 1}})
+    return ray.get([task.remote() for _ in range(4)], timeout=60)
 
 assert run("standard") == [1] * 4
-nodes = {{n["NodeManagerAddress"]: n["Resources"] for n in ray.nodes() if n["Alive"]}}
-print(sorted((a, "sandbox:standard" in r, "sandbox:strict" in r) for a, r in nodes.items()))
-ready, _ = ray.wait([where.options(resources={{"sandbox:fast": 1}}).remote()], timeout=5)
+print(sorted(
+    (n["NodeManagerAddress"], *(f"sandbox:{{p}}" in n["Resources"]
+     for p in ("standard", "strict")))
+    for n in ray.nodes() if n["Alive"]
+))
+never = where.options(resources={{"sandbox:fast": 1}}).remote()
+ready, _ = ray.wait([never], timeout=5)
 print(len(ready))
 """
 
