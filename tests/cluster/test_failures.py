@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.conftest import CLI, ROGUE, SMALL, Attack, Driver, Hardened
+from tests.cluster.conftest import CLI, ROGUE, SMALL, START, Attack, Driver, Hardened
 from tests.cluster.lab import Host, Lab, wait_for
 
 pytestmark = pytest.mark.root
@@ -120,8 +120,8 @@ def lonely(lab: Lab) -> Iterator[Host]:
 
 def _start(host: Host, *more: str, **env: str) -> subprocess.CompletedProcess[str]:
     return host.run(
-        *CLI, "start", "--head", "--cluster=x", "--include-dashboard=false", *SMALL,
-        *more, env=env, check=False, timeout_s=100,
+        *START, "x", "--head", "--include-dashboard=false", *SMALL, *more, env=env,
+        check=False, timeout_s=100,
     )  # fmt: skip
 
 
