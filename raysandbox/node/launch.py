@@ -228,7 +228,8 @@ def _session(process: seams.Process) -> wall.Session:
         raylet_socket=process.argument("--raylet_socket_name"),
         plasma_socket=process.argument("--store_socket_name"),
         worker_script=scripts[0],
-        interpreter=sys.executable,
+        # Without "..": a worker does not see all directories of the way.
+        interpreter=os.path.abspath(sys.executable),
         node_id=process.argument("--node_id"),
     )
 

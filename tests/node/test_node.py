@@ -251,11 +251,11 @@ SECRETS = """
 import json
 def hunt():
     needle = ("fedcba9876543210" * 4)[::-1].encode()
+    skipped = ("/usr", "/proc", "/sys", "/dev")
     found = []
     for at, directories, files in os.walk("/", followlinks=False):
-        directories[:] = [d for d in directories
-                          if os.path.join(at, d) not in ("/usr", "/proc", "/sys", "/dev")
-                          and "site-packages" not in d]
+        directories[:] = [d for d in directories if "site-packages" not in d
+                          and os.path.join(at, d) not in skipped]
         for name in files:
             try:
                 with open(os.path.join(at, name), "rb") as file:
