@@ -87,7 +87,7 @@ PROFILES = {
 }
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def profile_dir() -> Iterator[Path]:
     """A directory of the site's own profiles that only its owner can write."""
     # Not in /tmp: who may write there could replace the directory.
@@ -123,7 +123,7 @@ def hook_alone(cluster: str) -> Iterator[None]:
     shutil.rmtree(temporary, ignore_errors=True)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def cluster(profile_dir: Path) -> Iterator[str]:
     """A local Ray whose workers are in the sandbox; what it warned of."""
     patch = pytest.MonkeyPatch()
