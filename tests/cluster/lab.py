@@ -193,6 +193,15 @@ class Host:
             self.kill()
 
 
+def _groups() -> set[str]:
+    """Control groups of raysandbox's, in every hierarchy."""
+    return {
+        directory
+        for directory, _, _ in os.walk("/sys/fs/cgroup")
+        if "/raysandbox" in directory
+    }
+
+
 class Lab:
     """A switch and the hosts on it; use as a context manager."""
 
@@ -201,6 +210,7 @@ class Lab:
         self.hosts: dict[str, Host] = {}
         # By host: where its drivers find their cluster.
         self.where: dict[str, str] = {}
+        self._groups_before = _groups()
         # Its standard input ends with us, whatever ends us.
         self._janitor = subprocess.Popen(
             ["sh", "-c", 'read _; exec rm -rf "$0"', str(self.path)],
@@ -244,9 +254,24 @@ class Lab:
         if holder is not None:
             holder.kill()
             holder.wait(timeout=10)
+        self._remove_groups()
         if self._janitor.stdin is not None:
             self._janitor.stdin.close()
         self._janitor.wait(timeout=60)
+
+    def _remove_groups(self, within_s: float = 10) -> None:
+        """Remove the control groups of hosts that lost their power.
+
+        On a real machine they would be gone with the kernel.
+        """
+        until = time.monotonic() + within_s
+        while left := _groups() - self._groups_before:
+            for path in sorted(left, key=len, reverse=True):
+                with contextlib.suppress(OSError):
+                    os.rmdir(path)
+            if time.monotonic() > until:
+                break
+            time.sleep(0.05)
 
     def __enter__(self) -> Lab:
         return self
