@@ -160,8 +160,8 @@ def _worker_profile(wall: Wall) -> Profile:
     write: dict[str, None] = {}
     devices: dict[str, None] = {}
     for each in wall.node.profiles.values():
-        read |= dict.fromkeys(e for e in each.filesystem.read if e[0] == "/")
-        write |= dict.fromkeys(e for e in each.filesystem.write if e[0] == "/")
+        read |= dict.fromkeys(filter(_is_there, each.filesystem.read))
+        write |= dict.fromkeys(filter(_is_there, each.filesystem.write))
         devices |= dict.fromkeys(each.devices)
     base = profile.strictest()
     return base.model_copy(
@@ -173,6 +173,11 @@ def _worker_profile(wall: Wall) -> Profile:
             "devices": tuple(devices),
         }
     )
+
+
+def _is_there(path: str) -> bool:
+    """Whether a path is one that the host has; who asks for others is refused then."""
+    return path.startswith("/") and os.path.exists(path)
 
 
 def _host_id(user: str) -> int:

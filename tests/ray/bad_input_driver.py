@@ -281,8 +281,9 @@ def user() -> None:
 
 
 def start(**options: Any) -> None:
-    """Start a small Ray of one's own."""
+    """Start a small Ray of one's own; the hook alone decides here."""
     raysandbox.init(
+        wall=False,
         num_cpus=1,
         include_dashboard=False,
         log_to_driver=False,

@@ -161,13 +161,13 @@ class Snapshot:
 
 def _workers() -> list[psutil.Process]:
     raylet = ray._private.worker._global_node.all_processes["raylet"][0].process.pid
-    found = psutil.Process(raylet).children()
-    return [
-        each
-        for each in found
-        if any("default_worker.py" in word or word.startswith("ray::")
-               for word in each.cmdline())
-    ]  # fmt: skip
+    found = []
+    for each in psutil.Process(raylet).children():
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            words = each.cmdline()
+            if any("default_worker.py" in w or w.startswith("ray::") for w in words):
+                found.append(each)
+    return found
 
 
 def _descriptors(pid: int) -> Counter[str]:
