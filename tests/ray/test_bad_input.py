@@ -124,7 +124,7 @@ def told(case: Case, error: str, *words: str) -> None:
             ["profile 'future' requires landlock", "need ABI 99", "To fix: boot Linux"],
         ),
         ("no launcher", "SetupError", ["raysandbox-launch is missing", "install the"]),
-        ("no ids", "SetupError", ["all 80 host ids", "RAYSANDBOX_UID_RANGE"]),
+        ("no ids", "SetupError", ["all 60 host ids", "RAYSANDBOX_UID_RANGE"]),
         (
             "no pids",
             "SetupError",
