@@ -218,8 +218,9 @@ def root() -> None:
     seen = {run("strict") for _ in range(4)}
     print(json.dumps({"case": "workers", "value": sorted(seen)}), flush=True)
     for case, arrange, profile in (
-        ("launcher", no_launcher, "one"),
+        # First: a third zygote makes room by ending one, which frees its ids.
         ("ids", no_ids, "two"),
+        ("launcher", no_launcher, "one"),
         ("pids", no_pids, "three"),
     ):
         with arrange():
