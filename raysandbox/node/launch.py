@@ -228,8 +228,7 @@ def _session(process: seams.Process) -> wall.Session:
         raylet_socket=process.argument("--raylet_socket_name"),
         plasma_socket=process.argument("--store_socket_name"),
         worker_script=scripts[0],
-        # Without "..": a worker does not see all directories of the way.
-        interpreter=os.path.abspath(sys.executable),
+        interpreter=sys.executable,
         node_id=process.argument("--node_id"),
     )
 

@@ -492,13 +492,12 @@ class _WorkerBuilder(plan.Builder):
 
     def prelude(self, program: str) -> None:
         session = self.session
-        self.add(
-            plan.Record.PROGRAM,
-            plan.text(session.interpreter, session.worker_script),
-        )
+        # Without "..": a worker does not see all directories of the way.
+        interpreter = os.path.abspath(session.interpreter)
+        self.add(plan.Record.PROGRAM, plan.text(interpreter, session.worker_script))
         script = os.path.join(os.path.dirname(__file__), "prelude.py")
         for argument in (
-            session.interpreter,
+            interpreter,
             "-I",
             "-S",
             script,
