@@ -23,7 +23,7 @@ from raysandbox.node import wall
 from raysandbox.node.launch import _write_wrapper
 from raysandbox.probe import probe
 
-PROBE = str(Path(__file__).with_name("probe.py"))
+PROBE = str(Path(__file__).resolve().with_name("probe.py"))
 WORKER, OTHER, JAILER = "aa" * 28, "bb" * 28, "cc" * 28
 
 

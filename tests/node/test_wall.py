@@ -18,7 +18,7 @@ from tests.node.probe import ATTACKS
 from tests.require import require
 
 ROOT = Path(__file__).parents[2]
-STAGE = str(Path(__file__).with_name("stage.py"))
+STAGE = str(Path(__file__).resolve().with_name("stage.py"))
 
 # Another error than outside, where one user is raylet's and all workers'.
 _USER_SEES = {"names_of_processes"}
@@ -44,7 +44,8 @@ def _actors() -> list[str]:
 def stage(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
     """Everything that happened on stage, as root and as an ordinary user."""
     uid = os.geteuid()
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    # The probe is the worker's program: its directory must be among those it sees.
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{Path(STAGE).parent}"}
     given: list[str] = []
     if request.param == "user":
         require("landlock:6")
