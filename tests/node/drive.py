@@ -5,10 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from typing import Any
+
+# For one answer; what takes longer hangs, and says where.
+_ANSWER_S = 200.0
 
 
 class Side:
@@ -26,7 +31,20 @@ class Side:
         )
 
     def __call__(self, name: str, *arguments: Any) -> Any:
-        """Have it do something and return its answer."""
+        """Have it do something and return its answer.
+
+        Raises:
+            RuntimeError: It ended, or was ended as it did not answer; with what it
+                wrote to stderr, which has the stacks of all its threads then.
+        """
+        timer = threading.Timer(_ANSWER_S, self.process.send_signal, (signal.SIGABRT,))
+        timer.start()
+        try:
+            return self._ask(name, *arguments)
+        finally:
+            timer.cancel()
+
+    def _ask(self, name: str, *arguments: Any) -> Any:
         stdin, stdout = self.process.stdin, self.process.stdout
         assert stdin is not None
         assert stdout is not None

@@ -9,6 +9,7 @@ which the proxy's sockets lie over the real ones.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import signal
@@ -275,6 +276,7 @@ def _has_plasma(pid: str) -> bool:
 
 def main() -> None:
     """Serve until stdin ends."""
+    faulthandler.enable()
     ray.cloudpickle.register_pickle_by_value(hostile)
     ray.cloudpickle.register_pickle_by_value(sys.modules["__main__"])
     seams.install(_wrap)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -68,8 +69,17 @@ def stage(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
     found = json.loads(out.splitlines()[-1])
     found["actor"] = request.param
     yield found
-    for path in given:
+    # No keeper is on stage: groups are left to whoever started the workers.
+    left = [
+        str(path)
+        for base in found["groups"]
+        for path in Path(base).glob(f"raysandbox-*-w{found['raylet']}")
+    ]
+    for path in (*left, *given):
         subprocess.run(["find", path, "-depth", "-type", "d", "-delete"])
+    for base in found["groups"]:
+        with contextlib.suppress(OSError):  # gone with the above, or of use to others
+            os.rmdir(base)
 
 
 @pytest.mark.parametrize("name", sorted(ATTACKS))
