@@ -267,7 +267,7 @@ class _WorkerBuilder(plan.Builder):
         return ids.first + 1, ids.count - 1, registry
 
     def groups(self, groups: cgroup.Cgroups) -> None:
-        files = groups.writes(
+        files, lower = groups.writes(
             cgroup.CgroupLimits(
                 cpu_cores=self.worker.cpu_cores,
                 memory_bytes=self.worker.memory_bytes,
@@ -280,8 +280,10 @@ class _WorkerBuilder(plan.Builder):
             )
             for file, value in files.get(base, ()):
                 self.add(plan.Record.CGROUP_LIMIT, plan.text(base, file) + value)
-        if groups.missing:
-            reason = "; ".join(f"{m.controller}: {m.have}" for m in groups.missing)
+        short = [f"{m.controller}: {m.have}" for m in groups.missing]
+        short += [f"worker.{_POLICY_KEY[key]}: {why}" for key, why in lower.items()]
+        if short:
+            reason = "; ".join(short)
             state = State.DEGRADED if groups.places() else State.OFF
             self.protect("worker's control group", state, reason)
         else:
@@ -494,4 +496,5 @@ class _WorkerBuilder(plan.Builder):
             self.add(plan.Record.PRELUDE, plan.text(argument))
 
 
+_POLICY_KEY = {"cpu_cores": "cpu", "memory_bytes": "memory", "pids": "pids"}
 _PLAIN_DEVICES = ("null", "zero", "full", "random", "urandom")
