@@ -64,6 +64,7 @@ enum {
     MOST_EVENTS = 64,
     MOST_ASKING = 4,        /* further connections of a worker to the store */
     LINES_PER_S = 50,       /* events that are written */
+    MOST_LOG = 16 << 20,    /* bytes of the log of these */
     NICE = -10,
     SLICE_NS = 100 * 1000,
 };
@@ -125,6 +126,29 @@ die(const char *step)
     _exit(125);
 }
 
+/* Cut the older half off a log that has grown: it is appended to by us alone,
+ * and read by who expects that. */
+static void
+bound_log(void)
+{
+    struct stat there;
+
+    if (fstat(STDOUT_FILENO, &there) != 0 || !S_ISREG(there.st_mode) ||
+        there.st_size < MOST_LOG)
+        return;
+    uint8_t *kept = malloc(MOST_LOG / 2);
+    ssize_t got = kept == NULL ? -1
+                               : pread(STDOUT_FILENO, kept, MOST_LOG / 2,
+                                       there.st_size - MOST_LOG / 2);
+    const uint8_t *line = got > 0 ? memchr(kept, '\n', (size_t)got) : NULL;
+    if (ftruncate(STDOUT_FILENO, 0) == 0 && line++ != NULL) {
+        ssize_t written =
+            write(STDOUT_FILENO, line, (size_t)(kept + got - line));
+        (void)written;
+    }
+    free(kept);
+}
+
 /* One line of JSON, whose first field is the time.  A reader that does not read
  * loses lines, and so does a flood; nobody waits. */
 static void
@@ -151,6 +175,7 @@ event(const char *format, ...)
                            args);
     va_end(args);
     if (length > 0 && (size_t)(start + length) < sizeof line) {
+        bound_log();
         ssize_t written =
             write(STDOUT_FILENO, line, (size_t)(start + length));
         (void)written;

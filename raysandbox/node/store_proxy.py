@@ -208,7 +208,7 @@ def start(
         directory: Where the proxy's own sockets go; made if it is not there.
         limits: For each job and worker; a worker's `bind` can only lower them.
         events: File that refusals and ended connections are appended to, one
-            JSON object a line; None: nowhere.
+            JSON object a line; it is cut at 16 MiB; None: nowhere.
         bind_first_use: A worker that never called `bind` belongs to the job of
             the first object that it makes. Without it such a worker can store
             nothing. Only for workers that run no code of a user.
@@ -224,7 +224,7 @@ def start(
     ready, ready_inside = os.pipe()
     log = os.open(
         events or os.devnull,
-        os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW,
+        os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW,
         0o640,
     )
     command = [

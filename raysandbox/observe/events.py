@@ -83,12 +83,18 @@ def _is_denied(event: dict[str, Any]) -> bool:
 
 @dataclass(slots=True)
 class _File:
-    """A log that is being read: where we are, and a line not yet whole."""
+    """A log that is being read: where we are, and a line not yet whole.
 
-    inode: int = 0
+    Attributes:
+        latest: Time of its latest event.
+        again: It was cut: events up to this time were there before.
+    """
+
     offset: int = 0
     rest: bytes = b""
     skipping: bool = False
+    latest: float = 0.0
+    again: float = -1.0
 
 
 @dataclass(slots=True)
@@ -102,13 +108,16 @@ class Reader:
 
     directories: Sequence[str]
     malformed: int = 0
-    _files: dict[str, _File] = field(default_factory=dict)
+    # By device and inode: a log that is renamed goes on where it was.
+    _files: dict[tuple[int, int], _File] = field(default_factory=dict)
 
     def read(self) -> list[dict[str, Any]]:
         """Return the events that were added since the last call, oldest first."""
         found: list[dict[str, Any]] = []
+        seen: dict[tuple[int, int], _File] = {}
         for path in self._paths():
-            found += self._read(path, self._files.setdefault(path, _File()))
+            found += self._read(path, seen)
+        self._files = seen
         found.sort(key=lambda event: event["time"])
         return found
 
@@ -132,7 +141,9 @@ class Reader:
             ]
         return paths
 
-    def _read(self, path: str, file: _File) -> list[dict[str, Any]]:
+    def _read(
+        self, path: str, seen: dict[tuple[int, int], _File]
+    ) -> list[dict[str, Any]]:
         flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         try:
             fd = os.open(path, flags)
@@ -141,9 +152,12 @@ class Reader:
         found: list[dict[str, Any]] = []
         try:
             there = os.fstat(fd)
-            if there.st_ino != file.inode or there.st_size < file.offset:
-                # Rotated, or cut: from its start.
-                file.inode, file.offset, file.rest = there.st_ino, 0, b""
+            key = (there.st_dev, there.st_ino)
+            if key in seen:
+                return []  # renamed while we looked
+            file = seen[key] = self._files.get(key) or _File()
+            if there.st_size < file.offset:
+                file.offset, file.rest, file.again = 0, b"", file.latest
             while chunk := os.pread(fd, _CHUNK, file.offset):
                 file.offset += len(chunk)
                 *lines, file.rest = (file.rest + chunk).split(b"\n")
@@ -156,10 +170,14 @@ class Reader:
                     self.malformed += 1
                     file.rest, file.skipping = b"", True
         except OSError:
-            return found
+            pass
         finally:
             os.close(fd)
-        return found
+        if found:
+            latest = max(event["time"] for event in found)
+            # A clock that nobody has must not hide what comes later.
+            file.latest = max(file.latest, min(latest, time.time() + 1))
+        return [event for event in found if event["time"] > file.again]
 
     def _take(self, line: bytes, found: list[dict[str, Any]]) -> None:
         if not line.strip():
