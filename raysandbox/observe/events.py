@@ -21,6 +21,7 @@ __all__ = ["Filter", "Reader", "summary"]
 _PREFIX, _SUFFIX = "raysandbox_events", ".jsonl"
 _MOST_LINE = 1 << 20
 _CHUNK = 1 << 20
+_HEAD = 64
 _YEAR_9999 = 250_000_000_000
 _REQUIRED = {"time": (int, float), "event": (str,)}
 
@@ -86,6 +87,7 @@ class _File:
     """A log that is being read: where we are, and a line not yet whole.
 
     Attributes:
+        head: Its first bytes: others are another log's, in the same place.
         latest: Time of its latest event.
         again: It was cut: events up to this time were there before.
     """
@@ -93,6 +95,7 @@ class _File:
     offset: int = 0
     rest: bytes = b""
     skipping: bool = False
+    head: bytes = b""
     latest: float = 0.0
     again: float = -1.0
 
@@ -156,8 +159,10 @@ class Reader:
             if key in seen:
                 return []  # renamed while we looked
             file = seen[key] = self._files.get(key) or _File()
-            if there.st_size < file.offset:
+            head = os.pread(fd, _HEAD, 0)
+            if there.st_size < file.offset or not head.startswith(file.head):
                 file.offset, file.rest, file.again = 0, b"", file.latest
+            file.head = head
             while chunk := os.pread(fd, _CHUNK, file.offset):
                 file.offset += len(chunk)
                 *lines, file.rest = (file.rest + chunk).split(b"\n")
