@@ -69,6 +69,7 @@ class JailExecutor(seams.Executor):
         self._board = self._open_board()
         self._figures = Figures()
         self._bound = ""  # hex of the job that this worker is bound to
+        self._full = hints.FullStore()
         # The jail whose answer Ray has not taken in yet, and its pool.
         self._pending: tuple[Pool, Jail, bool] | None = None
         self._job_jail: tuple[str, Pool, Jail] | None = None
@@ -315,6 +316,10 @@ class JailExecutor(seams.Executor):
             return original(*args, **kwargs)
 
         return seams.with_function(info, run, 1 if self._leaves else info.max_calls)
+
+    def why_full(self) -> str:
+        """See :class:`seams.Executor`."""
+        return self._full.explain(self._inside, self._gate.policy)
 
     def _check_inside(self, served: profiles.Profile) -> None:
         """Serve no other profile's task, even if raylet should send one."""
