@@ -3,7 +3,7 @@
     python -m tests.node.side stock|proxy [OPTIONS AS JSON]
 
 Reads one JSON list a line (a function's name here and its arguments) and answers
-with one JSON value a line. With the proxy each worker runs in a mount namespace in
+with one JSON value a line, to the descriptor in the options. With the proxy each worker runs in a mount namespace in
 which the proxy's sockets lie over the real ones.
 """
 
@@ -277,6 +277,9 @@ def _has_plasma(pid: str) -> bool:
 def main() -> None:
     """Serve until stdin ends."""
     faulthandler.enable()
+    # No process of Ray's keeps it open when this one has ended.
+    os.set_inheritable(_OPTIONS["answers"], False)
+    answers = open(_OPTIONS["answers"], "w")
     ray.cloudpickle.register_pickle_by_value(hostile)
     ray.cloudpickle.register_pickle_by_value(sys.modules["__main__"])
     seams.install(_wrap)
@@ -292,7 +295,7 @@ def main() -> None:
     try:
         for line in sys.stdin:
             name, *arguments = json.loads(line)
-            print(json.dumps(globals()[name](*arguments)), flush=True)
+            print(json.dumps(globals()[name](*arguments)), file=answers, flush=True)
     finally:
         ray.shutdown()
         for proxy in _proxies:
