@@ -18,12 +18,13 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
+from types import ModuleType
 
 from raysandbox import launch
 from raysandbox import policy as policies
 from raysandbox.errors import ProfileError, SetupError, UnsupportedError
 from raysandbox.kernel import cgroup
-from raysandbox.node import seams, store_proxy, totals, wall
+from raysandbox.node import env_agent, no_client, seams, store_proxy, totals, wall
 from raysandbox.plan import Protection, State
 from raysandbox.policy import TAG_PREFIX
 from raysandbox.probe import probe
@@ -71,6 +72,8 @@ class Launcher:
     def __call__(self, process: seams.Process) -> None:
         if process.kind == "raylet":
             self._raylet(process)
+        elif process.kind == "ray_client_server":
+            _refuse_clients(process)
 
     def _raylet(self, process: seams.Process) -> None:
         raylet = seams.RayletCommand(process)
@@ -107,6 +110,14 @@ class Launcher:
         if self.wrap:
             raylet.wrap_workers(wrapper, sys.executable)
         raylet.refuse_other_languages(wrapper)
+        policy_file = f"{session.directory}/{_DIRECTORY}/policy"
+        _write(policy_file, node.seal(), 0o600)
+        raylet.wrap_agent(
+            "--runtime_env_agent_command",
+            sys.executable,
+            _beside(env_agent),
+            policy_file,
+        )
         process.command = [
             launch.program_path("node"),
             f"{wrapper}.plan",
@@ -163,6 +174,22 @@ class Launcher:
             process.set_argument("--min_worker_port", str(low))
             process.set_argument("--max_worker_port", str(high))
         return (low, high or 65535) if low else None
+
+
+def _beside(module: ModuleType) -> str:
+    """Return a module's file: it runs whatever the module path of its starter is."""
+    return os.path.abspath(str(module.__file__))
+
+
+def _refuse_clients(process: seams.Process) -> None:
+    """Start what says that Ray Client is off in the place of its server."""
+    host, port = process.argument("--host"), process.argument("--port")
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    program = [sys.executable, "-u", _beside(no_client), address]
+    # It is anybody's to talk to: no token, no key, no policy for it.
+    names = ("PATH", "LANG", "PYTHONPATH", "VIRTUAL_ENV")
+    kept = [f"{name}={os.environ[name]}" for name in names if name in os.environ]
+    process.command, process.env = ["/usr/bin/env", "-i", *kept, *program], {}
 
 
 def _of_proxy(proxy: store_proxy.StoreProxy | None) -> Protection:

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import textwrap
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -40,15 +41,34 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+#: Ray's own `ray start`.
+PLAIN = [sys.executable, "-c", "from ray.scripts.scripts import main\nmain()"]
+
+
 class Node:
     """Start one; `close` ends what was started, and nothing else."""
 
-    def __init__(self, command: list[str] | None = None, **variables: str) -> None:
+    def __init__(
+        self,
+        command: list[str] | None = None,
+        *,
+        policy: str = POLICY,
+        arguments: Sequence[str] = (),
+        **variables: str,
+    ) -> None:
+        """Start it and wait until it serves.
+
+        Args:
+            command: What takes the arguments of ``ray start``; ours unless given.
+            policy: The node's.
+            arguments: More of them; the last one of a name counts.
+            variables: More of its environment.
+        """
         self.temporary = Path(tempfile.mkdtemp(prefix="rsn-", dir="/tmp"))
         # Not in /tmp: who may write there could replace the directory.
         self.site = Path(tempfile.mkdtemp(prefix="rsn-", dir=Path.home()))
-        policy = self.site / "policy.toml"
-        policy.write_text(POLICY)
+        policy_file = self.site / "policy.toml"
+        policy_file.write_text(policy)
         self.token = self.site / "token"
         self.token.write_text("0123456789abcdef" * 4)
         self.token.chmod(0o600)
@@ -64,7 +84,8 @@ class Node:
             "PYTHONPATH": str(ROOT),
         }
         first = 20_000 + os.getpid() % 40 * 256
-        arguments = [
+        command = command or [sys.executable, "-m", "raysandbox"]
+        first_words = [
             "start", "--head", "--block", "--num-cpus=2", f"--port={self.port}",
             "--node-ip-address=127.0.0.1", "--include-dashboard=false",
             f"--temp-dir={self.temporary}/r", f"--min-worker-port={first}",
@@ -73,10 +94,14 @@ class Node:
         ]  # fmt: skip
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
-                [*(command or [sys.executable, "-m", "raysandbox"]), *arguments],
+                [
+                    *(command or [sys.executable, "-m", "raysandbox"]),
+                    *first_words,
+                    *arguments,
+                ],
                 env={
                     **self.environment,
-                    "RAYSANDBOX_POLICY": str(policy),
+                    "RAYSANDBOX_POLICY": str(policy_file),
                     **variables,
                 },
                 stdin=subprocess.DEVNULL,
@@ -104,16 +129,20 @@ class Node:
             f"ray.init(address={self.address!r}, logging_level='ERROR', "
             "log_to_driver=False, **options)\n"
         )
-        done = subprocess.run(
-            [sys.executable, "-c", first + textwrap.dedent(code)],
+        done = self.run(first + textwrap.dedent(code))
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        return done.stdout
+
+    def run(self, code: str) -> subprocess.CompletedProcess[str]:
+        """Run a program with what a driver of this node has in its environment."""
+        return subprocess.run(
+            [sys.executable, "-c", code],
             env=self.environment,
             cwd="/",
             capture_output=True,
             text=True,
-            timeout=100,
+            timeout=110,
         )
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-        return done.stdout
 
     @property
     def session(self) -> Path:
