@@ -25,10 +25,11 @@ from raysandbox import policy as policies
 from raysandbox.errors import ProfileError, SetupError, UnsupportedError
 from raysandbox.kernel import cgroup
 from raysandbox.node import env_agent, no_client, seams, store_proxy, totals, wall
-from raysandbox.plan import Protection, State
+from raysandbox.plan import Protection, State, described
 from raysandbox.policy import TAG_PREFIX
 from raysandbox.probe import probe
 from raysandbox.worker import quota
+from raysandbox.worker.events import EventLog
 
 __all__ = ["Launcher", "current", "install", "uninstall"]
 
@@ -124,6 +125,15 @@ class Launcher:
             *process.command,
         ]
         self.protections = (*compiled.protections, _of_proxy(self.proxy))
+        directory = node.policy.audit.directory
+        log = EventLog(session.log_dir if directory == "session" else directory)
+        log.write(
+            "node_started",
+            node=session.node_id,
+            policy=node.policy.digest,
+            protections=described(self.protections),
+        )
+        log.close()
 
     def _store_proxy(
         self, node: policies.Node, session: wall.Session

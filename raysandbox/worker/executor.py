@@ -276,7 +276,7 @@ class JailExecutor(seams.Executor):
             threads=entered.threads,
             took_s=round(entered.took_s, 4),
             leaves_after_task=self._leaves,
-            protections=_shown(entered.protections),
+            protections=plan.described(entered.protections),
         )
         log.close()
         seams.unseal()
@@ -473,7 +473,7 @@ class JailExecutor(seams.Executor):
             denied=jail.denials,
             denied_count=jail.denied_count,
             **({"ended_by": jail.ended_by} if jail.ended_by else {}),
-            protections=_shown(pool.protections),
+            protections=plan.described(pool.protections),
         )
 
     def _log_directory(self) -> str:
@@ -906,15 +906,6 @@ class JailExecutor(seams.Executor):
             seen=what,
             remedy="use an ordinary function or an actor with ordinary methods",
         )
-
-
-def _shown(protections: Sequence[plan.Protection]) -> dict[str, str]:
-    return {
-        wall.name: wall.state.value
-        if not wall.reason
-        else f"{wall.state.value}: {wall.reason}"
-        for wall in protections
-    }
 
 
 def _boundaries(node: policy.Node | None) -> dict[str, bool]:
