@@ -104,6 +104,8 @@ class JailExecutor(seams.Executor):
         }
         try:
             about["bases"] = groups_of_process().described()
+            if not self._gate.launched:  # behind the node's wall its keeper does it
+                state.sweep(seams.session_log_dir())
             return state.Board(seams.session_log_dir(), about["worker"], about)
         except (OSError, ValueError, RaysandboxError) as error:
             sys.stderr.write(f"raysandbox: ps can't see this worker: {error}\n")

@@ -270,7 +270,8 @@ print(json.dumps([pids, "raysandbox" in sys.modules]))
 
 def test_a_driver_that_never_heard_of_us_keeps_its_workers(node):
     """``RAYSANDBOX=1`` is enough where tasks are submitted; without it a worker of
-    ``boundary = "worker"`` leaves after its task."""
+    ``boundary = "worker"`` leaves after its task.
+    """
     pids, imported = json.loads(node.drive(KEEPS).splitlines()[-1])
     assert len(set(pids)) == 3
     assert not imported
