@@ -129,8 +129,8 @@ class Outcome:
         try:
             # On stock Ray another interpreter has made its call and serves no job.
             values: dict[str, Any] = {
-                **ports, "PACKAGE": package, "TAG": {}, "JOB_S": 15, "STOCK": kind == "stock",
-                "HOST": node.host,
+                **ports, "PACKAGE": package, "TAG": {}, "JOB_S": 15,
+                "STOCK": kind == "stock", "HOST": node.host,
             }  # fmt: skip
             if kind == "ours":
                 values |= {"TAG": {"sandbox:standard": 1}, "JOB_S": 40}

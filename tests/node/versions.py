@@ -60,7 +60,8 @@ def attempt(version: str) -> dict[str, Any]:
     Raises:
         CalledProcessError: It can't be installed.
     """
-    where = tempfile.mkdtemp(prefix="rsv-", dir="/tmp")
+    # Not in /tmp: workers have one of their own.
+    where = tempfile.mkdtemp(prefix="rsv-", dir=Path.home())
     try:
         subprocess.run([sys.executable, "-m", "venv", where], check=True)
         python = f"{where}/bin/python"
