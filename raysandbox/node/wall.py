@@ -46,7 +46,15 @@ from raysandbox.probe import Host
 from raysandbox.profile import Profile
 from raysandbox.worker.gate import SEALED
 
-__all__ = ["HOOK", "SECRETS", "USER_PATH", "Session", "Wall", "compile"]
+__all__ = [
+    "HOOK",
+    "SECRETS",
+    "TLS_FILES",
+    "USER_PATH",
+    "Session",
+    "Wall",
+    "compile",
+]
 
 #: What Ray runs in a worker before its first task.
 HOOK = "raysandbox.worker_hook"
@@ -76,6 +84,10 @@ _FILES = (
     "RAY_TLS_SERVER_KEY",
     "RAY_TLS_CA_CERT",
 )
+
+
+#: Of those, what Ray reads again for each new connection. The token it reads once.
+TLS_FILES = tuple(f"{SECRETS}/{name.lower()}" for name in _FILES if "_TLS_" in name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -47,6 +47,16 @@ __all__ = ["JailExecutor"]
 # A zygote costs memory: those of the profiles used last stay.
 _MOST_POOLS = 2
 _ERROR_PARTS = 6
+_ORDINARY = "use an ordinary function or an actor with ordinary methods"
+# Ray's Jobs API runs an entrypoint as the child of an actor, in a worker.
+_JOB = "JobSupervisor.__init__"
+_ENTRYPOINT = (
+    "an entrypoint of the Jobs API, whose driver would have all that the worker has"
+)
+_NO_JOBS = (
+    "start the driver yourself, with ray.init(address=...) on a machine of the "
+    "cluster: sandboxes run tasks and actors, and no drivers"
+)
 
 
 class JailExecutor(seams.Executor):
@@ -172,6 +182,8 @@ class JailExecutor(seams.Executor):
         core = self._worker.core_worker
         self._begin_jail(profile)
         if core.current_actor_is_asyncio():
+            if name == _JOB:
+                raise self._unsupported(profile, name, _ENTRYPOINT, _NO_JOBS)
             raise self._unsupported(profile, name, "an actor with async methods")
         if core.current_actor_max_concurrency() > 1:
             raise self._unsupported(profile, name, "an actor with max_concurrency > 1")
@@ -899,14 +911,14 @@ class JailExecutor(seams.Executor):
         )
 
     def _unsupported(
-        self, profile: profiles.Profile, task: str, what: str
+        self, profile: profiles.Profile, task: str, what: str, remedy: str = _ORDINARY
     ) -> TaskUnsupported:
         return TaskUnsupported(
             task=task,
             profile=profile.name,
             limit=f'boundary = "{profile.boundary}"',
             seen=what,
-            remedy="use an ordinary function or an actor with ordinary methods",
+            remedy=remedy,
         )
 
 

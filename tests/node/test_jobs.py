@@ -8,23 +8,30 @@ from __future__ import annotations
 
 import json
 import tarfile
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from raysandbox.node.no_client import REASON
 from tests.node.home import CALL, SAFE, Home
 from tests.node.nodes import PLAIN, Node, free_port
 
 pytestmark = [pytest.mark.ray, pytest.mark.root]
 
 ATTACKS = """
-import json
+import json, threading
 from ray.job_submission import JobSubmissionClient
 
 found = {}
 
+started = []
+
 def attempt(name, start):
+    # All at once: each waits for processes of its own.
+    started.append(threading.Thread(target=run, args=(name, start)))
+    started[-1].start()
+
+def run(name, start):
     try:
         found[name] = start()
     except BaseException as error:
@@ -39,7 +46,7 @@ def shell(name):
 def job(name, **options):
     def start():
         made = client.submit_job(entrypoint=f"bash -c '{shell(name)}'", **options)
-        until = time.monotonic() + 45
+        until = time.monotonic() + JOB_S
         while not (status := client.get_job_status(made)).is_terminal():
             if time.monotonic() > until:
                 client.stop_job(made)
@@ -50,19 +57,24 @@ def job(name, **options):
     return start
 
 def task(**options):
-    return lambda: ray.get(ray.remote(os.getpid).options(**options).remote(), timeout=60)
+    made = ray.remote(lambda: os.getpid()).options(**options)
+    return lambda: ray.get(made.remote(), timeout=60)
 
 pip = {"packages": [PACKAGE],
        "pip_install_options": ["--no-index", "--no-deps", "--no-build-isolation"]}
 attempt("entrypoint", job("entrypoint"))
 attempt("entrypoint_tagged", job("entrypoint_tagged", entrypoint_resources=TAG))
 attempt("job_variables", job("job_variables", runtime_env={"env_vars": {
-    "LD_PRELOAD": "/nonexistent/evil.so", "RAY_AUTH_MODE": "disabled"}}))
+    "LD_PRELOAD": "/nonexistent/evil.so", "PYTHONPATH": "/tmp"}}))
 attempt("job_pip", job("job_pip", runtime_env={"pip": pip}))
 attempt("job_py_executable", job("job_py_executable", runtime_env={
     "py_executable": "bash -c '" + shell("job_py_executable") + "' "}))
-attempt("task_pip", task(runtime_env={"pip": pip}))
-attempt("task_uv", task(runtime_env={"uv": {"packages": [PACKAGE]}}))
+if not STOCK:
+    # There a job's is enough.
+    attempt("task_pip", task(runtime_env={"pip": pip}))
+    attempt("task_uv", task(runtime_env={"uv": {"packages": [PACKAGE]}}))
+for each in started:
+    each.join()
 print(json.dumps(found))
 """
 CLIENT = """
@@ -71,7 +83,7 @@ class Evil:
         return (safe_call, ("client",))
 
 evil = Evil()
-ray.init(f"ray://127.0.0.1:{CLIENT}")
+ray.init(f"ray://{HOST}:{CLIENT}")
 try:
     print(ray.get(ray.remote(lambda: evil and 7).remote(), timeout=30))
 except ray.exceptions.RayError as error:
@@ -115,34 +127,74 @@ class Outcome:
         )
         before = len(home.heard)
         try:
-            values: dict[str, Any] = {**ports, "PACKAGE": package, "TAG": {}}
+            # On stock Ray another interpreter has made its call and serves no job.
+            values: dict[str, Any] = {
+                **ports, "PACKAGE": package, "TAG": {}, "JOB_S": 15,
+                "STOCK": kind == "stock", "HOST": node.host,
+            }  # fmt: skip
             if kind == "ours":
-                values["TAG"] = {"sandbox:standard": 1}
+                values |= {"TAG": {"sandbox:standard": 1}, "JOB_S": 40}
             names = "".join(f"{name} = {value!r}\n" for name, value in values.items())
             self.found = json.loads(node.drive(names + ATTACKS).splitlines()[-1])
             code = (CALL + SAFE).format(port=home.port)
             self.client = node.run(f"import ray\n{names}{code}{CLIENT}")
             self.heard = {word.split()[0] for word in home.heard[before:]}
             self.words = home.heard[before:]
-            self.processes = node.processes()
         finally:
             node.close()
 
 
 @pytest.fixture(scope="module")
-def stock(home: Home, package: str) -> Iterator[Outcome]:
+def stock(home: Home, package: str) -> Outcome:
     """Stock Ray."""
-    yield Outcome(home, package, "stock")
+    return Outcome(home, package, "stock")
 
 
 @pytest.fixture(scope="module")
-def ours(home: Home, package: str, stock: Outcome) -> Iterator[Outcome]:
+def ours(home: Home, package: str, stock: Outcome) -> Outcome:
     """A node of ours, after the control."""
-    yield Outcome(home, package, "ours")
+    return Outcome(home, package, "ours")
 
 
-def test_x(stock, ours):
-    for each in (stock, ours):
-        print(json.dumps(each.found, indent=1))
-        print(each.heard, each.words, each.client)
-    raise AssertionError
+JOBS = ["entrypoint", "entrypoint_tagged", "job_variables"]
+REFUSED = {
+    "job_pip": "pip",
+    "job_py_executable": "py_executable",
+    "task_pip": "pip",
+    "task_uv": "uv",
+}
+
+
+def test_control_all_of_it_works_on_stock_ray(stock):
+    """Entrypoints as root, with the token; setup.py, an interpreter, a client."""
+    assert stock.heard == {*JOBS, "job_py_executable", "setup.py", "client"}
+    assert any("0 0123456789abcdef" in word for word in stock.words)
+
+
+def test_nothing_of_it_runs_outside_of_a_jail(ours):
+    """No entrypoint, no installer, no interpreter, no client's pickle is executed."""
+    assert ours.heard == set()
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_an_entrypoint_is_refused_in_words(ours, name):
+    """The job fails at once; its status names the Jobs API and what to do instead."""
+    status, message, _ = ours.found[name]
+    assert status == "FAILED"
+    assert "an entrypoint of the Jobs API" in message
+    assert "start the driver yourself, with ray.init" in message
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_what_the_agent_would_run_is_refused_before_it_does(ours, name):
+    """The error names the runtime_env's key and the policy's that would allow it."""
+    found, key = ours.found[name], REFUSED[name]
+    said = found if isinstance(found, str) else found[1]
+    assert f"runtime_env key '{key}': refused by this node's policy" in said
+    assert f'runtime_env.{key} = "allow"' in said
+
+
+def test_ray_client_is_refused_in_words(ours):
+    """At once, and not as a timeout; nothing that the client sent was opened."""
+    assert ours.client.returncode != 0
+    assert REASON in ours.client.stderr

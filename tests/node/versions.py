@@ -10,12 +10,14 @@ Needs an index of Python packages, root, and about a minute and 700 MB for each.
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 from typing import Any
 
 from tests.node.nodes import ROOT
@@ -48,10 +50,8 @@ def _requirements() -> list[str]:
     wheels = sorted((ROOT.parent / "wheel").glob("raysandbox-*.whl"))
     if not (ROOT / "raysandbox").exists():
         return [str(wheels[-1])]
-    import tomli
-
-    project = tomli.loads((ROOT / "pyproject.toml").read_text())["project"]
-    return [each for each in project["dependencies"] if not each.startswith("ray")]
+    needed = importlib.metadata.requires("raysandbox") or []
+    return [e for e in needed if not e.startswith("ray>") and "extra ==" not in e]
 
 
 def attempt(version: str) -> dict[str, Any]:
@@ -60,7 +60,8 @@ def attempt(version: str) -> dict[str, Any]:
     Raises:
         CalledProcessError: It can't be installed.
     """
-    where = tempfile.mkdtemp(prefix="rsv-", dir="/tmp")
+    # Not in /tmp: workers have one of their own.
+    where = tempfile.mkdtemp(prefix="rsv-", dir=Path.home())
     try:
         subprocess.run([sys.executable, "-m", "venv", where], check=True)
         python = f"{where}/bin/python"
@@ -77,6 +78,15 @@ def attempt(version: str) -> dict[str, Any]:
         return found
     finally:
         shutil.rmtree(where, ignore_errors=True)
+
+
+def _last_words(logs: Path) -> str:
+    """Return the ends of the logs of raylet and workers."""
+    return "".join(
+        f"\n{path.name}: {path.read_text(errors='replace')[-1500:]}"
+        for pattern in ("raylet.err", "raylet.out", "worker-*", "python-core-worker-*")
+        for path in logs.glob(pattern)
+    )
 
 
 def here() -> dict[str, Any]:
@@ -103,7 +113,7 @@ def here() -> dict[str, Any]:
         out = node.drive(TASK).splitlines()[-1]
         found["tasks"] = "ok" if out == EXPECTED else out
     except Exception as error:
-        found["tasks"] = str(error)[-1500:]
+        found["tasks"] = str(error)[-1500:] + _last_words(node.session / "logs")
     finally:
         node.close()
     return found
