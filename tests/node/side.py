@@ -3,8 +3,8 @@
     python -m tests.node.side stock|proxy [OPTIONS AS JSON]
 
 Reads one JSON list a line (a function's name here and its arguments) and answers
-with one JSON value a line, to the descriptor in the options. With the proxy each worker runs in a mount namespace in
-which the proxy's sockets lie over the real ones.
+with one JSON value a line, to the descriptor in the options. With the proxy each
+worker runs in a mount namespace in which the proxy's sockets lie over the real ones.
 """
 
 from __future__ import annotations

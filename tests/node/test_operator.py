@@ -51,6 +51,8 @@ max_job = "60MiB"
 [audit]
 directory = "AUDIT"
 """
+
+
 @pytest.fixture(scope="module")
 def audit() -> Iterator[Path]:
     """The operator's directory for events."""
@@ -166,7 +168,8 @@ for name in ("ps", "metrics"):
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found[name] = done.stdout
-found["text"] = subprocess.run(words[:-1] + ["ps"], capture_output=True, text=True).stdout
+words[-1:] = ["ps"]
+found["text"] = subprocess.run(words, capture_output=True, text=True).stdout
 found["job"] = ray.get_runtime_context().get_job_id()
 print(json.dumps(found))
 """
@@ -201,9 +204,7 @@ def test_a_jobs_share_of_the_store_is_seen(node, full):
     workers = [r for r in rows if r["kind"] == "worker" and r["stored_bytes"]]
     assert [r["refused"] >= 2 for r in workers] == [True]
     labels = f'job="{full["job"]}",node="{job["node"]}"'
-    page = full["metrics"].replace(
-        f'node="{job["node"]}",job="{full["job"]}"', labels
-    )
+    page = full["metrics"].replace(f'node="{job["node"]}",job="{full["job"]}"', labels)
     assert f"raysandbox_job_store_limit_bytes{{{labels}}} 6.291456e+07" in page
     (refusals,) = [
         line
@@ -269,8 +270,9 @@ print(json.dumps([pids, "raysandbox" in sys.modules]))
 
 
 def test_a_driver_that_never_heard_of_us_keeps_its_workers(node):
-    """``RAYSANDBOX=1`` is enough where tasks are submitted; without it a worker of
-    ``boundary = "worker"`` leaves after its task.
+    """``RAYSANDBOX=1`` is enough where tasks are submitted.
+
+    Without it a worker of ``boundary = "worker"`` leaves after its task.
     """
     pids, imported = json.loads(node.drive(KEEPS).splitlines()[-1])
     assert len(set(pids)) == 3
