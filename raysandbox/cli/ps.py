@@ -259,7 +259,7 @@ def events(
         list[str] | None,
         typer.Option(
             help="Kind: jail_ended, task_refused, quota_refused, worker_entered, "
-            "worker_ended, node_started; repeatable."
+            "worker_ended, node_started, link_ended, link_refused; repeatable."
         ),
     ] = None,
     profile: Annotated[

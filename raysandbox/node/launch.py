@@ -125,8 +125,7 @@ class Launcher:
             *process.command,
         ]
         self.protections = (*compiled.protections, _of_proxy(self.proxy))
-        directory = node.policy.audit.directory
-        log = EventLog(session.log_dir if directory == "session" else directory)
+        log = EventLog(_log_directory(node, session))
         log.write(
             "node_started",
             node=session.node_id,
@@ -158,7 +157,8 @@ class Launcher:
                 job_bytes=of_node.max_job_bytes,
                 job_objects=of_node.max_job_objects,
             ),
-            events=f"{session.log_dir}/raysandbox_store.jsonl",
+            events=f"{_log_directory(node, session)}/raysandbox_store-"
+            f"{session.node_id[:8]}.jsonl",
         )
         return self.proxy
 
@@ -200,6 +200,12 @@ def _refuse_clients(process: seams.Process) -> None:
     names = ("PATH", "LANG", "PYTHONPATH", "VIRTUAL_ENV")
     kept = [f"{name}={os.environ[name]}" for name in names if name in os.environ]
     process.command, process.env = ["/usr/bin/env", "-i", *kept, *program], {}
+
+
+def _log_directory(node: policies.Node, session: wall.Session) -> str:
+    """Return where events go."""
+    directory = node.policy.audit.directory
+    return session.log_dir if directory == "session" else directory
 
 
 def _of_proxy(proxy: store_proxy.StoreProxy | None) -> Protection:

@@ -1,7 +1,8 @@
 """The event logs of this machine's nodes: read, filter, follow.
 
 Each worker writes lines of JSON into ``raysandbox_events*.jsonl``, in the
-session's log directory or where the policy says. A worker of
+session's log directory or where the policy says; the proxy in front of the object
+store writes ``raysandbox_store*.jsonl`` there. A worker of
 ``boundary = "worker"`` runs its users' code and may write any bytes there: a
 line that is no event is counted, not shown, and whatever is printed is escaped.
 """
@@ -18,7 +19,7 @@ from typing import Any
 
 __all__ = ["Filter", "Reader", "summary"]
 
-_PREFIX, _SUFFIX = "raysandbox_events", ".jsonl"
+_PREFIXES, _SUFFIX = ("raysandbox_events", "raysandbox_store"), ".jsonl"
 _MOST_LINE = 1 << 20
 _CHUNK = 1 << 20
 _HEAD = 64
@@ -76,7 +77,8 @@ def _any(patterns: Sequence[str], values: Sequence[str]) -> bool:
 
 def _is_denied(event: dict[str, Any]) -> bool:
     return (
-        event["event"] in ("task_refused", "quota_refused")
+        event["event"]
+        in ("task_refused", "quota_refused", "link_ended", "link_refused")
         or bool(event.get("denied_count"))
         or str(event.get("outcome", "")) in ("TaskDenied", "TaskQuotaExceeded")
     )
@@ -140,7 +142,7 @@ class Reader:
             paths += [
                 os.path.join(directory, name)
                 for name in sorted(names)
-                if name.startswith(_PREFIX) and name.endswith(_SUFFIX)
+                if name.startswith(_PREFIXES) and name.endswith(_SUFFIX)
             ]
         return paths
 
@@ -210,6 +212,10 @@ def summary(event: dict[str, Any]) -> str:
     for key in ("reason", "limit"):
         if event.get(key):
             parts.append(str(event[key]))
+    for key in ("job_bytes", "job_objects"):
+        value = event.get(key)
+        if isinstance(value, list) and len(value) == 2:
+            parts.append(f"{key} {value[0]} of {value[1]}")
     if event.get("ended_by"):
         parts.append(f"ended by {event['ended_by']}")
     for key, name, scale in (

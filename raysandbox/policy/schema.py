@@ -528,7 +528,10 @@ class Audit(Section):
     directory: Annotated[
         str,
         Field(
-            description='An absolute directory, or "session" for Ray\'s session logs.'
+            description='An absolute directory, or "session" for Ray\'s session logs. '
+            "Each worker has a file of its own there, of at most 16 MiB. Of workers "
+            "that are gone the session's logs keep the newest 512 and 64 MiB; from a "
+            "directory of the operator's nothing is removed."
         ),
     ] = "session"
 

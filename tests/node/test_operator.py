@@ -73,7 +73,7 @@ def read_events(directory: Path) -> list[dict[str, Any]]:
     """Return every event in a directory."""
     return [
         json.loads(line)
-        for path in directory.glob("raysandbox_events*.jsonl")
+        for path in directory.glob("raysandbox_*.jsonl")
         for line in path.read_text().splitlines()
     ]
 
@@ -181,13 +181,16 @@ def full(node: Node) -> dict[str, Any]:
     return json.loads(node.drive(FULL).splitlines()[-1])  # type: ignore[no-any-return]
 
 
-def test_a_full_quota_is_named_in_the_tasks_error(full):
+def test_a_full_quota_is_named_in_the_tasks_error(full, audit):
     """Ray's own error, with what is full, how full, and the key that says so."""
     count, name, text = full["put"]
     assert (count, name) == (5, "ObjectStoreFullError")
     assert "hint: a quota is full, not the node's memory" in text
     assert f"job {full['job']} has " in text
     assert f"of {60 << 20} bytes (object_store.max_job of the node's policy)" in text
+    refusals = command("events", "--directory", str(audit), "--event", "quota_refused")
+    assert full["job"] in refusals
+    assert f"of {60 << 20}" in refusals
     name, text = full["result"]
     assert "ObjectStoreFullError" in text
     assert "object_store.max_job of the node's policy" in text
