@@ -68,6 +68,7 @@ class Launcher:
         self.load, self.use_totals, self.ports = load, use_totals, ports
         self.wrapper, self.wrap = wrapper, wrap
         self.protections: tuple[Protection, ...] = ()
+        self._of_totals: tuple[Protection, ...] = ()
         self.proxy: store_proxy.StoreProxy | None = None
 
     def __call__(self, process: seams.Process) -> None:
@@ -124,7 +125,11 @@ class Launcher:
             f"{wrapper}.plan",
             *process.command,
         ]
-        self.protections = (*compiled.protections, _of_proxy(self.proxy))
+        self.protections = (
+            *compiled.protections,
+            *self._of_totals,
+            _of_proxy(self.proxy),
+        )
         log = EventLog(_log_directory(node, session))
         log.write(
             "node_started",
@@ -170,6 +175,10 @@ class Launcher:
             return cgroup.discover()
         group = totals.enforce(policy.totals)
         process.env.update(group.variables())
+        self._of_totals = tuple(
+            Protection(f"totals.{name}", State(status.state.lower()), status.reason)
+            for name, status in group.group.report.items()
+        )
         return cgroup.discover(group.variables())
 
     def _bind_ports(self, process: seams.Process) -> tuple[int, int] | None:

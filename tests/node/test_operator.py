@@ -115,6 +115,8 @@ def test_untagged_tasks_run_in_the_worker_where_the_policy_says_so(node, audit):
         said = started["protections"]["worker's control group"]
         assert said.startswith("degraded: worker.cpu: ")
         assert "and that holds" in said
+    for limit in ("cpu_cores", "memory_bytes", "pids"):
+        assert started["protections"][f"totals.{limit}"] == "enforced"
     assert "connecting to any port" in started["protections"]["ports and signals"]
 
 
