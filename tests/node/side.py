@@ -127,8 +127,13 @@ def call(name: str, *arguments: Any) -> Any:
         return type(error).__name__
 
 
-def slowest_put_during(name: str, *arguments: Any) -> float:
-    """Run a function of `hostile`; return what a put and get of ours took at most."""
+def slowest_put_during(name: str, *arguments: Any) -> list[float]:
+    """Run a function of `hostile`.
+
+    Returns:
+        What a put and get of ours took at most meanwhile, in seconds, and how many
+        objects the proxy counted for the worker.
+    """
 
     def run() -> Any:
         if path:
@@ -136,12 +141,13 @@ def slowest_put_during(name: str, *arguments: Any) -> float:
         return getattr(hostile, name)(*arguments)
 
     path = _proxies[0].bind_socket if _proxies else ""
-    running, slowest = ray.remote(max_retries=0)(run).remote(), 0.0
+    running, slowest, most = ray.remote(max_retries=0)(run).remote(), 0.0, 0
     while not ray.wait([running], timeout=0.05)[0]:
         begun = time.monotonic()
         ray.get(ray.put(np.ones(1 << 17)))
         slowest = max(slowest, time.monotonic() - begun)
-    return slowest
+        most = max([most, *(each["objects"] for each in stats()["workers"])])
+    return [slowest, most]
 
 
 _kept: list[Any] = []
