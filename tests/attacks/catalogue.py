@@ -451,6 +451,8 @@ _ROWS: tuple[tuple[object, ...], ...] = (
      "A pathname socket is hidden by absence alone."),
     ("network.pathname_socket_in_readonly", "same", "EPERM", FILTER,
      "A socket in a read-only bind is not reached, though the mount allows it."),
+    ("network.datagram_of_a_pair_to_socket_in_readonly", "same", "EPERM", FILTER,
+     "No pair of datagram sockets: each end can send to any name."),
     ("network.descriptors_by_socket_in_readonly", "same", "EPERM", FILTER,
      "No descriptor comes in over such a socket."),
     ("network.descriptors_by_abstract_socket", "same", "EPERM", FILTER,

@@ -238,6 +238,7 @@ class World:
         servers.listen(unix, stream, f"{self.root}/socket")
         servers.listen(unix, stream, f"{self.readonly}/socket")
         servers.listen(unix, stream, f"{self.readonly}/socket-fds", give)
+        servers.listen(unix, datagram, f"{self.readonly}/socket-datagram")
         servers.listen(unix, stream, f"{self.root}/ray/session_latest/sockets/raylet")
         service = f"{self.root}/docker.sock"
         if os.access("/run", os.W_OK):

@@ -255,6 +255,14 @@ def pathname_socket_in_readonly(context: Context) -> object:
 
 
 @probe
+def datagram_of_a_pair_to_socket_in_readonly(context: Context) -> object:
+    """One end of a pair needs no connect(2) to send to whom it likes."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with ours, theirs:
+        return ours.sendto(b"x", context["readonly"] + "/socket-datagram")
+
+
+@probe
 def descriptors_by_socket_in_readonly(context: Context) -> object:
     """SCM_RIGHTS: a helper outside hands in a descriptor of a host file."""
     with socket.socket(socket.AF_UNIX) as client:
