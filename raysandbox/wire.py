@@ -8,7 +8,9 @@
 
 A body of up to :data:`INLINE_BYTES` follows the header in the same packet; a
 larger one is a sealed memfd that travels beside it, so that each side copies
-the data once at most and the receiver maps it read-only.
+the data once at most and the receiver maps it read-only. A worker's may be one
+that it keeps and fills again later (``worker/buffers.py``): longer than the
+body, and sealed against everybody but the worker. No worker takes such a one.
 
 Whatever comes from a jail is hostile: every number is checked against what the
 receiver allows before anything is allocated or mapped, and anything that is
@@ -23,6 +25,7 @@ import mmap
 import os
 import socket
 import struct
+from collections.abc import Callable
 
 __all__ = ["CALL", "ERROR", "INLINE_BYTES", "RESULT", "Frame", "WireError"]
 __all__ += ["receive", "send"]
@@ -33,14 +36,20 @@ INLINE_BYTES = 64 << 10
 ALIGN = 64
 _HEADER = struct.Struct("<4sBBHIIQ")
 _MAGIC = b"RSB1"
-_IN_MEMFD = 1
+_IN_MEMFD, _IN_KEPT = 1, 2
 _MAX_FDS = 4
 
 _F_ADD_SEALS, _F_GET_SEALS = 1033, 1034
 # Against further seals, shrinking, growing and writing.
 _SEALED = 1 | 2 | 4 | 8
+# The same, but for a writable mapping that its sender has from before.
+_KEPT = 1 | 2 | 4 | 16
 # os.pwrite moves at most this much at once (MAX_RW_COUNT of the kernel).
 _CHUNK = 1 << 30
+
+
+#: Returns a descriptor of a file with these pieces up to this end, or -1.
+Lend = Callable[[list[tuple[int, memoryview]], int], int]
 
 
 class WireError(Exception):
@@ -84,8 +93,17 @@ def send(
     kind: int,
     call: int,
     parts: list[bytes] | list[memoryview] | list[bytes | memoryview],
+    lend: Lend | None = None,
 ) -> int:
     """Send a frame; return the size of its body in bytes.
+
+    Args:
+        sock: The call socket.
+        kind: One of :data:`CALL`, :data:`RESULT`, :data:`ERROR`.
+        call: Number of the call that it belongs to.
+        parts: Of the frame.
+        lend: Where a worker has memory files from; the other side must take
+            what is kept (`receive`).
 
     Raises:
         OSError: The other side is gone, or no memory is left for the memfd.
@@ -105,14 +123,13 @@ def send(
         header = _HEADER.pack(_MAGIC, kind, 0, 0, call, len(views), end)
         sock.sendmsg([header, body])
         return end
-    fd = os.memfd_create("raysandbox", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    pieces = [(0, memoryview(table)), *zip(offsets, views)]
+    fd = lend(pieces, end) if lend is not None else -1
+    flags = _IN_KEPT if fd >= 0 else _IN_MEMFD
+    if fd < 0:
+        fd = _new_memfd(pieces, end)
     try:
-        os.ftruncate(fd, end)
-        os.pwrite(fd, table, 0)
-        for start, view in zip(offsets, views):
-            _write(fd, view, start)
-        fcntl.fcntl(fd, _F_ADD_SEALS, _SEALED)
-        header = _HEADER.pack(_MAGIC, kind, _IN_MEMFD, 0, call, len(views), end)
+        header = _HEADER.pack(_MAGIC, kind, flags, 0, call, len(views), end)
         rights = array.array("i", [fd])
         sock.sendmsg([header], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
     finally:
@@ -120,14 +137,33 @@ def send(
     return end
 
 
-def _write(fd: int, view: memoryview, offset: int) -> None:
+def _new_memfd(pieces: list[tuple[int, memoryview]], end: int) -> int:
+    fd = os.memfd_create("raysandbox", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, end)
+        for start, view in pieces:
+            write(fd, view, start)
+        fcntl.fcntl(fd, _F_ADD_SEALS, _SEALED)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def write(fd: int, view: memoryview, offset: int) -> None:
+    """Write all of it."""
     done = 0
     while done < view.nbytes:
         done += os.pwrite(fd, view[done : done + _CHUNK], offset + done)
 
 
 def receive(
-    sock: socket.socket, *, limit_bytes: int, max_parts: int, flags: int = 0
+    sock: socket.socket,
+    *,
+    limit_bytes: int,
+    max_parts: int,
+    flags: int = 0,
+    takes_kept: bool = False,
 ) -> Frame | None:
     """Receive a frame; None when the other side has closed.
 
@@ -136,6 +172,8 @@ def receive(
         limit_bytes: Largest body allowed.
         max_parts: Most parts allowed.
         flags: For recvmsg (``MSG_DONTWAIT``).
+        takes_kept: For a jail alone: take a file that its sender can still
+            change, as it does once nobody else has it.
 
     Raises:
         WireError: See the class.
@@ -159,13 +197,19 @@ def receive(
             return None
         if got & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
             raise WireError("a packet that is larger than any frame's")
-        return _parse(packet, fds, limit_bytes, max_parts)
+        return _parse(packet, fds, limit_bytes, max_parts, takes_kept)
     finally:
         for fd in fds:
             os.close(fd)
 
 
-def _parse(packet: bytes, fds: list[int], limit_bytes: int, max_parts: int) -> Frame:
+def _parse(
+    packet: bytes,
+    fds: list[int],
+    limit_bytes: int,
+    max_parts: int,
+    takes_kept: bool,
+) -> Frame:
     if len(packet) < _HEADER.size:
         raise WireError("a packet that is shorter than a header")
     magic, kind, flags, zero, call, count, length = _HEADER.unpack_from(packet)
@@ -185,16 +229,16 @@ def _parse(packet: bytes, fds: list[int], limit_bytes: int, max_parts: int) -> F
         if len(packet) - _HEADER.size != length:
             raise WireError("a body that is not as long as announced")
         body = memoryview(packet)[_HEADER.size :]
-    elif flags == _IN_MEMFD:
+    elif flags == _IN_MEMFD or (flags == _IN_KEPT and takes_kept):
         if len(fds) != 1 or len(packet) != _HEADER.size:
             raise WireError("not exactly one descriptor beside the header")
-        body = _map(fds[0], length)
+        body = _map(fds[0], length, kept=flags == _IN_KEPT)
     else:
         raise WireError("unknown flags")
     return Frame(kind, call, _split(body, count), length)
 
 
-def _map(fd: int, length: int) -> memoryview:
+def _map(fd: int, length: int, *, kept: bool) -> memoryview:
     """Map a sealed memfd; a file that could still change is refused.
 
     Without the seal against shrinking, the sender could truncate it under us,
@@ -204,9 +248,11 @@ def _map(fd: int, length: int) -> memoryview:
         seals = fcntl.fcntl(fd, _F_GET_SEALS)
     except OSError as error:
         raise WireError("a descriptor that is no memfd") from error
-    if seals & _SEALED != _SEALED:
+    needed = _KEPT if kept else _SEALED
+    if seals & needed != needed:
         raise WireError("a memfd that is not sealed")
-    if length == 0 or os.fstat(fd).st_size != length:
+    size = os.fstat(fd).st_size
+    if length == 0 or (size < length if kept else size != length):
         raise WireError("a memfd that is not as long as announced")
     flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
     return memoryview(mmap.mmap(fd, length, flags, mmap.PROT_READ))

@@ -83,7 +83,10 @@ def run(sock: socket.socket) -> None:
     try:
         while True:
             frame = wire.receive(
-                sock, limit_bytes=_MAX_CALL_BYTES, max_parts=_MAX_CALL_PARTS
+                sock,
+                limit_bytes=_MAX_CALL_BYTES,
+                max_parts=_MAX_CALL_PARTS,
+                takes_kept=True,
             )
             if frame is None:
                 break

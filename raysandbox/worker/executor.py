@@ -36,6 +36,7 @@ from raysandbox.node import store_proxy
 from raysandbox.observe import state
 from raysandbox.sealed import SealedError
 from raysandbox.worker import hints, inside, quota, seams, store
+from raysandbox.worker.buffers import Buffers
 from raysandbox.worker.events import EventLog
 from raysandbox.worker.figures import Figures
 from raysandbox.worker.gate import Gate
@@ -62,6 +63,7 @@ class JailExecutor(seams.Executor):
         self._worker: Any = seams.global_worker()
         self._resources_root = os.path.realpath(seams.runtime_resources()) + "/"
         self._pools: dict[str, Pool] = {}
+        self._buffers = Buffers()
         self._resource_paths: dict[str, bool] = {}
         self._runtime_env: tuple[str, dict[str, str]] = ("", {})
         self._setup: dict[str, str] = {}
@@ -120,6 +122,7 @@ class JailExecutor(seams.Executor):
         with self._lock:
             self._settle()
             self._bind()
+            self._buffers.serve(self._job())
             name = str(self._worker.current_task_name)
             profile = self._profile(name)
             self._begin_jail(profile)
@@ -141,6 +144,7 @@ class JailExecutor(seams.Executor):
         with self._lock:
             self._settle()
             self._bind()
+            self._buffers.serve(self._job())
             name = f"{info.name}.{method}"
             if method == "__init__":
                 return self._new_actor(info, name, args, kwargs)
@@ -365,7 +369,9 @@ class JailExecutor(seams.Executor):
         if pool is None:
             while len(self._pools) >= _MOST_POOLS:
                 self._retire(next(iter(self._pools)))
-            pool = Pool(profile, self._environment(), self._pump, self._record)
+            pool = Pool(
+                profile, self._environment(), self._pump, self._record, self._buffers
+            )
         self._pools[profile.name] = pool  # the one used last comes last
         return pool
 
@@ -444,6 +450,7 @@ class JailExecutor(seams.Executor):
             try:
                 for pool in self._pools.values():
                     pool.look()
+                self._buffers.trim()
             finally:
                 self._lock.release()
 

@@ -39,6 +39,7 @@ from raysandbox.observe import state
 from raysandbox.probe import probe
 from raysandbox.profile import Profile
 from raysandbox.run import cgroup_limits, limit_protections
+from raysandbox.worker.buffers import Buffers
 from raysandbox.worker.output import Output, Pump
 
 __all__ = ["Environment", "Jail", "Pool", "groups_of_process"]
@@ -163,12 +164,14 @@ class Pool:
         environment: Environment,
         pump: Pump,
         on_end: Callable[[Jail, Pool, cgroup.Usage], None],
+        buffers: Buffers,
     ) -> None:
         self.profile, self.environment = profile, environment
         self.protections: tuple[plan.Protection, ...] = ()
         #: Name and state of each of them.
         self.walls: tuple[tuple[str, str], ...] = ()
         self._pump, self._on_end = pump, on_end
+        self._buffers = buffers
         self._launched: launch.Launched | None = None
         self._socket: socket.socket | None = None
         self._groups: cgroup.Cgroups | None = None
@@ -294,6 +297,7 @@ class Pool:
         for jail in list(self._jails.values()):
             jail.status = signal.SIGKILL
             self._forget(jail, "lost")
+            self._buffers.is_lost(jail)
         try:
             if launched is not None:
                 launched.kill()
@@ -322,6 +326,7 @@ class Pool:
                 for jail in list(self._jails.values()):
                     jail.status = signal.SIGKILL
                     self._forget(jail, "stopped")
+                    self._buffers.is_lost(jail)
                 self._strip_all()
 
     def _strip_all(self) -> None:
@@ -490,6 +495,8 @@ class Pool:
             if self._spare is jail:
                 self._spare = None
             self._forget(jail, "")
+            # Its pid namespace is gone, and its pipes have been read.
+            self._buffers.is_gone(jail)
 
     def _forget(self, jail: Jail, outcome: str) -> None:
         """Free all that a jail that has ended held."""
@@ -542,7 +549,8 @@ class Pool:
         jail.calls += 1
         number = jail.calls & 0xFFFFFFFF
         try:
-            wire.send(jail.call, wire.CALL, number, list(parts))
+            lend = functools.partial(self._buffers.lend, jail)
+            wire.send(jail.call, wire.CALL, number, list(parts), lend)
         except OSError as error:
             raise self._post_mortem(jail, task, f"before the call: {error}") from None
         if then is not None:
