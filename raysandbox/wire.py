@@ -8,9 +8,12 @@
 
 A body of up to :data:`INLINE_BYTES` follows the header in the same packet; a
 larger one is a sealed memfd that travels beside it, so that each side copies
-the data once at most and the receiver maps it read-only. A worker's may be one
-that it keeps and fills again later (``worker/buffers.py``): longer than the
-body, and sealed against everybody but the worker. No worker takes such a one.
+the data once at most and the receiver maps it read-only.
+
+A worker's memfd may be one that it keeps and fills again (``worker/buffers.py``):
+longer than the body, and sealed against everybody but the worker. It may come
+ahead, in a packet of its own, so that the jail maps it while the worker fills
+it. No worker takes any of that from a jail.
 
 Whatever comes from a jail is hostile: every number is checked against what the
 receiver allows before anything is allocated or mapped, and anything that is
@@ -26,6 +29,7 @@ import os
 import socket
 import struct
 from collections.abc import Callable
+from dataclasses import dataclass
 
 __all__ = ["CALL", "ERROR", "INLINE_BYTES", "RESULT", "Frame", "WireError"]
 __all__ += ["receive", "send"]
@@ -36,7 +40,7 @@ INLINE_BYTES = 64 << 10
 ALIGN = 64
 _HEADER = struct.Struct("<4sBBHIIQ")
 _MAGIC = b"RSB1"
-_IN_MEMFD, _IN_KEPT = 1, 2
+_IN_MEMFD, _IN_KEPT, _AHEAD = 1, 2, 4
 _MAX_FDS = 4
 
 _F_ADD_SEALS, _F_GET_SEALS = 1033, 1034
@@ -48,8 +52,24 @@ _KEPT = 1 | 2 | 4 | 16
 _CHUNK = 1 << 30
 
 
-#: Returns a descriptor of a file with these pieces up to this end, or -1.
-Lend = Callable[[list[tuple[int, memoryview]], int], int]
+@dataclass(frozen=True, slots=True)
+class Lent:
+    """A memory file for one body.
+
+    Attributes:
+        fd: A descriptor for reading, the receiver's alone.
+        is_ahead: It may be sent before it is filled: whatever is in it until
+            then, nobody reads it who should not.
+        fill: Puts the body in.
+    """
+
+    fd: int
+    is_ahead: bool
+    fill: Callable[[], None]
+
+
+#: Returns a file for these pieces up to this end, or None.
+Lend = Callable[[list[tuple[int, memoryview]], int], "Lent | None"]
 
 
 class WireError(Exception):
@@ -124,14 +144,22 @@ def send(
         sock.sendmsg([header, body])
         return end
     pieces = [(0, memoryview(table)), *zip(offsets, views)]
-    fd = lend(pieces, end) if lend is not None else -1
-    flags = _IN_KEPT if fd >= 0 else _IN_MEMFD
-    if fd < 0:
+    lent = lend(pieces, end) if lend is not None else None
+    if lent is None:
         fd = _new_memfd(pieces, end)
+        flags = _IN_MEMFD
+    else:
+        fd, flags = lent.fd, _IN_KEPT
     try:
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
+        if lent is not None:
+            if lent.is_ahead:
+                header = _HEADER.pack(_MAGIC, kind, _AHEAD, 0, call, 0, end)
+                sock.sendmsg([header], rights)
+                rights = []
+            lent.fill()
         header = _HEADER.pack(_MAGIC, kind, flags, 0, call, len(views), end)
-        rights = array.array("i", [fd])
-        sock.sendmsg([header], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+        sock.sendmsg([header], rights)
     finally:
         os.close(fd)
     return end
@@ -179,6 +207,28 @@ def receive(
         WireError: See the class.
         BlockingIOError: With ``MSG_DONTWAIT``: nothing there.
     """
+    ahead: memoryview | None = None
+    while True:
+        received = _receive_packet(sock, flags)
+        if received is None:
+            return None
+        packet, fds, is_cut = received
+        try:
+            if is_cut:
+                raise WireError("a packet that is larger than any frame's")
+            if takes_kept and ahead is None and _is_ahead(packet):
+                ahead = _map_ahead(packet, fds, limit_bytes)
+                continue
+            return _parse(packet, fds, limit_bytes, max_parts, takes_kept, ahead)
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+
+def _receive_packet(
+    sock: socket.socket, flags: int
+) -> tuple[bytes, list[int], bool] | None:
+    """Return a packet, what came with it, and whether anything was cut off."""
     ints = array.array("i")
     try:
         packet, ancillary, got, _ = sock.recvmsg(
@@ -191,16 +241,20 @@ def receive(
     for level, kind, data in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             ints.frombytes(data[: len(data) - len(data) % ints.itemsize])
-    fds = list(ints)
-    try:
-        if not packet and not fds and not got & socket.MSG_CTRUNC:
-            return None
-        if got & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
-            raise WireError("a packet that is larger than any frame's")
-        return _parse(packet, fds, limit_bytes, max_parts, takes_kept)
-    finally:
-        for fd in fds:
-            os.close(fd)
+    if not packet and not ints and not got & socket.MSG_CTRUNC:
+        return None
+    return packet, list(ints), bool(got & (socket.MSG_TRUNC | socket.MSG_CTRUNC))
+
+
+def _is_ahead(packet: bytes) -> bool:
+    return len(packet) == _HEADER.size and _HEADER.unpack(packet)[2] == _AHEAD
+
+
+def _map_ahead(packet: bytes, fds: list[int], limit_bytes: int) -> memoryview:
+    magic, _, _, zero, _, count, length = _HEADER.unpack(packet)
+    if magic != _MAGIC or zero or count or length > limit_bytes or len(fds) != 1:
+        raise WireError("a descriptor ahead of no body")
+    return _map(fds[0], length, kept=True)
 
 
 def _parse(
@@ -209,6 +263,7 @@ def _parse(
     limit_bytes: int,
     max_parts: int,
     takes_kept: bool,
+    ahead: memoryview | None,
 ) -> Frame:
     if len(packet) < _HEADER.size:
         raise WireError("a packet that is shorter than a header")
@@ -223,7 +278,13 @@ def _parse(
             limit_bytes,
             length,
         )
-    if flags == 0:
+    if ahead is not None:
+        if flags != _IN_KEPT or fds or len(packet) != _HEADER.size:
+            raise WireError("another body than the one that was announced")
+        if length != ahead.nbytes:
+            raise WireError("a body that is not as long as announced")
+        body = ahead
+    elif flags == 0:
         if fds:
             raise WireError("a descriptor where none belongs")
         if len(packet) - _HEADER.size != length:

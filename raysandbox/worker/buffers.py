@@ -18,6 +18,10 @@ Neither is enough alone. A descriptor made with ``O_PATH`` and pages that were
 spliced into a pipe are not seen by the lease; a child that a task left in a
 living jail is not seen by the first.
 
+A file goes to its jail before it is filled, so that both work at the same time,
+where nobody is there to read what is still in it: to a jail that has run nothing
+of a user's yet, which reads it after the call has come; or to the one that had it.
+
 The other side can't change a file at all: it gets a read-only descriptor, and
 the seals refuse new writable mappings, writing, holes and every change of the
 size. The writable mapping from before the seals is ours alone.
@@ -27,6 +31,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import mmap
 import os
 import signal
@@ -163,11 +168,14 @@ class Buffers:
             self.drop_all()
             self._job = job
 
-    def lend(self, holder: object, pieces: Pieces, end: int) -> int:
-        """Return a descriptor of a file with this content, -1 if none is kept.
+    def lend(
+        self, holder: object, is_new: bool, pieces: Pieces, end: int
+    ) -> wire.Lent | None:
+        """Return a file for this content, None if none is kept for such.
 
         Args:
             holder: The jail that it goes to.
+            is_new: No code of a user has run in it yet.
             pieces: Where each goes, in order; nothing else is in it.
             end: Where the last one ends, in bytes.
 
@@ -175,20 +183,24 @@ class Buffers:
             OSError: No memory is left.
         """
         if not LEAST_BYTES <= end <= MOST_BYTES or not self._can_tell():
-            return -1
+            return None
+        fill: Callable[[], None] = _nothing
+        is_ahead = False
         for kept in self._kept:
             # A much larger file would have to be cleared, or keep its memory.
             fits = kept.size // 2 <= end <= kept.size
             free = kept.holder is None or kept.holder is holder
             if fits and free and kept.is_ours_alone():
-                kept.fill(pieces, end)
+                # What is still in it this jail has seen, or nobody in it sees.
+                is_ahead = is_new or kept.holder is holder
+                fill = functools.partial(kept.fill, pieces, end)
                 break
         else:
             self._make_room(end)
             kept = Kept(pieces, end)
             self._kept.append(kept)
         kept.holder, kept.used = holder, self._clock()
-        return kept.open()
+        return wire.Lent(kept.open(), is_ahead, fill)
 
     def _make_room(self, end: int) -> None:
         while self._kept and (
@@ -232,6 +244,10 @@ class Buffers:
     def _drop(self, kept: Kept) -> None:
         self._kept.remove(kept)
         kept.close()
+
+
+def _nothing() -> None:
+    """It is filled already."""
 
 
 def _reopen(fd: int) -> int:

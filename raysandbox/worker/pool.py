@@ -115,6 +115,11 @@ class Jail:
     place: state.Place | None = None
     ended_by: str = ""
     tasks: list[str] = field(default_factory=list)
+    # The part of its last call that rarely changes, and the functions it has.
+    fixed: bytes = b""
+    functions: set[int] = field(default_factory=set)
+    # Waits for its reply and for the zygote's word.
+    poll: select.poll | None = None
     outcome: str = ""
     # Its end is being looked into: the event waits for the finding.
     inquest: bool = False
@@ -549,7 +554,7 @@ class Pool:
         jail.calls += 1
         number = jail.calls & 0xFFFFFFFF
         try:
-            lend = functools.partial(self._buffers.lend, jail)
+            lend = functools.partial(self._buffers.lend, jail, jail.calls == 1)
             wire.send(jail.call, wire.CALL, number, list(parts), lend)
         except OSError as error:
             raise self._post_mortem(jail, task, f"before the call: {error}") from None
@@ -563,15 +568,16 @@ class Pool:
         now = jail.called = time.monotonic()
         deadline = None if limits.wall_time_s is None else now + limits.wall_time_s
         next_check = now + _CHECK_S
-        poll = select.poll()
-        poll.register(jail.call, select.POLLIN)
-        poll.register(self._control, select.POLLIN)
+        if jail.poll is None:
+            jail.poll = select.poll()
+            jail.poll.register(jail.call, select.POLLIN)
+            jail.poll.register(self._control, select.POLLIN)
+        reply, control = jail.call.fileno(), self._control.fileno()
         while True:
-            events = poll.poll(_SLICE_S * 1000)
-            ready = {fd for fd, _ in events}
-            if jail.call.fileno() in ready:
+            ready = [fd for fd, _ in jail.poll.poll(_SLICE_S * 1000)]
+            if reply in ready:
                 break
-            if self._control.fileno() in ready:
+            if control in ready:
                 self._handle(*self._receive(0))
                 if jail.status is not None:
                     raise self._post_mortem(jail, task, "")

@@ -6,8 +6,10 @@ this user's rights, which is more than any jail has.
 
 from __future__ import annotations
 
+import array
 import ctypes
 import errno
+import functools
 import mmap
 import os
 import signal
@@ -76,8 +78,11 @@ def kept(clock: Clock) -> Iterator[buffers.Buffers]:
 def lend(
     kept: buffers.Buffers, jail: object, size: int = SIZE, fill: bytes = SECRET
 ) -> int:
-    """Lend a file with one argument of this size."""
-    return kept.lend(jail, [(0, memoryview(fill * size))], size)
+    """Lend a file with one argument of this size; return its descriptor."""
+    lent = kept.lend(jail, True, [(0, memoryview(fill * size))], size)
+    assert lent is not None
+    lent.fill()
+    return lent.fd
 
 
 def inode(fd: int) -> int:
@@ -401,9 +406,8 @@ def test_what_is_kept_has_a_bound(kept) -> None:
 
 def test_sizes_that_are_not_worth_it_or_too_much_are_not_kept(kept) -> None:
     """Small ones cost little; one over the bound gets a file of its own."""
-    over = memoryview(bytes(16))
-    assert lend(kept, "jail", size=buffers.LEAST_BYTES - 1) == -1
-    assert kept.lend("jail", [(0, over)], buffers.MOST_BYTES + 1) == -1
+    for size in (buffers.LEAST_BYTES - 1, buffers.MOST_BYTES + 1):
+        assert kept.lend("jail", True, [(0, memoryview(b"x"))], size) is None
     assert kept.kept_bytes == 0
 
 
@@ -422,34 +426,91 @@ def test_what_is_not_used_is_given_back(kept, clock) -> None:
 def test_a_kernel_that_can_not_tell_keeps_nothing(kept, monkeypatch) -> None:
     """Where a lease says "alone" while a file is open, no file is filled again."""
     monkeypatch.setattr(buffers.Kept, "is_ours_alone", lambda _self: True)
-    assert lend(kept, "jail") == -1
+    assert kept.lend("jail", True, [(0, memoryview(b"x"))], SIZE) is None
     assert kept.kept_bytes == 0
 
 
 # -- over the socket -----------------------------------------------------------------
 
+TAKE = {"limit_bytes": 4 * SIZE, "max_parts": 8}
 
-def test_a_kept_file_arrives_and_no_worker_takes_one(kept) -> None:
-    """A jail reads its parts; a worker refuses what its sender could change."""
-    worker, jail = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with worker, jail:
-        parts = [b"meta", b"", os.urandom(SIZE)]
-        take = {"limit_bytes": 4 * SIZE, "max_parts": 8}
-        for _ in range(2):
 
-            def give(pieces: list[tuple[int, memoryview]], end: int) -> int:
-                return kept.lend("jail", pieces, end)
+@pytest.fixture
+def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """The worker's end and the jail's."""
+    ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    yield ends
+    for end in ends:
+        end.close()
 
-            wire.send(worker, wire.CALL, 1, parts, give)
-            frame = wire.receive(jail, takes_kept=True, **take)
-            assert frame is not None
-            assert [bytes(part) for part in frame.parts] == parts
-            assert all(part.readonly for part in frame.parts)
-            # Its parts go with it, and the file is free again.
-            first = inode(kept._kept[0]._fd)
-            del frame
-        assert inode(kept._kept[0]._fd) == first
-        assert len(kept._kept) == 1
-        wire.send(jail, wire.RESULT, 1, parts, give)
+
+def test_a_kept_file_arrives_and_no_worker_takes_one(kept, pair) -> None:
+    """A jail reads its parts; a worker refuses what its sender could change.
+
+    The first time it comes filled, then ahead: both read the same.
+    """
+    worker, jail = pair
+    parts = [b"meta", b"", os.urandom(SIZE)]
+    lend_it = functools.partial(kept.lend, "jail", True)
+    files = set()
+    for _ in range(3):
+        wire.send(worker, wire.CALL, 1, parts, lend_it)
+        frame = wire.receive(jail, takes_kept=True, **TAKE)
+        assert frame is not None
+        assert [bytes(part) for part in frame.parts] == parts
+        assert all(part.readonly for part in frame.parts)
+        files.add(inode(kept._kept[0]._fd))
+        del frame  # and its mapping with it: the file is free again
+    assert len(files) == len(kept._kept) == 1
+    kept.drop_all()
+    for _ in range(2):
+        wire.send(jail, wire.RESULT, 1, parts, lend_it)
         with pytest.raises(wire.WireError, match="unknown flags"):
-            wire.receive(worker, **take)
+            wire.receive(worker, **TAKE)
+
+
+def test_a_file_comes_ahead_only_where_nobody_reads_what_is_in_it(kept) -> None:
+    """Not to a jail in which code of a user runs and that had not this argument.
+
+    Guards against a thread that an earlier task left in its jail, and that reads
+    what another jail's task got before the next call's argument is over it.
+    """
+
+    def ahead(jail: str, *, is_new: bool) -> bool:
+        content = memoryview(SECRET * SIZE)
+        lent = kept.lend(jail, is_new, [(0, content)], SIZE)
+        assert lent is not None
+        lent.fill()
+        os.close(lent.fd)
+        return lent.is_ahead
+
+    assert not ahead("first", is_new=True)  # a new file comes filled
+    assert ahead("first", is_new=False)  # its own argument
+    kept.is_gone("first")
+    assert not ahead("old", is_new=False)
+    kept.is_gone("old")
+    assert ahead("new", is_new=True)  # the control
+    assert len(kept._kept) == 1
+
+
+@pytest.mark.parametrize("what", ["two of them", "another length", "another body"])
+def test_a_body_is_the_one_that_was_announced(what, kept, pair) -> None:
+    """What follows a file that came ahead is its own frame and no other."""
+    worker, jail = pair
+    content = [(0, memoryview(bytes(SIZE)))]
+    lent = kept.lend("jail", True, content, SIZE)
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [lent.fd]))]
+
+    def packet(flags: int, size: int = SIZE) -> bytes:
+        return wire._HEADER.pack(b"RSB1", wire.CALL, flags, 0, 1, 0, size)
+
+    worker.sendmsg([packet(wire._AHEAD)], rights)
+    if what == "two of them":
+        worker.sendmsg([packet(wire._AHEAD)], rights)
+    elif what == "another length":
+        worker.sendmsg([packet(wire._IN_KEPT, SIZE - 1)])
+    else:
+        worker.sendmsg([packet(wire._IN_KEPT)], rights)
+    with pytest.raises(wire.WireError):
+        wire.receive(jail, takes_kept=True, **TAKE)
+    os.close(lent.fd)
