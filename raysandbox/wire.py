@@ -38,10 +38,15 @@ CALL, RESULT, ERROR = 1, 2, 3
 
 INLINE_BYTES = 64 << 10
 ALIGN = 64
+_PADDING = bytes(ALIGN)
 _HEADER = struct.Struct("<4sBBHIIQ")
 _MAGIC = b"RSB1"
 _IN_MEMFD, _IN_KEPT, _AHEAD = 1, 2, 4
 _MAX_FDS = 4
+_CONTROL_BYTES = socket.CMSG_SPACE(_MAX_FDS * array.array("i").itemsize)
+# As plain numbers: each operation on the enumeration costs a microsecond.
+_CLOEXEC, _CUT = int(socket.MSG_CMSG_CLOEXEC), int(socket.MSG_TRUNC)
+_CONTROL_CUT = int(socket.MSG_CTRUNC)
 
 _F_ADD_SEALS, _F_GET_SEALS = 1033, 1034
 # Against further seals, shrinking, growing and writing.
@@ -136,17 +141,18 @@ def send(
         offsets.append(start)
         end = start + view.nbytes
     if end <= INLINE_BYTES:
-        body = bytearray(end)
-        body[: len(table)] = table
-        for start, view in zip(offsets, views):
-            body[start : start + view.nbytes] = view
         header = _HEADER.pack(_MAGIC, kind, 0, 0, call, len(views), end)
-        sock.sendmsg([header, body])
+        pieces: list[bytes | memoryview] = [header, table]
+        at = len(table)
+        for start, view in zip(offsets, views):
+            pieces += (_PADDING[: start - at], view)
+            at = start + view.nbytes
+        sock.send(b"".join(pieces))
         return end
-    pieces = [(0, memoryview(table)), *zip(offsets, views)]
-    lent = lend(pieces, end) if lend is not None else None
+    content = [(0, memoryview(table)), *zip(offsets, views)]
+    lent = lend(content, end) if lend is not None else None
     if lent is None:
-        fd = _new_memfd(pieces, end)
+        fd = _new_memfd(content, end)
         flags = _IN_MEMFD
     else:
         fd, flags = lent.fd, _IN_KEPT
@@ -229,21 +235,19 @@ def _receive_packet(
     sock: socket.socket, flags: int
 ) -> tuple[bytes, list[int], bool] | None:
     """Return a packet, what came with it, and whether anything was cut off."""
-    ints = array.array("i")
     try:
         packet, ancillary, got, _ = sock.recvmsg(
-            _HEADER.size + INLINE_BYTES + 1,
-            socket.CMSG_SPACE(_MAX_FDS * ints.itemsize),
-            flags | socket.MSG_CMSG_CLOEXEC,
+            _HEADER.size + INLINE_BYTES + 1, _CONTROL_BYTES, flags | _CLOEXEC
         )
     except ConnectionResetError:
         return None  # it closed, and what we sent last it never read
+    ints = array.array("i")
     for level, kind, data in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             ints.frombytes(data[: len(data) - len(data) % ints.itemsize])
-    if not packet and not ints and not got & socket.MSG_CTRUNC:
+    if not packet and not ints and not got & _CONTROL_CUT:
         return None
-    return packet, list(ints), bool(got & (socket.MSG_TRUNC | socket.MSG_CTRUNC))
+    return packet, list(ints), bool(got & (_CUT | _CONTROL_CUT))
 
 
 def _is_ahead(packet: bytes) -> bool:

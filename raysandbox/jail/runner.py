@@ -97,6 +97,7 @@ def run(sock: socket.socket) -> None:
             if frame is None:
                 break
             _serve(sock, frame, state)
+            del frame  # and its mapping: the worker may fill that file again
     except OSError:
         status = 1  # the worker is gone, or the socket is not what it was
     except BaseException:

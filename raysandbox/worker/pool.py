@@ -47,6 +47,7 @@ __all__ = ["Environment", "Jail", "Pool", "groups_of_process"]
 _START_S = 60.0
 _READY_S = 30.0
 _SLICE_S = 0.1
+_DONTWAIT = int(socket.MSG_DONTWAIT)
 _CHECK_S = 0.25
 # Between the end of a dying jail's socket and the word of its end: the kernel takes
 # its mounts down in between, which on a busy host takes its time.
@@ -597,7 +598,7 @@ class Pool:
                 jail.call,
                 limit_bytes=store.max_result_bytes + _REPLY_OVERHEAD_BYTES,
                 max_parts=_MAX_REPLY_PARTS,
-                flags=socket.MSG_DONTWAIT,
+                flags=_DONTWAIT,
             )
         except (wire.WireError, OSError, ValueError) as error:
             raise self._protocol_error(jail, task, str(error)) from None
