@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import ray
 
@@ -50,6 +50,22 @@ _MOST_POOLS = 2
 _ERROR_PARTS = 6
 
 
+class _Quotas(NamedTuple):
+    """What one profile allows here; None is no limit.
+
+    Attributes:
+        profile: The profile.
+        of_job: What a job may hold on this node.
+        put_bytes: What one task may return, in bytes.
+        put_objects: And in objects.
+    """
+
+    profile: profiles.Profile
+    of_job: quota.Limits
+    put_bytes: int | None
+    put_objects: int | None
+
+
 class JailExecutor(seams.Executor):
     """See the module.
 
@@ -72,6 +88,7 @@ class JailExecutor(seams.Executor):
         self._events: EventLog | None = None
         self._board = self._open_board()
         self._figures = Figures()
+        self._job = ""  # hex of the job whose call runs
         self._bound = ""  # hex of the job that this worker is bound to
         # The jail whose answer Ray has not taken in yet, and its pool.
         self._pending: tuple[Pool, Jail, bool] | None = None
@@ -87,6 +104,7 @@ class JailExecutor(seams.Executor):
         self._leaves = False
         self._refusal: RaysandboxError | None = None
         self._lock = threading.RLock()
+        self._limits_of: dict[str, _Quotas] = {}
         self._quotas = quota.Quotas(
             quota.directory(seams.session_dir()),
             lambda ids: store.which_stored(seams.store_socket(), ids),
@@ -124,7 +142,7 @@ class JailExecutor(seams.Executor):
         with self._lock:
             self._settle()
             self._bind()
-            self._buffers.serve(self._job())
+            self._buffers.serve(self._job)
             name = str(self._worker.current_task_name)
             profile = self._profile(name)
             self._begin_jail(profile)
@@ -145,7 +163,7 @@ class JailExecutor(seams.Executor):
         with self._lock:
             self._settle()
             self._bind()
-            self._buffers.serve(self._job())
+            self._buffers.serve(self._job)
             name = f"{info.name}.{method}"
             if method == "__init__":
                 return self._new_actor(info, name, args, kwargs)
@@ -413,7 +431,7 @@ class JailExecutor(seams.Executor):
         """Return a jail, and whether it outlives the call."""
         if pool.profile.boundary != "job":
             return self._take(pool), False
-        job = self._worker.current_job_id.hex()
+        job = self._job
         if self._job_jail is not None:
             known_job, known_pool, jail = self._job_jail
             known_pool.look()  # it may have ended meanwhile
@@ -501,7 +519,8 @@ class JailExecutor(seams.Executor):
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
     ) -> tuple[list[str | None], list[Any]]:
-        layout = [*(None for _ in args), *kwargs]
+        layout: list[str | None] = [None] * len(args)
+        layout += kwargs
         parts: list[Any] = []
         sizes: list[int] = []
         own = profile.object_store
@@ -533,7 +552,7 @@ class JailExecutor(seams.Executor):
                     f"arguments of {seen} {unit} together",
                     "pass less, or ask for a profile with a larger limit",
                 )
-        refusal = self._quotas.hold(self._job(), self._limits(profile), sizes)
+        refusal = self._quotas.hold(self._job, self._limits(profile).of_job, sizes)
         if refusal is not None:
             raise self._over_job(profile, task, refusal)
         return layout, parts
@@ -550,7 +569,7 @@ class JailExecutor(seams.Executor):
         Raises:
             SetupError: The proxy refused, or is gone.
         """
-        job = self._job()
+        job = self._job = self._worker.current_job_id.hex()
         if self._bound == job:
             return
         if not os.path.lexists(store_proxy.BIND):
@@ -559,7 +578,10 @@ class JailExecutor(seams.Executor):
             return
         limits, actor = None, True
         if inside is not None:
-            of_job, actor = self._limits(inside), not self._worker.actor_id.is_nil()
+            of_job, actor = (
+                self._limits(inside).of_job,
+                not self._worker.actor_id.is_nil(),
+            )
             limits = store_proxy.Limits(
                 job_bytes=of_job.stored_bytes,
                 job_objects=of_job.stored_objects,
@@ -571,22 +593,30 @@ class JailExecutor(seams.Executor):
         )
         self._bound = job
 
-    def _job(self) -> str:
-        return str(self._worker.current_job_id.hex())
-
-    def _limits(self, profile: profiles.Profile) -> quota.Limits:
-        """What the profile allows a job, or the node's policy if that is less."""
-        of_profile, chosen = profile.object_store, self._gate.policy
-        job_bytes, job_objects = of_profile.max_job_bytes, of_profile.max_job_objects
+    def _limits(self, profile: profiles.Profile) -> _Quotas:
+        """What the profile allows, or the node's policy if that is less."""
+        known = self._limits_of.get(profile.name)
+        if known is not None and known.profile is profile:
+            return known
+        own, chosen = profile.object_store, self._gate.policy
+        job_bytes, job_objects = own.max_job_bytes, own.max_job_objects
+        put_bytes: int | None = own.max_put_bytes
+        put_objects = own.max_put_objects
         if chosen is not None:
-            job_bytes = _least(job_bytes, chosen.object_store.max_job_bytes)
-            job_objects = _least(job_objects, chosen.object_store.max_job_objects)
-        return quota.Limits(
+            node = chosen.object_store
+            job_bytes = _least(job_bytes, node.max_job_bytes)
+            job_objects = _least(job_objects, node.max_job_objects)
+            put_bytes = _least(put_bytes, node.max_task_bytes)
+            put_objects = _least(put_objects, node.max_task_objects)
+        of_job = quota.Limits(
             stored_bytes=job_bytes,
             stored_objects=job_objects,
-            argument_bytes=of_profile.max_job_arguments_bytes,
-            argument_objects=of_profile.max_job_argument_objects,
+            argument_bytes=own.max_job_arguments_bytes,
+            argument_objects=own.max_job_argument_objects,
         )
+        found = _Quotas(profile, of_job, put_bytes, put_objects)
+        self._limits_of[profile.name] = found
+        return found
 
     def _over(
         self,
@@ -626,15 +656,11 @@ class JailExecutor(seams.Executor):
     ) -> None:
         """Count what Ray is about to store; in the order of the return values."""
         profile, sizes = pool.profile, _sizes(frame)
-        own, chosen = profile.object_store, self._gate.policy
-        most_bytes, most = _least(own.max_put_bytes), own.max_put_objects
-        if chosen is not None:
-            most_bytes = _least(most_bytes, chosen.object_store.max_task_bytes)
-            most = _least(most, chosen.object_store.max_task_objects)
+        limits = self._limits(profile)
         try:
             for seen, limit, key, unit in (
-                (sum(sizes), most_bytes, "max_put", "bytes"),
-                (len(sizes), most, "max_put_objects", "objects"),
+                (sum(sizes), limits.put_bytes, "max_put", "bytes"),
+                (len(sizes), limits.put_objects, "max_put_objects", "objects"),
             ):
                 if limit is not None and seen > limit:
                     raise self._over(
@@ -646,8 +672,8 @@ class JailExecutor(seams.Executor):
                         "return less, or ask for a profile with a larger limit",
                     )
             refusal = self._quotas.store(
-                self._job(),
-                self._limits(profile),
+                self._job,
+                limits.of_job,
                 self._worker.current_task_id.binary(),
                 sizes,
             )
@@ -663,7 +689,7 @@ class JailExecutor(seams.Executor):
         visible = self._visible()
         user = [path for path in self._trusted.refused if path in visible]
         now = (
-            self._job(),
+            self._job,
             None if actor_id.is_nil() else actor_id.hex(),
             self._variables(),
             user,
@@ -790,25 +816,32 @@ class JailExecutor(seams.Executor):
             if jail.place is None:
                 return
             jail.first_call = time.time()
-        group, worker, actor = jail.slot.group, self._worker, self._worker.actor_id
-        before = group.before if group is not None else cgroup.Usage()
+            jail.about = self._about(pool, jail)
         jail.place.write(
             running=True,
             calls=len(jail.tasks),
             denials=jail.denied_count,
-            started=jail.first_call,
-            job=worker.current_job_id.binary(),
-            task=worker.current_task_id.binary(),
-            actor=b"" if actor.is_nil() else actor.binary(),
-            profile=pool.profile.name,
+            task=self._worker.current_task_id.binary(),
             name=task,
-            group=group.leaf if group is not None else "",
-            before=(
+            **jail.about,
+        )
+
+    def _about(self, pool: Pool, jail: Jail) -> dict[str, Any]:
+        """Return what stays the same in a jail's record."""
+        group, actor = jail.slot.group, self._worker.actor_id
+        before = group.before if group is not None else cgroup.Usage()
+        return {
+            "started": jail.first_call,
+            "job": self._worker.current_job_id.binary(),
+            "actor": b"" if actor.is_nil() else actor.binary(),
+            "profile": pool.profile.name,
+            "group": group.leaf if group is not None else "",
+            "before": (
                 before.cpu_time_s or 0.0,
                 before.oom_kills or 0,
                 before.pids_denied or 0,
             ),
-        )
+        }
 
     def _keeps(self, jail: Jail) -> bool:
         """Whether this jail outlives its call."""

@@ -114,6 +114,7 @@ class Jail:
     called: float = field(default_factory=time.monotonic)
     # Its record for whoever looks, and who asked for its end.
     place: state.Place | None = None
+    about: dict[str, Any] = field(default_factory=dict)
     ended_by: str = ""
     tasks: list[str] = field(default_factory=list)
     # The part of its last call that rarely changes, and the functions it has.
@@ -180,6 +181,7 @@ class Pool:
         self._buffers = buffers
         self._launched: launch.Launched | None = None
         self._socket: socket.socket | None = None
+        self._poll = select.poll()
         self._groups: cgroup.Cgroups | None = None
         self._jails: dict[int, Jail] = {}
         self._spare: Jail | None = None
@@ -244,6 +246,8 @@ class Pool:
         finally:
             lease.close()
         self._socket = ours
+        self._poll = select.poll()
+        self._poll.register(ours, select.POLLIN)
         self._slots = [Slot(number) for number in range(1, 1 + _SLOTS)]
         self._free_slots = list(self._slots)
         try:
@@ -353,9 +357,7 @@ class Pool:
                 jail.outcome = "TaskKilled"
                 self.kill(jail)
         try:
-            while self._socket is not None and launch.is_readable(
-                self._socket.fileno(), 0
-            ):
+            while self._socket is not None and self._poll.poll(0):
                 self._handle(*self._receive(0))
         except SetupError:
             return  # the next take() says why
