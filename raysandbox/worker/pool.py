@@ -192,6 +192,7 @@ class Pool:
         self._tag = f"p{next(_POOLS)}-"
         self._next_id = 0
         self._mapped = 1
+        self._shares_files = False
 
     # -- the zygote ---------------------------------------------------------
 
@@ -220,6 +221,11 @@ class Pool:
             self.protections = (
                 *limit_protections(self._groups.support(cgroup_limits(profile))),
                 *compiled.protections,
+            )
+            calls = self.profile.syscalls
+            # With the jails that come later: see `worker.buffers`.
+            self._shares_files = self._mapped > 1 or not (
+                "local_sockets" in calls.groups or "connect" in calls.allow or calls.oci
             )
             self.walls = tuple((w.name, w.state.value) for w in self.protections)
             ours, theirs = _pair()
@@ -557,7 +563,12 @@ class Pool:
         jail.calls += 1
         number = jail.calls & 0xFFFFFFFF
         try:
-            lend = functools.partial(self._buffers.lend, jail, jail.calls == 1)
+            lend = functools.partial(
+                self._buffers.lend,
+                jail,
+                is_new=jail.calls == 1,
+                is_shared=self._shares_files,
+            )
             wire.send(jail.call, wire.CALL, number, list(parts), lend)
         except OSError as error:
             raise self._post_mortem(jail, task, f"before the call: {error}") from None
