@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import ray
 
-from raysandbox import client, datacodec, plan, policy, wire
+from raysandbox import client, datacodec, policy, wire
 from raysandbox import profile as profiles
 from raysandbox.errors import (
     JailProtocolError,
@@ -41,7 +41,13 @@ from raysandbox.worker.events import EventLog
 from raysandbox.worker.figures import Figures
 from raysandbox.worker.gate import Gate
 from raysandbox.worker.output import Pump
-from raysandbox.worker.pool import Environment, Jail, Pool, groups_of_process
+from raysandbox.worker.pool import (
+    Environment,
+    Jail,
+    Pool,
+    described,
+    groups_of_process,
+)
 
 __all__ = ["JailExecutor"]
 
@@ -83,8 +89,7 @@ class JailExecutor(seams.Executor):
         self._resource_paths: dict[str, bool] = {}
         self._runtime_env: tuple[str, dict[str, str]] = ("", {})
         self._setup: dict[str, str] = {}
-        # By function: for which profile, what it was made of, and what was told.
-        self._told: dict[int, tuple[profiles.Profile, tuple[Any, ...], bytes]] = {}
+        self._resources: Mapping[str, Any] = {}
         self._events: EventLog | None = None
         self._board = self._open_board()
         self._figures = Figures()
@@ -295,7 +300,7 @@ class JailExecutor(seams.Executor):
             threads=entered.threads,
             took_s=round(entered.took_s, 4),
             leaves_after_task=self._leaves,
-            protections=_shown(entered.protections),
+            protections=described(entered.protections),
         )
         log.close()
         seams.unseal()
@@ -369,8 +374,10 @@ class JailExecutor(seams.Executor):
     # -- profiles, pools and jails ----------------------------------------------
 
     def _profile(self, task: str) -> profiles.Profile:
+        # Of an actor's calls, too: they have what it was made with.
+        self._resources = self._worker.core_worker.resource_ids()
         try:
-            return self._gate.profile(self._worker, task)
+            return self._gate.profile(self._worker, task, self._resources)
         except TaskRefused as error:
             if self._refusal is not None:
                 raise  # written down when the worker first looked
@@ -491,7 +498,7 @@ class JailExecutor(seams.Executor):
             denied=jail.denials,
             denied_count=jail.denied_count,
             **({"ended_by": jail.ended_by} if jail.ended_by else {}),
-            protections=_shown(pool.protections),
+            protections=pool.shown,
         )
 
     def _log_directory(self) -> str:
@@ -684,43 +691,32 @@ class JailExecutor(seams.Executor):
             raise
 
     def _fixed(self, profile: profiles.Profile, info: seams.FunctionBytes) -> bytes:
-        """Return what a jail is told with each call and what rarely changes."""
+        """Return what a jail is told with each call of a function alike."""
         worker, actor_id = self._worker, self._worker.actor_id
         visible = self._visible()
         user = [path for path in self._trusted.refused if path in visible]
-        now = (
-            self._job,
-            None if actor_id.is_nil() else actor_id.hex(),
-            self._variables(),
-            user,
-            self._working_directory(),
-        )
-        known = self._told.get(info.number)
-        if known is not None and known[0] is profile and known[1] == now:
-            return known[2]
-        job, actor, variables, user, directory = now
-        told = _json(
+        return _json(
             {
                 "module": info.module,
                 "results": profile.results.mode,
                 "max_result_bytes": profile.object_store.max_result_bytes,
                 "first_path": user,
-                "env": variables,
-                "cwd": directory,
+                "env": self._variables(),
+                "cwd": self._working_directory(),
                 "context": {
                     "profile": profile.name,
                     "boundary": profile.boundary,
-                    "job_id": job,
-                    "actor_id": actor,
-                    "actor_name": (actor and worker.actor_name) or None,
+                    "job_id": self._job,
+                    "actor_id": None if actor_id.is_nil() else actor_id.hex(),
+                    "actor_name": None
+                    if actor_id.is_nil()
+                    else worker.actor_name or None,
                     "node_id": worker.current_node_id.hex(),
                     "worker_id": worker.worker_id.hex(),
                     "namespace": worker.namespace,
                 },
             }
         )
-        self._told[info.number] = (profile, now, told)
-        return told
 
     def _present(
         self,
@@ -743,7 +739,7 @@ class JailExecutor(seams.Executor):
                 "attempt": core.get_current_task_attempt_number(),
                 "resources": {
                     name: sum(amount for _, amount in mapping)
-                    for name, mapping in core.resource_ids().items()
+                    for name, mapping in self._resources.items()
                 },
             },
         }
@@ -784,7 +780,8 @@ class JailExecutor(seams.Executor):
         present = self._present(operation, info, layout, method)
         if not jail.tasks:
             present.update(self._first())
-        jail.fixed = self._fixed(pool.profile, info)
+        if jail.told != info.number:
+            jail.fixed, jail.told = self._fixed(pool.profile, info), info.number
         if operation != "method":
             parts.insert(0, b"" if info.number in jail.functions else info.code)
         jail.tasks.append(task)
@@ -978,15 +975,6 @@ class JailExecutor(seams.Executor):
             seen=what,
             remedy="use an ordinary function or an actor with ordinary methods",
         )
-
-
-def _shown(protections: Sequence[plan.Protection]) -> dict[str, str]:
-    return {
-        wall.name: wall.state.value
-        if not wall.reason
-        else f"{wall.state.value}: {wall.reason}"
-        for wall in protections
-    }
 
 
 def _boundaries(node: policy.Node | None) -> dict[str, bool]:

@@ -15,6 +15,7 @@ import os
 import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -42,12 +43,12 @@ from raysandbox.run import cgroup_limits, limit_protections
 from raysandbox.worker.buffers import Buffers
 from raysandbox.worker.output import Output, Pump
 
-__all__ = ["Environment", "Jail", "Pool", "groups_of_process"]
+__all__ = ["Environment", "Jail", "Pool", "described", "groups_of_process"]
 
 _START_S = 60.0
 _READY_S = 30.0
 _SLICE_S = 0.1
-_DONTWAIT = int(socket.MSG_DONTWAIT)
+_TIMEVAL = struct.Struct("@ll")
 _CHECK_S = 0.25
 # Between the end of a dying jail's socket and the word of its end: the kernel takes
 # its mounts down in between, which on a busy host takes its time.
@@ -117,11 +118,10 @@ class Jail:
     about: dict[str, Any] = field(default_factory=dict)
     ended_by: str = ""
     tasks: list[str] = field(default_factory=list)
-    # The part of its last call that rarely changes, and the functions it has.
-    fixed: bytes = b""
+    # The functions it has; what it was told with each call of one, and of which.
     functions: set[int] = field(default_factory=set)
-    # Waits for its reply and for the zygote's word.
-    poll: select.poll | None = None
+    fixed: bytes = b""
+    told: int = 0
     outcome: str = ""
     # Its end is being looked into: the event waits for the finding.
     inquest: bool = False
@@ -177,6 +177,8 @@ class Pool:
         self.protections: tuple[plan.Protection, ...] = ()
         #: Name and state of each of them.
         self.walls: tuple[tuple[str, str], ...] = ()
+        #: The same in words, for events.
+        self.shown: dict[str, str] = {}
         self._pump, self._on_end = pump, on_end
         self._buffers = buffers
         self._launched: launch.Launched | None = None
@@ -228,6 +230,7 @@ class Pool:
                 "local_sockets" in calls.groups or "connect" in calls.allow or calls.oci
             )
             self.walls = tuple((w.name, w.state.value) for w in self.protections)
+            self.shown = described(self.protections)
             ours, theirs = _pair()
             with theirs, contextlib.ExitStack() as undo:
                 undo.enter_context(ours)
@@ -582,19 +585,22 @@ class Pool:
         now = jail.called = time.monotonic()
         deadline = None if limits.wall_time_s is None else now + limits.wall_time_s
         next_check = now + _CHECK_S
-        if jail.poll is None:
-            jail.poll = select.poll()
-            jail.poll.register(jail.call, select.POLLIN)
-            jail.poll.register(self._control, select.POLLIN)
-        reply, control = jail.call.fileno(), self._control.fileno()
         while True:
-            ready = [fd for fd, _ in jail.poll.poll(_SLICE_S * 1000)]
-            if reply in ready:
+            try:
+                frame = wire.receive(
+                    jail.call,
+                    limit_bytes=store.max_result_bytes + _REPLY_OVERHEAD_BYTES,
+                    max_parts=_MAX_REPLY_PARTS,
+                )
                 break
-            if control in ready:
+            except BlockingIOError:
+                pass  # nothing came for a while: see `_pair`
+            except (wire.WireError, OSError, ValueError) as error:
+                raise self._protocol_error(jail, task, str(error)) from None
+            while self._poll.poll(0):
                 self._handle(*self._receive(0))
-                if jail.status is not None:
-                    raise self._post_mortem(jail, task, "")
+            if jail.status is not None:
+                raise self._post_mortem(jail, task, "")
             now = time.monotonic()
             if deadline is not None and now >= deadline:
                 jail.timed_out = "limits.wall_time"
@@ -603,18 +609,10 @@ class Pool:
                 raise self._post_mortem(jail, task, "")
             if now >= next_check:
                 next_check = now + _CHECK_S
+                self._buffers.trim()
                 self._check_usage(jail, task)
                 if jail.is_asked_to_end():
                     raise self._post_mortem(jail, task, "")
-        try:
-            frame = wire.receive(
-                jail.call,
-                limit_bytes=store.max_result_bytes + _REPLY_OVERHEAD_BYTES,
-                max_parts=_MAX_REPLY_PARTS,
-                flags=_DONTWAIT,
-            )
-        except (wire.WireError, OSError, ValueError) as error:
-            raise self._protocol_error(jail, task, str(error)) from None
         if frame is None:
             if not self._dies(jail):
                 what = "the end of its replies, and it lives on"
@@ -748,6 +746,16 @@ class Pool:
         return f"denied on the way: {'; '.join(denials[:5])}" if denials else ""
 
 
+def described(protections: Sequence[plan.Protection]) -> dict[str, str]:
+    """Return what became of each wall, in words."""
+    return {
+        wall.name: wall.state.value
+        if not wall.reason
+        else f"{wall.state.value}: {wall.reason}"
+        for wall in protections
+    }
+
+
 @functools.cache
 def groups_of_process() -> cgroup.Cgroups:
     """Look for the groups of this process once; remove those of dead ones."""
@@ -757,8 +765,13 @@ def groups_of_process() -> cgroup.Cgroups:
 
 
 def _pair() -> tuple[socket.socket, socket.socket]:
+    """Return the worker's end, which waits for _SLICE_S at most, and the other."""
     try:
-        return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        # One call waits and reads; a poll before it would be a second.
+        limit = _TIMEVAL.pack(0, int(_SLICE_S * 1e6))
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+        return ours, theirs
     except OSError as error:
         raise SetupError(step="socketpair", errno=error.errno or 0) from error
 
