@@ -14,11 +14,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import ray
 
-from raysandbox import client, datacodec, plan, policy, wire
+from raysandbox import client, datacodec, policy, wire
 from raysandbox import profile as profiles
 from raysandbox.errors import (
     JailProtocolError,
@@ -36,11 +36,17 @@ from raysandbox.node import store_proxy
 from raysandbox.observe import state
 from raysandbox.sealed import SealedError
 from raysandbox.worker import hints, inside, quota, seams, store
+from raysandbox.worker.buffers import Buffers
 from raysandbox.worker.events import EventLog
 from raysandbox.worker.figures import Figures
 from raysandbox.worker.gate import Gate
 from raysandbox.worker.output import Pump
-from raysandbox.worker.pool import Environment, Jail, Pool, groups_of_process
+from raysandbox.worker.pool import (
+    Environment,
+    Jail,
+    Pool,
+    groups_of_process,
+)
 
 __all__ = ["JailExecutor"]
 
@@ -59,6 +65,22 @@ _NO_JOBS = (
 )
 
 
+class _Quotas(NamedTuple):
+    """What one profile allows here; None is no limit.
+
+    Attributes:
+        profile: The profile.
+        of_job: What a job may hold on this node.
+        put_bytes: What one task may return, in bytes.
+        put_objects: And in objects.
+    """
+
+    profile: profiles.Profile
+    of_job: quota.Limits
+    put_bytes: int | None
+    put_objects: int | None
+
+
 class JailExecutor(seams.Executor):
     """See the module.
 
@@ -72,12 +94,15 @@ class JailExecutor(seams.Executor):
         self._worker: Any = seams.global_worker()
         self._resources_root = os.path.realpath(seams.runtime_resources()) + "/"
         self._pools: dict[str, Pool] = {}
+        self._buffers = Buffers()
         self._resource_paths: dict[str, bool] = {}
         self._runtime_env: tuple[str, dict[str, str]] = ("", {})
         self._setup: dict[str, str] = {}
+        self._resources: Mapping[str, Any] = {}
         self._events: EventLog | None = None
         self._board = self._open_board()
         self._figures = Figures()
+        self._job = ""  # hex of the job whose call runs
         self._bound = ""  # hex of the job that this worker is bound to
         self._full = hints.FullStore()
         # The jail whose answer Ray has not taken in yet, and its pool.
@@ -94,6 +119,7 @@ class JailExecutor(seams.Executor):
         self._leaves = False
         self._refusal: RaysandboxError | None = None
         self._lock = threading.RLock()
+        self._limits_of: dict[str, _Quotas] = {}
         self._quotas = quota.Quotas(
             quota.directory(seams.session_dir()),
             lambda ids: store.which_stored(seams.store_socket(), ids),
@@ -133,15 +159,15 @@ class JailExecutor(seams.Executor):
         with self._lock:
             self._settle()
             self._bind()
+            self._buffers.serve(self._job)
             name = str(self._worker.current_task_name)
             profile = self._profile(name)
             self._begin_jail(profile)
             layout, parts = self._arguments(profile, name, args, kwargs)
             pool = self._pool(profile)
             jail, keep = self._jail_for(pool)
-            meta = self._meta(profile, info, "task", layout)
             self._pending = (pool, jail, keep)
-            return self._call(pool, jail, name, meta, [info.code, *parts])
+            return self._call(pool, jail, name, "task", info, layout, parts)
 
     def actor(
         self,
@@ -154,6 +180,7 @@ class JailExecutor(seams.Executor):
         with self._lock:
             self._settle()
             self._bind()
+            self._buffers.serve(self._job)
             name = f"{info.name}.{method}"
             if method == "__init__":
                 return self._new_actor(info, name, args, kwargs)
@@ -166,10 +193,8 @@ class JailExecutor(seams.Executor):
                 )
             pool, jail = self._actor
             layout, parts = self._arguments(pool.profile, name, args, kwargs)
-            meta = self._meta(pool.profile, info, "method", layout)
-            meta["method"] = method
             self._pending = (pool, jail, True)
-            return self._call(pool, jail, name, meta, parts)
+            return self._call(pool, jail, name, "method", info, layout, parts, method)
 
     def _new_actor(
         self,
@@ -191,9 +216,8 @@ class JailExecutor(seams.Executor):
         pool = self._pool(profile)
         jail = self._take(pool)
         self._actor = (pool, jail)
-        meta = self._meta(profile, info, "new", layout)
         self._pending = (pool, jail, True)
-        self._call(pool, jail, name, meta, [info.code, *parts])
+        self._call(pool, jail, name, "new", info, layout, parts)
 
     def is_retryable(self, error: BaseException, allowed: bytes) -> bool:
         """Ask the jail, which alone can open the list of types and the error."""
@@ -201,9 +225,9 @@ class JailExecutor(seams.Executor):
             if not isinstance(error, SealedError) or self._pending is None:
                 return False
             pool, jail, _ = self._pending
-            meta = {"op": "retry"}
+            meta = _json({"op": "retry"})
             try:
-                frame = pool.call(jail, "retry_exceptions", [_json(meta), allowed])
+                frame = pool.call(jail, "retry_exceptions", [jail.fixed, meta, allowed])
             except RaysandboxError:
                 return False
             return frame.kind == wire.RESULT and bytes(frame.parts[-1]) == b"1"
@@ -368,8 +392,10 @@ class JailExecutor(seams.Executor):
     # -- profiles, pools and jails ----------------------------------------------
 
     def _profile(self, task: str) -> profiles.Profile:
+        # Of an actor's calls, too: they have what it was made with.
+        self._resources = self._worker.core_worker.resource_ids()
         try:
-            return self._gate.profile(self._worker, task)
+            return self._gate.profile(self._worker, task, self._resources)
         except TaskRefused as error:
             if self._refusal is not None:
                 raise  # written down when the worker first looked
@@ -384,7 +410,9 @@ class JailExecutor(seams.Executor):
         if pool is None:
             while len(self._pools) >= _MOST_POOLS:
                 self._retire(next(iter(self._pools)))
-            pool = Pool(profile, self._environment(), self._pump, self._record)
+            pool = Pool(
+                profile, self._environment(), self._pump, self._record, self._buffers
+            )
         self._pools[profile.name] = pool  # the one used last comes last
         return pool
 
@@ -428,7 +456,7 @@ class JailExecutor(seams.Executor):
         """Return a jail, and whether it outlives the call."""
         if pool.profile.boundary != "job":
             return self._take(pool), False
-        job = self._worker.current_job_id.hex()
+        job = self._job
         if self._job_jail is not None:
             known_job, known_pool, jail = self._job_jail
             known_pool.look()  # it may have ended meanwhile
@@ -463,6 +491,7 @@ class JailExecutor(seams.Executor):
             try:
                 for pool in self._pools.values():
                     pool.look()
+                self._buffers.trim()
             finally:
                 self._lock.release()
 
@@ -487,7 +516,7 @@ class JailExecutor(seams.Executor):
             denied=jail.denials,
             denied_count=jail.denied_count,
             **({"ended_by": jail.ended_by} if jail.ended_by else {}),
-            protections=plan.described(pool.protections),
+            protections=pool.shown,
         )
 
     def _log_directory(self) -> str:
@@ -515,7 +544,8 @@ class JailExecutor(seams.Executor):
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
     ) -> tuple[list[str | None], list[Any]]:
-        layout = [*(None for _ in args), *kwargs]
+        layout: list[str | None] = [None] * len(args)
+        layout += kwargs
         parts: list[Any] = []
         sizes: list[int] = []
         own = profile.object_store
@@ -547,7 +577,7 @@ class JailExecutor(seams.Executor):
                     f"arguments of {seen} {unit} together",
                     "pass less, or ask for a profile with a larger limit",
                 )
-        refusal = self._quotas.hold(self._job(), self._limits(profile), sizes)
+        refusal = self._quotas.hold(self._job, self._limits(profile).of_job, sizes)
         if refusal is not None:
             raise self._over_job(profile, task, refusal)
         return layout, parts
@@ -564,12 +594,19 @@ class JailExecutor(seams.Executor):
         Raises:
             SetupError: The proxy refused, or is gone.
         """
-        job = self._job()
-        if self._bound == job or not os.path.lexists(store_proxy.BIND):
+        job = self._job = self._worker.current_job_id.hex()
+        if self._bound == job:
+            return
+        if not os.path.lexists(store_proxy.BIND):
+            # It is there from before this process, or never.
+            self._bound = job
             return
         limits, actor = None, True
         if inside is not None:
-            of_job, actor = self._limits(inside), not self._worker.actor_id.is_nil()
+            of_job, actor = (
+                self._limits(inside).of_job,
+                not self._worker.actor_id.is_nil(),
+            )
             limits = store_proxy.Limits(
                 job_bytes=of_job.stored_bytes,
                 job_objects=of_job.stored_objects,
@@ -581,22 +618,30 @@ class JailExecutor(seams.Executor):
         )
         self._bound = job
 
-    def _job(self) -> str:
-        return str(self._worker.current_job_id.hex())
-
-    def _limits(self, profile: profiles.Profile) -> quota.Limits:
-        """What the profile allows a job, or the node's policy if that is less."""
-        of_profile, chosen = profile.object_store, self._gate.policy
-        job_bytes, job_objects = of_profile.max_job_bytes, of_profile.max_job_objects
+    def _limits(self, profile: profiles.Profile) -> _Quotas:
+        """What the profile allows, or the node's policy if that is less."""
+        known = self._limits_of.get(profile.name)
+        if known is not None and known.profile is profile:
+            return known
+        own, chosen = profile.object_store, self._gate.policy
+        job_bytes, job_objects = own.max_job_bytes, own.max_job_objects
+        put_bytes: int | None = own.max_put_bytes
+        put_objects = own.max_put_objects
         if chosen is not None:
-            job_bytes = _least(job_bytes, chosen.object_store.max_job_bytes)
-            job_objects = _least(job_objects, chosen.object_store.max_job_objects)
-        return quota.Limits(
+            node = chosen.object_store
+            job_bytes = _least(job_bytes, node.max_job_bytes)
+            job_objects = _least(job_objects, node.max_job_objects)
+            put_bytes = _least(put_bytes, node.max_task_bytes)
+            put_objects = _least(put_objects, node.max_task_objects)
+        of_job = quota.Limits(
             stored_bytes=job_bytes,
             stored_objects=job_objects,
-            argument_bytes=of_profile.max_job_arguments_bytes,
-            argument_objects=of_profile.max_job_argument_objects,
+            argument_bytes=own.max_job_arguments_bytes,
+            argument_objects=own.max_job_argument_objects,
         )
+        found = _Quotas(profile, of_job, put_bytes, put_objects)
+        self._limits_of[profile.name] = found
+        return found
 
     def _over(
         self,
@@ -636,15 +681,11 @@ class JailExecutor(seams.Executor):
     ) -> None:
         """Count what Ray is about to store; in the order of the return values."""
         profile, sizes = pool.profile, _sizes(frame)
-        own, chosen = profile.object_store, self._gate.policy
-        most_bytes, most = _least(own.max_put_bytes), own.max_put_objects
-        if chosen is not None:
-            most_bytes = _least(most_bytes, chosen.object_store.max_task_bytes)
-            most = _least(most, chosen.object_store.max_task_objects)
+        limits = self._limits(profile)
         try:
             for seen, limit, key, unit in (
-                (sum(sizes), most_bytes, "max_put", "bytes"),
-                (len(sizes), most, "max_put_objects", "objects"),
+                (sum(sizes), limits.put_bytes, "max_put", "bytes"),
+                (len(sizes), limits.put_objects, "max_put_objects", "objects"),
             ):
                 if limit is not None and seen > limit:
                     raise self._over(
@@ -656,8 +697,8 @@ class JailExecutor(seams.Executor):
                         "return less, or ask for a profile with a larger limit",
                     )
             refusal = self._quotas.store(
-                self._job(),
-                self._limits(profile),
+                self._job,
+                limits.of_job,
                 self._worker.current_task_id.binary(),
                 sizes,
             )
@@ -667,42 +708,56 @@ class JailExecutor(seams.Executor):
             jail.outcome = "TaskQuotaExceeded"
             raise
 
-    def _meta(
+    def _fixed(self, profile: profiles.Profile, info: seams.FunctionBytes) -> bytes:
+        """Return what a jail is told with each call of a function alike."""
+        worker, actor_id = self._worker, self._worker.actor_id
+        visible = self._visible()
+        user = [path for path in self._trusted.refused if path in visible]
+        return _json(
+            {
+                "module": info.module,
+                "results": profile.results.mode,
+                "max_result_bytes": profile.object_store.max_result_bytes,
+                "first_path": user,
+                "env": self._variables(),
+                "cwd": self._working_directory(),
+                "context": {
+                    "profile": profile.name,
+                    "boundary": profile.boundary,
+                    "job_id": self._job,
+                    "actor_id": None if actor_id.is_nil() else actor_id.hex(),
+                    "actor_name": None
+                    if actor_id.is_nil()
+                    else worker.actor_name or None,
+                    "node_id": worker.current_node_id.hex(),
+                    "worker_id": worker.worker_id.hex(),
+                    "namespace": worker.namespace,
+                },
+            }
+        )
+
+    def _present(
         self,
-        profile: profiles.Profile,
-        info: seams.FunctionBytes,
         operation: str,
+        info: seams.FunctionBytes,
         layout: list[str | None],
+        method: str,
     ) -> dict[str, Any]:
-        worker = self._worker
-        core = worker.core_worker
-        actor_id = worker.actor_id
-        user = [p for p in self._trusted.refused if p in self._visible()]
+        """Return what is this call's alone."""
+        worker, core = self._worker, self._worker.core_worker
         return {
             "op": operation,
+            "function": info.number,
+            "method": method,
             "layout": layout,
-            "module": info.module,
-            "results": profile.results.mode,
-            "max_result_bytes": profile.object_store.max_result_bytes,
-            "first_path": user,
-            "env": self._variables(),
-            "cwd": self._working_directory(),
             "context": {
-                "profile": profile.name,
-                "boundary": profile.boundary,
-                "job_id": worker.current_job_id.hex(),
                 "task_id": worker.current_task_id.hex(),
                 "task_name": worker.current_task_name,
                 "function_name": worker.current_task_function_name,
-                "actor_id": None if actor_id.is_nil() else actor_id.hex(),
-                "actor_name": None if actor_id.is_nil() else worker.actor_name or None,
-                "node_id": worker.current_node_id.hex(),
-                "worker_id": worker.worker_id.hex(),
-                "namespace": worker.namespace,
                 "attempt": core.get_current_task_attempt_number(),
                 "resources": {
                     name: sum(amount for _, amount in mapping)
-                    for name, mapping in core.resource_ids().items()
+                    for name, mapping in self._resources.items()
                 },
             },
         }
@@ -734,17 +789,27 @@ class JailExecutor(seams.Executor):
         pool: Pool,
         jail: Jail,
         task: str,
-        meta: dict[str, Any],
+        operation: str,
+        info: seams.FunctionBytes,
+        layout: list[str | None],
         parts: list[Any],
+        method: str = "",
     ) -> seams.SealedResult:
+        present = self._present(operation, info, layout, method)
         if not jail.tasks:
-            meta.update(self._first())
+            present.update(self._first())
+        if jail.told != info.number:
+            jail.fixed, jail.told = self._fixed(pool.profile, info), info.number
+        if operation != "method":
+            parts.insert(0, b"" if info.number in jail.functions else info.code)
         jail.tasks.append(task)
         self._show(pool, jail, task)
         try:
             # The next jail is forked while this one works.
             ahead = None if self._keeps(jail) else pool.prepare
-            frame = pool.call(jail, task, [_json(meta), *parts], then=ahead)
+            frame = pool.call(
+                jail, task, [jail.fixed, _json(present), *parts], then=ahead
+            )
         except BaseException as error:
             # Cancelled, or the jail is gone: in both cases nobody answers.
             self._abandon(pool, jail, error)
@@ -753,7 +818,9 @@ class JailExecutor(seams.Executor):
             jail.place.idle(jail.denied_count)
         if frame.kind == wire.ERROR:
             self._raise(pool, jail, task, frame)
-        return self._result(pool, jail, task, meta, frame)
+        if operation != "method":
+            jail.functions.add(info.number)
+        return self._result(pool, jail, task, frame)
 
     def _show(self, pool: Pool, jail: Jail, task: str) -> None:
         """Write down for whoever looks that this jail has a call now."""
@@ -764,25 +831,32 @@ class JailExecutor(seams.Executor):
             if jail.place is None:
                 return
             jail.first_call = time.time()
-        group, worker, actor = jail.slot.group, self._worker, self._worker.actor_id
-        before = group.before if group is not None else cgroup.Usage()
+            jail.about = self._about(pool, jail)
         jail.place.write(
             running=True,
             calls=len(jail.tasks),
             denials=jail.denied_count,
-            started=jail.first_call,
-            job=worker.current_job_id.binary(),
-            task=worker.current_task_id.binary(),
-            actor=b"" if actor.is_nil() else actor.binary(),
-            profile=pool.profile.name,
+            task=self._worker.current_task_id.binary(),
             name=task,
-            group=group.leaf if group is not None else "",
-            before=(
+            **jail.about,
+        )
+
+    def _about(self, pool: Pool, jail: Jail) -> dict[str, Any]:
+        """Return what stays the same in a jail's record."""
+        group, actor = jail.slot.group, self._worker.actor_id
+        before = group.before if group is not None else cgroup.Usage()
+        return {
+            "started": jail.first_call,
+            "job": self._worker.current_job_id.binary(),
+            "actor": b"" if actor.is_nil() else actor.binary(),
+            "profile": pool.profile.name,
+            "group": group.leaf if group is not None else "",
+            "before": (
                 before.cpu_time_s or 0.0,
                 before.oom_kills or 0,
                 before.pids_denied or 0,
             ),
-        )
+        }
 
     def _keeps(self, jail: Jail) -> bool:
         """Whether this jail outlives its call."""
@@ -803,15 +877,14 @@ class JailExecutor(seams.Executor):
         pool.end(jail)
 
     def _result(
-        self, pool: Pool, jail: Jail, task: str, meta: dict[str, Any], frame: wire.Frame
+        self, pool: Pool, jail: Jail, task: str, frame: wire.Frame
     ) -> seams.SealedResult:
         value = self._open(pool, jail, task, frame, most=1)[0]
         self._count_results(pool, jail, task, frame)
         jail.outcome = jail.outcome or "ok"
 
         def split() -> list[Any]:
-            again = {**meta, "op": "split"}
-            answer = pool.call(jail, task, [_json(again)])
+            answer = pool.call(jail, task, [jail.fixed, _json({"op": "split"})])
             if answer.kind == wire.ERROR:
                 self._raise(pool, jail, task, answer)
             values = self._open(pool, jail, task, answer, most=1 << 16)
@@ -953,8 +1026,11 @@ def _no_split() -> NoReturn:
     raise TypeError("one of several results is not taken apart again")
 
 
+_encode_json = json.JSONEncoder(separators=(",", ":")).encode
+
+
 def _json(meta: Mapping[str, Any]) -> bytes:
-    return json.dumps(meta, separators=(",", ":")).encode()
+    return _encode_json(meta).encode()
 
 
 def _sealed_parts(value: Any) -> tuple[bytes, Any]:
