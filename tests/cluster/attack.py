@@ -286,6 +286,7 @@ def batch(gcs: Gcs, calls: list[list[Any]]) -> dict[str, Any]:
 def _flood(gcs: Gcs, seconds: float, threads: int, one: Any) -> dict[str, Any]:
     """Call `one(channel number)` from many threads; count outcomes."""
     end, seen, lock = time.monotonic() + seconds, Counter[str](), threading.Lock()
+    print("began", flush=True)
 
     def run(number: int) -> None:
         mine = Counter[str]()
