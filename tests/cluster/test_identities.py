@@ -558,7 +558,7 @@ def _rolling(cluster: Cluster) -> str:
         for host in (cluster.head, cluster.node):
             _shim(cluster, host)
         how.write_text(
-            f'on() {{ shift; PATH={cluster.lab.path}/node-bin:$PATH; eval "$*"; }}\n'
+            f'on() {{ shift; (PATH={cluster.lab.path}/node-bin:$PATH; eval "$*"); }}\n'
             'copy() { cp -r "$1/." "$3/"; }\n'
         )
     there = cluster.node.home / "c"
