@@ -19,16 +19,15 @@ from raysandbox.cluster.errors import ClusterError
 from raysandbox.cluster.settings import ClusterDir
 from raysandbox.errors import ProfileError, RaysandboxError
 
-__all__ = ["Addresses", "Dir", "Json", "fail", "opened", "speak_as", "take_up"]
+__all__ = ["Addresses", "Dir", "fail", "opened", "speak_as", "take_up"]
 
 Dir = Annotated[
     Path,
-    typer.Option("--cluster", envvar="RAYSANDBOX_CLUSTER", help="cluster directory"),
+    typer.Option("--cluster", envvar="RAYSANDBOX_CLUSTER", help="Cluster directory."),
 ]
 Addresses = Annotated[
-    list[str], typer.Option("--address", help="IP address; may be given again")
+    list[str], typer.Option("--address", help="IP address; repeatable.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="as JSON")]
 
 
 def fail(error: RaysandboxError) -> NoReturn:
