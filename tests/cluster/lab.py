@@ -18,6 +18,7 @@ import contextlib
 import ctypes
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -118,6 +119,7 @@ class Host:
             script="mount -t tmpfs tmpfs /tmp && mount -t tmpfs tmpfs /dev/shm && "
             f"hostname {self.name} &&",
         )  # fmt: skip
+        self.lab.namespaces.add(os.stat(f"/proc/{self.pid}/ns/pid").st_ino)
         switch = self.lab.switch
         _inside(switch, "ip", "link", "add", "name", self.name, "type", "veth", "peer",
                 "name", "eth0", "netns", str(self.pid))  # fmt: skip
@@ -281,6 +283,8 @@ class Lab:
         # By host: where its drivers find their cluster.
         self.where: dict[str, str] = {}
         self._groups_before = _groups()
+        # Process namespaces of the hosts, in each of their lives.
+        self.namespaces: set[int] = set()
         # Its standard input ends with us, whatever ends us.
         self._janitor = subprocess.Popen(
             ["sh", "-c", 'read _; exec rm -rf "$0"', str(self.path)],
@@ -335,7 +339,7 @@ class Lab:
         On a real machine they would be gone with the kernel.
         """
         until = time.monotonic() + within_s
-        while left := _groups() - self._groups_before:
+        while left := set(filter(self._is_ours, _groups() - self._groups_before)):
             for path in sorted(left, key=len, reverse=True):
                 with contextlib.suppress(OSError):
                     os.rmdir(path)
@@ -343,6 +347,11 @@ class Lab:
             if time.monotonic() > until or all(map(_is_in_use, left)):
                 break
             time.sleep(0.05)
+
+    def _is_ours(self, group: str) -> bool:
+        """Whether a group may be a host's: a jail's has the namespace in its name."""
+        named = re.search(r"/raysandbox-(\d+)-", group)
+        return named is None or int(named[1]) in self.namespaces
 
     def __enter__(self) -> Lab:
         return self
