@@ -183,5 +183,6 @@ def test_observing_lets_a_stranger_through_with_an_alert(guard: DiskGuard) -> No
     guard.start_as("closed", admission="observe")
     assert guard.passes(**join)
     wait_for("the alert", lambda: '"alert": "unexpected_node"' in guard.said())
+    wait_for("it in the log", lambda: guard.audit("--what", "unexpected_node"))
     alerts = guard.audit("--json", "--what", "unexpected_node").splitlines()
     assert json.loads(alerts[0])["refused"] is False
