@@ -47,6 +47,16 @@ __all__ = ["JailExecutor"]
 # A zygote costs memory: those of the profiles used last stay.
 _MOST_POOLS = 2
 _ERROR_PARTS = 6
+_ORDINARY = "use an ordinary function or an actor with ordinary methods"
+# Ray's Jobs API runs an entrypoint as the child of an actor, in a worker.
+_JOB = "JobSupervisor.__init__"
+_ENTRYPOINT = (
+    "an entrypoint of the Jobs API, whose driver would have all that the worker has"
+)
+_NO_JOBS = (
+    "start the driver yourself, with ray.init(address=...) on a machine of the "
+    "cluster: sandboxes run tasks and actors, and no drivers"
+)
 
 
 class JailExecutor(seams.Executor):
@@ -69,6 +79,7 @@ class JailExecutor(seams.Executor):
         self._board = self._open_board()
         self._figures = Figures()
         self._bound = ""  # hex of the job that this worker is bound to
+        self._full = hints.FullStore()
         # The jail whose answer Ray has not taken in yet, and its pool.
         self._pending: tuple[Pool, Jail, bool] | None = None
         self._job_jail: tuple[str, Pool, Jail] | None = None
@@ -103,6 +114,8 @@ class JailExecutor(seams.Executor):
         }
         try:
             about["bases"] = groups_of_process().described()
+            if not self._gate.launched:  # behind the node's wall its keeper does it
+                state.sweep(seams.session_log_dir())
             return state.Board(seams.session_log_dir(), about["worker"], about)
         except (OSError, ValueError, RaysandboxError) as error:
             sys.stderr.write(f"raysandbox: ps can't see this worker: {error}\n")
@@ -169,6 +182,8 @@ class JailExecutor(seams.Executor):
         core = self._worker.core_worker
         self._begin_jail(profile)
         if core.current_actor_is_asyncio():
+            if name == _JOB:
+                raise self._unsupported(profile, name, _ENTRYPOINT, _NO_JOBS)
             raise self._unsupported(profile, name, "an actor with async methods")
         if core.current_actor_max_concurrency() > 1:
             raise self._unsupported(profile, name, "an actor with max_concurrency > 1")
@@ -275,7 +290,7 @@ class JailExecutor(seams.Executor):
             threads=entered.threads,
             took_s=round(entered.took_s, 4),
             leaves_after_task=self._leaves,
-            protections=_shown(entered.protections),
+            protections=plan.described(entered.protections),
         )
         log.close()
         seams.unseal()
@@ -315,6 +330,10 @@ class JailExecutor(seams.Executor):
             return original(*args, **kwargs)
 
         return seams.with_function(info, run, 1 if self._leaves else info.max_calls)
+
+    def why_full(self) -> str:
+        """See :class:`seams.Executor`."""
+        return self._full.explain(self._inside, self._gate.policy)
 
     def _check_inside(self, served: profiles.Profile) -> None:
         """Serve no other profile's task, even if raylet should send one."""
@@ -468,7 +487,7 @@ class JailExecutor(seams.Executor):
             denied=jail.denials,
             denied_count=jail.denied_count,
             **({"ended_by": jail.ended_by} if jail.ended_by else {}),
-            protections=_shown(pool.protections),
+            protections=plan.described(pool.protections),
         )
 
     def _log_directory(self) -> str:
@@ -892,24 +911,15 @@ class JailExecutor(seams.Executor):
         )
 
     def _unsupported(
-        self, profile: profiles.Profile, task: str, what: str
+        self, profile: profiles.Profile, task: str, what: str, remedy: str = _ORDINARY
     ) -> TaskUnsupported:
         return TaskUnsupported(
             task=task,
             profile=profile.name,
             limit=f'boundary = "{profile.boundary}"',
             seen=what,
-            remedy="use an ordinary function or an actor with ordinary methods",
+            remedy=remedy,
         )
-
-
-def _shown(protections: Sequence[plan.Protection]) -> dict[str, str]:
-    return {
-        wall.name: wall.state.value
-        if not wall.reason
-        else f"{wall.state.value}: {wall.reason}"
-        for wall in protections
-    }
 
 
 def _boundaries(node: policy.Node | None) -> dict[str, bool]:
