@@ -17,7 +17,7 @@ import typer
 
 from raysandbox.cli import certs, nodes
 from raysandbox.cli.look import AsJson, application
-from raysandbox.cli.member import Dir, fail, opened, take_up
+from raysandbox.cli.member import Dir, fail, opened, speak_as, take_up
 from raysandbox.cluster.audit import plain
 from raysandbox.cluster.errors import ClusterError
 from raysandbox.cluster.settings import ClusterDir
@@ -177,10 +177,8 @@ def up(
         print(f"starting {member.role}/{member.name} …", file=sys.stderr, flush=True)
         directory.run.mkdir(mode=0o700, exist_ok=True)
         with _output_to(directory.run / "start.log"):
-            from raysandbox.cluster.start import speak
-
             # The next import is Ray's too, which reads then who it is.
-            speak(directory)
+            speak_as(directory, [*first, *(arguments or [])], policy)
             from raysandbox.node.start import start as run
 
             run([*first, *(arguments or [])], policy=policy, cluster=directory)

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -16,9 +17,9 @@ from rich.console import Console
 from raysandbox.cluster.audit import plain
 from raysandbox.cluster.errors import ClusterError
 from raysandbox.cluster.settings import ClusterDir
-from raysandbox.errors import RaysandboxError
+from raysandbox.errors import ProfileError, RaysandboxError
 
-__all__ = ["Addresses", "Dir", "fail", "opened", "take_up"]
+__all__ = ["Addresses", "Dir", "fail", "opened", "speak_as", "take_up"]
 
 Dir = Annotated[
     Path,
@@ -46,7 +47,25 @@ def opened(path: Path) -> ClusterDir:
         fail(error)
 
 
-def take_up(cluster: ClusterDir, wait_s: float = 10.0) -> bool:
+def speak_as(cluster: ClusterDir, argv: Sequence[str], policy: str) -> None:
+    """Check all that a start needs, then give this process its identity.
+
+    Raises:
+        ClusterError: With everything that is wrong; Ray was not imported.
+    """
+    from raysandbox import policy as policies
+    from raysandbox.cluster.start import check, speak
+
+    problems = []
+    try:
+        policies.load_node(policies.find(policy))
+    except ProfileError as error:
+        problems.append(str(error))
+    check(cluster, argv, problems)
+    speak(cluster)
+
+
+def take_up(cluster: ClusterDir, wait_s: float = 30.0) -> bool:
     """Have running helpers take up what has changed, and wait until they have.
 
     Returns:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,7 @@ from rich.table import Table
 from raysandbox.cli.look import AsJson, application
 from raysandbox.cli.member import Addresses, Dir, fail, opened, take_up
 from raysandbox.cluster.errors import ClusterError
+from raysandbox.cluster.settings import ClusterDir
 
 __all__ = ["app", "quarantine", "release"]
 
@@ -124,7 +126,50 @@ def list_(cluster: Dir, as_json: AsJson = False) -> None:
     )
 
 
-def quarantine(name: str, cluster: Dir) -> None:
+@app.command()
+def drain(
+    name: str,
+    cluster: Dir,
+    within: Annotated[
+        float, typer.Option(help="seconds to wait for what runs there", min=0)
+    ] = 300.0,
+) -> None:
+    """Let a node finish its tasks, take no more, and leave.
+
+    Exit status: 0 it has left, 1 it still runs something (an actor, perhaps).
+    """
+    try:
+        _drain(opened(cluster), name, within)
+    except ClusterError as error:
+        fail(error)
+
+
+def _drain(directory: ClusterDir, name: str, within_s: float) -> None:
+    from raysandbox.cluster.drain import drain as ask
+
+    print(f"draining {name} …", file=sys.stderr, flush=True)
+    if not ask(directory, name, within_s):
+        raise ClusterError(
+            where=name,
+            what=f"takes no new tasks, and after {within_s:g} s still runs some",
+            remedy="wait again, kill its actors, or end it: `raysandbox cluster down` "
+            "there",
+        )
+    print(f"{name} has finished and left")
+
+
+def quarantine(
+    name: str,
+    cluster: Dir,
+    drain: Annotated[
+        float,
+        typer.Option(
+            help="seconds that its running tasks are given first; 0: none, as for a "
+            "node that is not to be trusted any more",
+            min=0,
+        ),
+    ] = 0.0,
+) -> None:
     """Refuse a node's calls, take it out of Ray and revoke its certificates."""
     from raysandbox.cluster import inventory
     from raysandbox.cluster.registry import Registry
@@ -139,6 +184,12 @@ def quarantine(name: str, cluster: Dir) -> None:
                 what="is the head; without it there is no cluster",
                 remedy="`raysandbox cluster down` there",
             )
+        if drain:
+            try:
+                _drain(directory, name, drain)
+            except ClusterError as error:
+                # It is quarantined all the same.
+                print(f"raysandbox: {error}", file=sys.stderr)
         inventory.quarantine(directory, name, True)
         print(f"{name} is quarantined")
         problem = None

@@ -51,10 +51,10 @@ def start(
         opened = open_directory(cluster)
     try:
         if opened is not None:
-            from raysandbox.cluster.start import speak
+            from raysandbox.cli.member import speak_as
 
             # The next import is Ray's too, which reads then who it is.
-            speak(opened)
+            speak_as(opened, context.args, policy)
         from raysandbox.node.start import start as run
 
         run(context.args, policy=policy, cluster=opened)

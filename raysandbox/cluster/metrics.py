@@ -16,7 +16,14 @@ from prometheus_client import (
 
 from raysandbox.cluster.settings import ROLES
 
-__all__ = ["Metrics"]
+__all__ = ["ALERTS", "Metrics"]
+
+# Every alert that there is.
+ALERTS = (
+    "unexpected_node", "node_without_admission", "node_not_removed", "node_removed",
+    "odd_call", "reload_failed", "guard_died", "certificate_ends", "certificate_bad",
+    "audit_broken", "audit_not_writable",
+)  # fmt: skip
 
 
 class Metrics:
@@ -48,7 +55,7 @@ class Metrics:
         self.writable = gauge("rsb_audit_writable", "1 while the log can be written")
         self.nodes = gauge("rsb_nodes_alive", "Nodes that the GCS holds alive")
         self.writable.set(1)
-        for alert in ("unexpected_node", "node_without_admission", "guard_died"):
+        for alert in ALERTS:
             # A series that begins at 1 has no increase that a rule could see.
             self.alerts.labels(alert)
 

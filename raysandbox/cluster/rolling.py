@@ -3,8 +3,8 @@
 Ray reads a process's certificate when the process starts and serves it until
 the end, so raylet, GCS and agents need a restart; the guard and the workers'
 issuer do not. Nodes go first, one after the other, each only once the one
-before is up again; the head is last, because its restart ends running jobs
-unless the GCS keeps its state elsewhere.
+before is up again, and drained before it is restarted; the head is last, because
+its restart ends running jobs unless the GCS keeps its state elsewhere.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ copy() {{ scp -pr "$1/." "root@$2:$3/"; }}
 cluster={cluster}
 there={there}
 days={days:g}
+# Seconds that a node's running tasks are given before it is restarted.
+within=${{DRAIN_S:-300}}
 stage=$(mktemp -d)
 trap 'rm -rf "$stage"' EXIT
 """
@@ -37,6 +39,8 @@ raysandbox cluster certs renew {member} --out "$stage"/{name} --days "$days" \
 --cluster "$cluster"
 copy "$stage"/{name} {address} "$there"
 rm -rf "$stage"/{name}
+raysandbox cluster nodes drain {name} --within "$within" --cluster "$cluster" ||
+  echo "  what still runs on {name} ends with it"
 on {address} raysandbox cluster down --cluster "$there"
 on {address} raysandbox cluster up --cluster "$there"
 on {address} raysandbox cluster status --cluster "$there"
@@ -49,14 +53,22 @@ echo "  take {out} to whoever is {member}; processes started from then on use it
 """
 _HEAD_NODE = """
 # The guard takes its new certificate up at once. GCS, raylet and dashboard need
-# the restart; without external GCS storage it ends running jobs.
+# the restart. It ends running jobs, and the nodes join anew, unless the GCS keeps
+# its state elsewhere: set GCS_KEPT=1 then.
 echo {member}
 raysandbox cluster certs renew {member} --out "$cluster" --days "$days" \
 --cluster "$cluster"
+nodes() {{
+  :{nodes}
+}}
+[ -n "${{GCS_KEPT:-}}" ] || nodes down
 raysandbox cluster down --cluster "$cluster"
 raysandbox cluster up --cluster "$cluster"
+[ -n "${{GCS_KEPT:-}}" ] || nodes up
 raysandbox cluster status --cluster "$cluster"
 """
+_NODES = """
+  on {address} raysandbox cluster "$1" --cluster "$there\""""
 
 
 def due(registry: Registry, within_days: float) -> dict[str, Record]:
@@ -93,7 +105,20 @@ def script(registry: Registry, *, within_days: float, days: float, there: str) -
         text += template.format(
             member=member, name=name, out=shlex.quote(str(out)),
             address=shlex.quote(record.addresses[0] if record.addresses else ""),
+            nodes="".join(
+                _NODES.format(address=shlex.quote(address))
+                for address in _members(registry)
+            ),
         )  # fmt: skip
     if not found:
         text += f"echo 'no certificate ends within {within_days:g} days'\n"
     return text
+
+
+def _members(registry: Registry) -> list[str]:
+    """Return the first address of each node that may join, but the head's."""
+    return [
+        node.addresses[0].partition("/")[0]
+        for node in registry.dir.inventory().nodes.values()
+        if not node.head and not node.quarantined
+    ]

@@ -59,26 +59,63 @@ def request_types(methods: frozenset[str]) -> dict[str, Any]:
     return found
 
 
+class _Looks:
+    """What there is to look at in messages of one kind, worked out once.
+
+    An event of a task can have a hundred fields, and a busy driver sends thousands
+    of them a second.
+    """
+
+    __slots__ = ("bytes", "messages", "several_bytes", "several_messages")
+
+    def __init__(self, kind: Any) -> None:
+        self.bytes: list[tuple[str, tuple[int, ...]]] = []
+        self.several_bytes: list[tuple[str, tuple[int, ...]]] = []
+        self.messages: list[str] = []
+        self.several_messages: list[str] = []
+        for field in kind.fields:
+            several = _repeated(field)
+            if field.type == field.TYPE_BYTES:
+                if field.name not in FREE:
+                    known = self.several_bytes if several else self.bytes
+                    known.append((field.name, _sizes(field.name)))
+            # Maps of Ray's have plain numbers and strings in them, or messages
+            # without identifiers.
+            elif (
+                field.type == field.TYPE_MESSAGE
+                and not field.message_type.GetOptions().map_entry
+                and _has_bytes(field.message_type, set())
+            ):
+                (self.several_messages if several else self.messages).append(field.name)
+
+
+_looks: dict[Any, _Looks] = {}
+
+
 def flaw(message: Any, depth: int = 0) -> str:
     """Say what is wrong with the identifiers of a message, or ``""``."""
     if depth > DEEPEST:
         return "the message is nested too deep"
-    for field, value in message.ListFields():
-        kind = field.type
-        if kind == field.TYPE_BYTES:
-            name = field.name
-            many = (value,) if isinstance(value, bytes) else value
-            for each in many:
-                if not _fits(name, len(each)):
-                    return f"{name} has {len(each)} bytes"
-        elif kind == field.TYPE_MESSAGE:
-            if field.message_type.GetOptions().map_entry:
-                # Maps of Ray's have plain numbers and strings in them, or
-                # messages without identifiers.
-                continue
-            for each in value if _repeated(field) else (value,):
-                if problem := flaw(each, depth + 1):
-                    return problem
+    looks = _looks.get(message.DESCRIPTOR)
+    if looks is None:
+        looks = _looks[message.DESCRIPTOR] = _Looks(message.DESCRIPTOR)
+    for name, sizes in looks.bytes:
+        size = len(getattr(message, name))
+        if size and size not in sizes:
+            return f"{name} has {size} bytes"
+    for name, sizes in looks.several_bytes:
+        for each in getattr(message, name):
+            if each and len(each) not in sizes:
+                return f"{name} has {len(each)} bytes"
+    for name in looks.messages:
+        if message.HasField(name) and (
+            problem := flaw(getattr(message, name), depth + 1)
+        ):
+            return problem
+    for name in looks.several_messages:
+        for each in getattr(message, name):
+            if problem := flaw(each, depth + 1):
+                return problem
     return ""
 
 
@@ -89,11 +126,23 @@ def _repeated(field: Any) -> bool:
         return bool(field.label == field.LABEL_REPEATED)
 
 
-def _fits(name: str, size: int) -> bool:
-    if size == 0 or name in EITHER:
-        return size == 0 or size in EITHER[name]
-    wanted = ID_BYTES.get(name)
-    if wanted is None:
-        # A name that nobody has looked at is not let through.
-        return name in FREE
-    return size == wanted
+def _sizes(name: str) -> tuple[int, ...]:
+    """Return the lengths that an identifier of this name can have, but for none.
+
+    A name that nobody has looked at is not let through.
+    """
+    if name in EITHER:
+        return EITHER[name]
+    return (ID_BYTES[name],) if name in ID_BYTES else ()
+
+
+def _has_bytes(kind: Any, seen: set[str]) -> bool:
+    """Whether messages of a kind can have bytes in them, at any depth."""
+    if kind.full_name in seen:
+        return False
+    seen.add(kind.full_name)
+    return any(
+        field.type == field.TYPE_BYTES
+        or (field.type == field.TYPE_MESSAGE and _has_bytes(field.message_type, seen))
+        for field in kind.fields
+    )

@@ -37,7 +37,7 @@ from raysandbox.cluster.errors import ClusterError
 from raysandbox.cluster.settings import ClusterDir, Settings, read_secret, write_file
 from raysandbox.node import seams
 
-__all__ = ["down", "hook", "preflight", "speak", "start", "start_helpers"]
+__all__ = ["check", "down", "hook", "preflight", "speak", "start", "start_helpers"]
 
 LOOPBACK_MODULE = "raysandbox.node.loopback"
 WAIT_S = 40
@@ -174,17 +174,35 @@ def _environment_problems() -> list[str]:
     return problems
 
 
+def check(cluster: ClusterDir, argv: Sequence[str], problems: Sequence[str]) -> None:
+    """Refuse a start with everything that is wrong with it, in one list.
+
+    Args:
+        cluster: Of which cluster.
+        argv: The arguments of `ray start`.
+        problems: Those that are known already.
+
+    Raises:
+        ClusterError: There is a problem; nothing was started.
+    """
+    _refuse([*problems, *preflight(cluster, argv)])
+
+
+def _refuse(problems: Sequence[str]) -> None:
+    if problems:
+        raise ClusterError(
+            where="raysandbox start",
+            what="refused, nothing was started:\n  - " + "\n  - ".join(problems),
+        )
+
+
 def speak(cluster: ClusterDir) -> None:
     """Give this process its identity; must come before Ray is imported.
 
     Raises:
         ClusterError: The environment asks for less than a hardened cluster is.
     """
-    if problems := _environment_problems():
-        raise ClusterError(
-            where="raysandbox start",
-            what="refused, nothing was started:\n  - " + "\n  - ".join(problems),
-        )
+    _refuse(_environment_problems())
     os.environ.update(cluster.tls_env("cli"))
 
 
@@ -374,12 +392,7 @@ def start(
     Raises:
         ClusterError: Nothing runs: what was started has been ended again.
     """
-    problems = [*problems, *preflight(cluster, argv)]
-    if problems:
-        raise ClusterError(
-            where="raysandbox start",
-            what="refused, nothing was started:\n  - " + "\n  - ".join(problems),
-        )
+    check(cluster, argv, problems)
     settings, member = cluster.settings(), cluster.member()
     head = member.role == "head"
     flags = _flags(argv)

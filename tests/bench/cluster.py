@@ -83,7 +83,7 @@ def rows(rounds: int) -> list[Row]:
             lab.host(name, address)
             lab.where[name] = "auto"
         stock = Stock(lab)
-        hardened = Hardened(lab, "--include-dashboard=false", node=False)
+        hardened = Hardened(lab, "--include-dashboard=false", node=False, walls=False)
         ours = Side(hardened.head, *hardened.env("alice"))
         theirs = Side(stock.host)
         try:

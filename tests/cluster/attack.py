@@ -193,26 +193,31 @@ def junk(gcs: Gcs) -> dict[str, Any]:
     seen: Counter[str] = Counter()
     preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
     settings = bytes(3) + b"\x04" + bytes(5)
-    for payload in (
+    payloads = (
         os.urandom(4096),
         preface + os.urandom(4096),
         preface + settings + b"\x00\xff\xff\x00\x05\x00\x00\x00\x01" + os.urandom(64),
         preface + settings + b"\x00\x00\x04\x08\x00\x00\x00\x00\x00\x00\x00\x00\x00",
         preface + settings + (b"\x00\x00\x00\x04\x00\x00\x00\x00\x00" * 20000),
         b"GET / HTTP/1.1\r\nhost: x\r\n\r\n",
-    ):
-        with _connect(gcs.target) as sock:
-            try:
-                sock.sendall(payload)
-                sock.settimeout(3)
-                while sock.recv(65536):
-                    pass
-                seen["closed"] += 1
-            except TimeoutError:
-                seen["open"] += 1
-            except OSError:
-                seen["closed"] += 1
+    )
+    with ThreadPoolExecutor(len(payloads)) as pool:
+        seen.update(pool.map(lambda payload: _junk(gcs.target, payload), payloads))
     return dict(seen)
+
+
+def _junk(target: dict[str, str], payload: bytes) -> str:
+    with _connect(target) as sock:
+        try:
+            sock.sendall(payload)
+            sock.settimeout(3)
+            while sock.recv(65536):
+                pass
+        except TimeoutError:
+            return "open"
+        except OSError:
+            pass
+    return "closed"
 
 
 def _connect(target: dict[str, str], protocol: str = "h2") -> socket.socket:
@@ -286,6 +291,7 @@ def batch(gcs: Gcs, calls: list[list[Any]]) -> dict[str, Any]:
 def _flood(gcs: Gcs, seconds: float, threads: int, one: Any) -> dict[str, Any]:
     """Call `one(channel number)` from many threads; count outcomes."""
     end, seen, lock = time.monotonic() + seconds, Counter[str](), threading.Lock()
+    print("began", flush=True)
 
     def run(number: int) -> None:
         mine = Counter[str]()

@@ -19,30 +19,49 @@ from typing import Any
 import pytest
 
 from raysandbox.cluster.audit import query
+from raysandbox.cluster.registry import Registry
 from raysandbox.cluster.settings import ClusterDir
-from tests.cluster.lab import Host, Lab, wait_for
+from tests.cluster.lab import POLICY, Host, Lab, wait_for
 from tests.require import require
 
 HERE = Path(__file__).resolve().parent
 CLI = (sys.executable, "-m", "raysandbox")
-# What is tested here is the cluster around the tasks, which run as on stock Ray: the
-# walls around tasks and workers, and their policy, have tests of their own.
-_START = (
+# A node without power is counted as dead in a quarter of Ray's own time.
+QUICK_TO_SEE_A_LOSS = {
+    "RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "2000",
+}  # fmt: skip
+# For figures that are to tell what the guard alone costs.
+WITHOUT_WALLS = (
     "import sys\n"
     "from raysandbox.cluster.settings import ClusterDir\n"
     "from raysandbox.cluster.start import start\n"
-    "from raysandbox.errors import RaysandboxError\n"
-    "try:\n"
-    "    start(ClusterDir(sys.argv[1]), sys.argv[2:])\n"
-    "except RaysandboxError as error:\n"
-    "    sys.exit(f'raysandbox: {error}')\n"
+    "start(ClusterDir(sys.argv[2].partition('=')[2]), sys.argv[3:])\n"
 )
-START = (sys.executable, "-c", _START)
 SMALL = ("--num-cpus=2", "--object-store-memory=150000000")
+# The profile with Ray's API lets its tasks reach these, and no others.
+PORTS = ("--node-manager-port=7001", "--object-manager-port=7002",
+         "--min-worker-port=20000", "--max-worker-port=20200")  # fmt: skip
 HEAD, NODE, ROGUE, STOCK, DRIVERS = (
     "10.77.0.1", "10.77.0.2", "10.77.0.3", "10.77.0.4", ("alice", "mallory"),
 )  # fmt: skip
 PORT, DASHBOARD = 6379, 8443
+# On the head's loopback: where alerts are posted to, and the Prometheus page.
+WEBHOOK_PORT, METRICS_PORT = 18123, 18124
+# A program of somebody's, in job/run.py, and how it is submitted as a job.
+JOB = (
+    "import ray; ray.init()\n"
+    "f = ray.remote(lambda x: x * 2)\n"
+    "print('TOTAL', sum(ray.get([f.remote(i) for i in range(10)])))\n"
+)
+SUBMIT = ("ray", "job", "submit", "--address=http://127.0.0.1:8265",
+          "--working-dir=job", "--", sys.executable, "run.py")  # fmt: skip
+# The walls around tasks are those of any node: untagged tasks run in a strict jail,
+# and some ask for the profile that has Ray's API.
+NODE_POLICY = (
+    POLICY.replace("fast = 64", "fast = 64\ntrusted = 64")
+    .replace('"fast"]', '"fast", "trusted"]')
+)  # fmt: skip
+TRUSTED = "resources={'sandbox:trusted': 0.01}"
 
 
 class Driver:
@@ -76,10 +95,16 @@ class Driver:
         assert "error" not in answer, answer["error"]
         return answer["result"]
 
+    @property
+    def lives(self) -> bool:
+        """Whether it can be asked."""
+        return self.process.poll() is None
+
     def close(self) -> None:
         """End it."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
+        for pipe in (self.process.stdin, self.process.stdout):
+            assert pipe is not None
+            pipe.close()
         try:
             self.process.wait(20)
         except subprocess.TimeoutExpired:
@@ -106,53 +131,62 @@ class Stock:
 
 
 class Hardened:
-    """A head and a node with everything that raysandbox puts around them."""
+    """A head and a node with everything that raysandbox has: guard, walls, policy."""
 
-    def __init__(self, lab: Lab, *head: str, node: bool = True) -> None:
-        self.lab = lab
+    def __init__(
+        self, lab: Lab, *head: str, node: bool = True, walls: bool = True
+    ) -> None:
+        self.lab, self.walls = lab, walls
         self.head, self.rogue = lab.hosts["head"], lab.hosts["rogue"]
         self.path = self.head.home / "c"
-        self.head.run(*CLI, "cluster", "init", "c", "--name=lab",
-                      f"--head-address={HEAD}", f"--port={PORT}")  # fmt: skip
+        self._drivers: dict[str, Driver] = {}
+        self.head.policy.write_text(NODE_POLICY)
+        self.head.raysandbox("cluster", "init", "c", "--name=lab",
+                             f"--head-address={HEAD}", f"--port={PORT}")  # fmt: skip
+        with (self.path / "cluster.toml").open("a") as file:
+            file.write(
+                f"dashboard_tls_port = {DASHBOARD}\n"
+                f'[audit]\nwebhook = "http://127.0.0.1:{WEBHOOK_PORT}/x"\n'
+                f"metrics_port = {METRICS_PORT}\n"
+                f'anchor_file = "{self.head.home}/anchors"\n'
+            )
+        self.dir = ClusterDir(self.path)
+        self.settings, self.registry = self.dir.settings(), Registry(self.dir)
         if node:
             self.node = lab.hosts["node"]
+            self.node.policy.write_text(NODE_POLICY)
             self.issue("node", "node", "../node/c", NODE)
             self.cli("nodes", "add", "node", f"--address={NODE}", "--resource=CPU=4",
-                     "--resource=*=1e12")  # fmt: skip
-        with (self.path / "cluster.toml").open("a") as file:
-            file.write(f"dashboard_tls_port = {DASHBOARD}\n")
-        self.settings = ClusterDir(self.path).settings()
+                     "--resource=GPU=0", "--resource=*=1e12")  # fmt: skip
         for name in DRIVERS:
             # Drivers run on nodes; mallory's laptop has what mallory has.
             self.issue("driver", name, name, HEAD, NODE, ROGUE)
         self.issue("operator", "olga", "olga", HEAD)
         self.issue("observer", "otto", "otto", HEAD)
-        # The log has a disk of its own that a test can fill.
-        self.head.run("sh", "-c", "mkdir -p c/audit && "
-                      "mount -t tmpfs -o size=24m,mode=700 tmpfs c/audit")  # fmt: skip
         self.start_head(*head)
         if node:
             self.start_node()
 
     def issue(self, role: str, name: str, out: str, *addresses: str) -> Path:
         """Issue a member's directory, below the head's home."""
-        given = [f"--address={a}" for a in addresses]
-        self.cli("certs", "issue", role, name, f"--out={out}", *given)
-        return (self.head.home / out).resolve()
+        path = (self.head.home / out).resolve()
+        self.registry.issue(role, name, list(addresses), path)  # type: ignore[arg-type]
+        return path
 
     def cli(self, *arguments: str, check: bool = True) -> Any:
         """Run `raysandbox cluster …` on the head."""
-        return self.head.run(
-            *CLI, "cluster", *arguments, "--cluster=c", check=check, timeout_s=60
-        )
+        return self.head.raysandbox("cluster", *arguments, "--cluster=c", check=check)
 
     def start_head(self, *more: str) -> None:
-        """Start the head's Ray."""
-        self.head.run(*START, "c", "--head", *SMALL, *more, timeout_s=90)
+        """Start the head's Ray, as its operator would."""
+        start = CLI if self.walls else (sys.executable, "-c", WITHOUT_WALLS)
+        self.head.run(*start, "start", "--cluster=c", "--head", *SMALL, *PORTS, *more,
+                      env=QUICK_TO_SEE_A_LOSS, timeout_s=90)  # fmt: skip
 
     def start_node(self) -> None:
         """Start the node's Ray."""
-        self.node.run(*START, "c", f"--address={HEAD}:{PORT}", *SMALL, timeout_s=90)
+        self.node.run(*CLI, "start", "--cluster=c", f"--address={HEAD}:{PORT}", *SMALL,
+                      *PORTS, timeout_s=90)  # fmt: skip
 
     def env(self, name: str) -> list[str]:
         """Return the command line that makes a command speak as a member."""
@@ -161,6 +195,22 @@ class Hardened:
     def driver(self, name: str, init: str = "", host: Host | None = None) -> Driver:
         """A driver with a certificate of its own."""
         return Driver(host or self.head, *self.env(name), init=init)
+
+    def shared(self, name: str) -> Driver:
+        """The driver of that name which all tests share, on the head.
+
+        Its namespace is ``of-<name>``. What a test defines in it, another finds.
+        """
+        driver = self._drivers.get(name)
+        if driver is None or not driver.lives:
+            driver = self.driver(name, init=f"namespace='of-{name}'")
+            self._drivers[name] = driver
+        return driver
+
+    def end_drivers(self) -> None:
+        """End the drivers that tests shared."""
+        while self._drivers:
+            self._drivers.popitem()[1].close()
 
     def target(self, name: str, component: str = "driver") -> dict[str, str]:
         """Return what an attacker needs who has a member's directory."""
@@ -175,9 +225,8 @@ class Hardened:
 
     def events(self, since: float = 0.0, **wanted: str) -> list[dict[str, Any]]:
         """Return the audit records whose fields match the given patterns."""
-        log = Path(f"/proc/{self.head.pid}/root{self.path}/audit")
         found = []
-        for record in query(log):
+        for record in query(self.path / "audit"):
             if record.get("t", 0) >= since and all(
                 re.search(pattern, str(record.get(key, "")))
                 for key, pattern in wanted.items()
@@ -192,12 +241,8 @@ class Hardened:
 
     def alive(self) -> int:
         """Return how many nodes the cluster has."""
-        code = (
-            "import ray; ray.init(address='auto', logging_level='ERROR');"
-            "print('ALIVE', sum(n['Alive'] for n in ray.nodes()))"
-        )
-        out = self.head.run(*self.env("alice"), sys.executable, "-c", code)
-        return int(out.stdout.split("ALIVE")[1].split()[0])
+        alive = "result = sum(n['Alive'] for n in ray.nodes())"
+        return int(self.shared("alice")(alive))
 
 
 def memory_bytes(host: Host, comm: str) -> int:
@@ -224,9 +269,11 @@ def lab() -> Iterator[Lab]:
 
 
 @pytest.fixture(scope="session")
-def hardened(lab: Lab) -> Hardened:
+def hardened(lab: Lab) -> Iterator[Hardened]:
     """The cluster under test, running."""
-    return Hardened(lab)
+    made = Hardened(lab)
+    yield made
+    made.end_drivers()
 
 
 @pytest.fixture(scope="session")
@@ -240,13 +287,12 @@ def attack(lab: Lab) -> Attack:
     """Run an attack of attack.py from the rogue machine (or another)."""
 
     def run(
-        target: dict[str, str], name: str, *arguments: Any, host: str = "rogue",
-        timeout_s: float = 60,
-    ) -> dict[str, Any]:  # fmt: skip
-        out = lab.hosts[host].run(
-            sys.executable, str(HERE / "attack.py"), json.dumps(target), name,
-            json.dumps(arguments), timeout_s=timeout_s,
-        )  # fmt: skip
+        target: dict[str, str], name: str, *arguments: Any, host: str = "rogue"
+    ) -> dict[str, Any]:
+        out = lab.hosts[host].servant(str(HERE / "attack.py"))(
+            "attack:main", "attack.py", json.dumps(target), name, json.dumps(arguments)
+        )
+        assert out.returncode == 0, out.stderr
         answer: dict[str, Any] = json.loads(out.stdout.splitlines()[-1])
         return answer
 

@@ -37,13 +37,13 @@ class Guard:
 
     def cli(self, *args: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run `raysandbox cluster ARGS` on the head's directory."""
-        return self.host.run(
-            *RS, "cluster", *args, "--cluster", str(self.path), check=check
+        return self.host.raysandbox(
+            "cluster", *args, "--cluster", str(self.path), check=check
         )
 
     def start(self) -> None:
         """Start guard and helpers."""
-        self.host.run(sys.executable, "-c", START, str(self.path))
+        self.host.python(START, str(self.path))
 
     def verdict(
         self, who: str = "alice/identity/driver", method: str = NODES,
@@ -78,7 +78,7 @@ class Guard:
 
     def audit(self, *args: str) -> str:
         """Run `raysandbox audit`."""
-        return self.host.run(*RS, "audit", "--cluster", str(self.path), *args).stdout
+        return self.host.raysandbox("audit", "--cluster", str(self.path), *args).stdout
 
     def close(self) -> None:
         """End the probe."""

@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -29,6 +31,7 @@ from types import TracebackType
 import raysandbox
 
 PR_SET_PDEATHSIG = 1
+SERVANT = Path(__file__).parent / "probes" / "servant.py"
 # Where the package under test is, when that is a source tree and not installed.
 _package = Path(raysandbox.__file__).resolve().parents[1]
 SOURCE = {} if _package.name == "site-packages" else {"PYTHONPATH": str(_package)}
@@ -63,11 +66,48 @@ def _holder(*unshare: str, script: str = "") -> tuple[subprocess.Popen[str], int
     return holder, int(children.read_text().split()[0])
 
 
+class Servant:
+    """A process on a host that has imported what many calls need."""
+
+    def __init__(self, host: Host, *modules: str) -> None:
+        self.host = host
+        self._process = subprocess.Popen(
+            host.argv([sys.executable, str(SERVANT), *modules]), env=host.env(),
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            preexec_fn=_die_with_parent,
+        )  # fmt: skip
+
+    def __call__(
+        self, run: str, *argv: str, env: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a function, ``module:name``, as a program with these arguments."""
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None
+        assert stdout is not None
+        ask = {
+            "run": run, "argv": argv, "env": self.host.env(env),
+            "cwd": str(self.host.home),
+        }  # fmt: skip
+        stdin.write(json.dumps(ask) + "\n")
+        stdin.flush()
+        said = json.loads(stdout.readline())
+        return subprocess.CompletedProcess(argv, said["code"], said["out"], said["err"])
+
+    def close(self) -> None:
+        """End it."""
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()
+
+
 class Host:
     """One machine of the lab."""
 
     def __init__(self, lab: Lab, name: str, address: str) -> None:
         self.lab, self.name, self.address = lab, name, address
+        self._servants: dict[tuple[str, ...], Servant] = {}
         self.home = lab.path / name
         self.home.mkdir(mode=0o700, exist_ok=True)
         self.boot()
@@ -79,6 +119,7 @@ class Host:
             script="mount -t tmpfs tmpfs /tmp && mount -t tmpfs tmpfs /dev/shm && "
             f"hostname {self.name} &&",
         )  # fmt: skip
+        self.lab.namespaces.add(os.stat(f"/proc/{self.pid}/ns/pid").st_ino)
         switch = self.lab.switch
         _inside(switch, "ip", "link", "add", "name", self.name, "type", "veth", "peer",
                 "name", "eth0", "netns", str(self.pid))  # fmt: skip
@@ -176,8 +217,30 @@ class Host:
             sys.executable, "-c", code, *args, env=env, timeout_s=timeout_s, check=check
         )
 
+    def servant(self, *modules: str) -> Servant:
+        """Return the process that has imported these modules, or paths of files."""
+        if modules not in self._servants:
+            self._servants[modules] = Servant(self, *modules)
+        return self._servants[modules]
+
+    def raysandbox(
+        self, *arguments: str, env: Mapping[str, str] | None = None, check: bool = True
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command of ours that starts nothing of Ray's."""
+        out = self.servant(*COMMANDS)(
+            "raysandbox.cli:main", "raysandbox", *arguments, env=env
+        )
+        if check and out.returncode:
+            raise AssertionError(
+                f"{self.name}: {' '.join(arguments)}: exit {out.returncode}\n"
+                f"{out.stdout[-4000:]}\n{out.stderr[-4000:]}"
+            )
+        return out
+
     def kill(self) -> None:
         """End everything on this host at once, as a power cut would."""
+        while self._servants:
+            self._servants.popitem()[1].close()
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
         self._holder.wait(timeout=10)
@@ -202,6 +265,15 @@ def _groups() -> set[str]:
     }
 
 
+def _is_in_use(group: str) -> bool:
+    """Whether a control group, or one below it, has processes."""
+    for procs in Path(group).rglob("cgroup.procs"):
+        with contextlib.suppress(OSError):
+            if procs.read_text():
+                return True
+    return False
+
+
 class Lab:
     """A switch and the hosts on it; use as a context manager."""
 
@@ -211,6 +283,8 @@ class Lab:
         # By host: where its drivers find their cluster.
         self.where: dict[str, str] = {}
         self._groups_before = _groups()
+        # Process namespaces of the hosts, in each of their lives.
+        self.namespaces: set[int] = set()
         # Its standard input ends with us, whatever ends us.
         self._janitor = subprocess.Popen(
             ["sh", "-c", 'read _; exec rm -rf "$0"', str(self.path)],
@@ -265,13 +339,19 @@ class Lab:
         On a real machine they would be gone with the kernel.
         """
         until = time.monotonic() + within_s
-        while left := _groups() - self._groups_before:
+        while left := set(filter(self._is_ours, _groups() - self._groups_before)):
             for path in sorted(left, key=len, reverse=True):
                 with contextlib.suppress(OSError):
                     os.rmdir(path)
-            if time.monotonic() > until:
+            # Those with processes in them are somebody else's: ours have ended.
+            if time.monotonic() > until or all(map(_is_in_use, left)):
                 break
             time.sleep(0.05)
+
+    def _is_ours(self, group: str) -> bool:
+        """Whether a group may be a host's: a jail's has the namespace in its name."""
+        named = re.search(r"/raysandbox-(\d+)-", group)
+        return named is None or int(named[1]) in self.namespaces
 
     def __enter__(self) -> Lab:
         return self
@@ -285,6 +365,9 @@ class Lab:
         self.close()
 
 
+# What `Host.raysandbox` has imported; Ray is not of it, which reads who it is then.
+COMMANDS = ("raysandbox.cli", "raysandbox.cli.cluster", "raysandbox.cli.audit",
+            "raysandbox.cluster.registry", "raysandbox.cluster.report")  # fmt: skip
 POLICY = """
 [offer]
 strict = 64

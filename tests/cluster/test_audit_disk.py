@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.guard_only import RS, Guard
+from tests.cluster.guard_only import Guard
 from tests.cluster.lab import Host, Lab, wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(120)]
@@ -27,7 +27,7 @@ class DiskGuard(Guard):
 
     def __init__(self, host: Host) -> None:
         super().__init__(host)
-        host.run(*RS, "cluster", "init", str(self.path), "--head-address", HEAD)
+        host.raysandbox("cluster", "init", str(self.path), "--head-address", HEAD)
         self.cli("certs", "issue", "driver", "alice", "--address", HEAD,
                  "--out", str(host.home / "alice"))  # fmt: skip
         (self.path / "audit").mkdir(mode=0o700)
@@ -149,8 +149,8 @@ def test_tampered_log_is_an_alert_at_the_next_start(guard: DiskGuard) -> None:
         "3s/supervisor\\|driver\\|GetAll/XXXX/",
         f"{guard.path}/audit/audit.jsonl",
     )
-    out = guard.host.run(
-        *RS, "audit", "--cluster", str(guard.path), "verify", check=False
+    out = guard.host.raysandbox(
+        "audit", "--cluster", str(guard.path), "verify", check=False
     )
     assert (out.returncode, "does not match its hash" in out.stderr) == (1, True)
     guard.start()
@@ -162,8 +162,8 @@ def test_observing_lets_a_stranger_through_with_an_alert(guard: DiskGuard) -> No
 
     The same join is refused with admission = "enforce".
     """
-    guard.host.run(
-        *RS, "cluster", "certs", "issue", "node", "ghost", "--address", HEAD,
+    guard.host.raysandbox(
+        "cluster", "certs", "issue", "node", "ghost", "--address", HEAD,
         "--out", str(guard.host.home / "ghost"), "--cluster", str(guard.path),
     )  # fmt: skip
     join = {
@@ -183,5 +183,6 @@ def test_observing_lets_a_stranger_through_with_an_alert(guard: DiskGuard) -> No
     guard.start_as("closed", admission="observe")
     assert guard.passes(**join)
     wait_for("the alert", lambda: '"alert": "unexpected_node"' in guard.said())
+    wait_for("it in the log", lambda: guard.audit("--what", "unexpected_node"))
     alerts = guard.audit("--json", "--what", "unexpected_node").splitlines()
     assert json.loads(alerts[0])["refused"] is False

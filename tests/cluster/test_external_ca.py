@@ -1,39 +1,23 @@
 """A cluster whose CA is somebody else's: requests out, certificates and lists in.
 
-The CA here is one made with the cryptography library, as a company's would be: its
-key is never in the cluster's directory.
+The guard alone; a Ray of such a cluster runs in `test_failures`.
 """
 
 from __future__ import annotations
 
 import datetime as dt
 import shutil
-from pathlib import Path
 
 import pytest
-from cryptography import x509
 
 from raysandbox.cluster import pki
-from tests.cluster.guard_only import RS, Guard
+from tests.cluster.external import sign
+from tests.cluster.guard_only import Guard
 from tests.cluster.lab import Lab
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(120)]
 
 HEAD = "10.77.6.1"
-
-
-def _sign(ca: pki.Issuer, pending: Path, out: Path, name: str) -> None:
-    """Sign what is asked for, as the company's CA would after looking at it."""
-    out.mkdir()
-    for path in pending.glob("*.csr"):
-        csr = x509.load_pem_x509_csr(path.read_bytes())
-        public = csr.public_key()
-        if path.stem == "workers":
-            cert = ca.sub_for("prod", name, [HEAD], 90, public)
-        else:
-            uris, _ = pki.asked_identity(csr)
-            cert = ca.leaf(uris[0], [HEAD], public, 90)
-        (out / f"{path.stem}.pem").write_bytes(pki.pem(cert))
 
 
 def test_cluster_of_an_external_ca() -> None:
@@ -46,13 +30,13 @@ def test_cluster_of_an_external_ca() -> None:
         host = lab.host("head", HEAD)
         guard, home = Guard(host), host.home
         (home / "corp.pem").write_bytes(pki.pem(ca.cert))
-        host.run(
-            *RS, "cluster", "init", str(home / "c"), "--name", "prod",
+        host.raysandbox(
+            "cluster", "init", str(home / "c"), "--name", "prod",
             "--head-address", HEAD, "--external-ca", str(home / "corp.pem"),
         )  # fmt: skip
         assert not list((home / "c").glob("**/root.key"))
         guard.cli("certs", "csr")
-        _sign(ca, home / "c" / "pending", home / "signed", "head")
+        sign(ca, home / "c" / "pending", home / "signed", "head", HEAD)
         guard.cli("certs", "import", str(home / "signed"))
         with pytest.raises(AssertionError, match="certs trust CRL"):
             guard.start()
@@ -63,16 +47,18 @@ def test_cluster_of_an_external_ca() -> None:
         guard.cli("certs", "bundle", "driver", "alice", "--address", HEAD,
                   "--out", str(home / "alice"))  # fmt: skip
         alice = ("--cluster", str(home / "alice"))
-        host.run(*RS, "cluster", "certs", "csr", *alice)
-        _sign(ca, home / "alice" / "pending", home / "signed-alice", "alice")
-        host.run(*RS, "cluster", "certs", "import", str(home / "signed-alice"), *alice)
+        host.raysandbox("cluster", "certs", "csr", *alice)
+        sign(ca, home / "alice" / "pending", home / "signed-alice", "alice", HEAD)
+        host.raysandbox(
+            "cluster", "certs", "import", str(home / "signed-alice"), *alice
+        )
         assert guard.verdict() == "through"
 
         rogue = pki.Issuer.root("Example Corp CA 7")
         shutil.copytree(home / "alice", home / "eve")
-        host.run(*RS, "cluster", "certs", "csr", "--cluster", str(home / "eve"))
-        _sign(rogue, home / "eve" / "pending", home / "signed-eve", "alice")
-        out = host.run(*RS, "cluster", "certs", "import", str(home / "signed-eve"),
+        host.raysandbox("cluster", "certs", "csr", "--cluster", str(home / "eve"))
+        sign(rogue, home / "eve" / "pending", home / "signed-eve", "alice", HEAD)
+        out = host.raysandbox("cluster", "certs", "import", str(home / "signed-eve"),
                        "--cluster", str(home / "eve"), check=False)  # fmt: skip
         assert (out.returncode, "was not signed by" in out.stderr) == (1, True)
         for suffix, source in ((".pem", "signed-eve"), (".key", "eve/pending")):

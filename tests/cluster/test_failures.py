@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.cluster.conftest import CLI, ROGUE, SMALL, START, Attack, Driver, Hardened
+from raysandbox.cluster import pki
+from raysandbox.cluster.registry import install
+from raysandbox.cluster.settings import ClusterDir
+from tests.cluster.conftest import (
+    CLI,
+    JOB,
+    ROGUE,
+    SMALL,
+    SUBMIT,
+    WITHOUT_WALLS,
+    Attack,
+    Driver,
+    Hardened,
+)
+from tests.cluster.external import sign
 from tests.cluster.lab import Host, Lab, wait_for
 
 pytestmark = pytest.mark.root
@@ -19,8 +33,8 @@ OURS = "gcs_server|raylet|envoy|raysandbox.cluster.supervisor"
 
 
 @pytest.fixture
-def alice(hardened: Hardened) -> Iterator[Driver]:
-    driver = hardened.driver("alice", init="namespace='failures'")
+def alice(hardened: Hardened) -> Driver:
+    driver = hardened.shared("alice")
     driver(
         "@ray.remote(num_cpus=0.1)\n"
         "def slow(seconds):\n"
@@ -29,11 +43,11 @@ def alice(hardened: Hardened) -> Iterator[Driver]:
         "class Actor:\n"
         "    def ping(self):\n"
         "        return 'pong'\n"
-        "a = Actor.options(name='survivor').remote()\n"
+        "a = Actor.options(name='survivor', lifetime='detached',\n"
+        "                  get_if_exists=True).remote()\n"
         "ray.get([a.ping.remote(), slow.remote(0)], timeout=60)"
     )
-    yield driver
-    driver.close()
+    return driver
 
 
 def _still_works(alice: Driver) -> None:
@@ -109,24 +123,47 @@ def test_head_is_lost_and_returns(hardened: Hardened, attack: Attack) -> None:
 
 
 @pytest.fixture(scope="module")
-def lonely(lab: Lab) -> Iterator[Host]:
+def corp() -> pki.Issuer:
+    """The CA of the cluster that is started here, which is somebody else's."""
+    return pki.Issuer.root("Example Corp CA 7")
+
+
+@pytest.fixture(scope="module")
+def lonely(lab: Lab, corp: pki.Issuer) -> Iterator[Host]:
     """The rogue's machine, where a head of its own may be started."""
     host = lab.hosts["rogue"]
     host.reboot()
-    host.run(*CLI, "cluster", "init", "x", "--name=x", f"--head-address={ROGUE}")
+    (host.home / "corp.pem").write_bytes(pki.pem(corp.cert))
+    (host.home / "corp.crl").write_bytes(corp.crl([]))
+    host.raysandbox("cluster", "init", "x", "--name=prod", f"--head-address={ROGUE}",
+                    "--external-ca=corp.pem")  # fmt: skip
+    _certify(host, corp, "x", "head")
+    host.raysandbox("cluster", "certs", "trust", "corp.crl", "--cluster=x")
     yield host
     host.reboot()
 
 
-def _start(host: Host, *more: str, **env: str) -> subprocess.CompletedProcess[str]:
-    return host.run(
-        *START, "x", "--head", "--include-dashboard=false", *SMALL, *more, env=env,
-        check=False, timeout_s=100,
-    )  # fmt: skip
+def _certify(host: Host, ca: pki.Issuer, directory: str, name: str) -> None:
+    """Have the CA sign what a member of the cluster asks for."""
+    there = f"--cluster={directory}"
+    host.raysandbox("cluster", "certs", "csr", there)
+    sign(ca, host.home / directory / "pending", host.home / "signed", name, ROGUE)
+    host.raysandbox("cluster", "certs", "import", "signed", there)
+
+
+ARGUMENTS = ("start", "--cluster=x", "--head", "--include-dashboard=false", *SMALL)
+
+
+def _start(host: Host, **env: str) -> subprocess.CompletedProcess[str]:
+    return host.run(*CLI, *ARGUMENTS, env=env, check=False, timeout_s=100)
 
 
 def _refused(host: Host, *more: str, **env: str) -> str:
-    out = _start(host, *more, **env)
+    """Return what a start says that is refused before Ray is looked at."""
+    return _said(host, host.raysandbox(*ARGUMENTS, *more, env=env, check=False))
+
+
+def _said(host: Host, out: subprocess.CompletedProcess[str]) -> str:
     assert out.returncode != 0, out.stdout
     left = host.run("pgrep", "-fa", OURS, check=False).stdout
     assert left == "", "left running:\n" + left
@@ -167,7 +204,7 @@ def test_start_with_bad_input_is_refused(lonely: Host, case: str) -> None:
         said, part = _refused(lonely), "token: is empty"
         back()
     elif case == "other_ca":
-        lonely.run(*CLI, "cluster", "init", "y", "--name=x")
+        lonely.raysandbox("cluster", "init", "y", "--name=prod")
         back = _replace(x / "ca.pem", (lonely.home / "y" / "ca.pem").read_bytes())
         said, part = _refused(lonely), "was not signed by"
         back()
@@ -180,33 +217,32 @@ def test_start_with_bad_input_is_refused(lonely: Host, case: str) -> None:
         lonely.run("umount", str(place))
     else:
         lonely.popen(sys.executable, "-m", "http.server", "6379")
-        time.sleep(1)
+        wait_for("it", lambda: ":6379" in lonely.run("ss", "-ltnH").stdout)
         said, part = _refused(lonely), "port 6379, for the guard, is in use"
         # Of this machine's own process namespace.
         lonely.run("pkill", "-f", "http.server")
     assert part in said
 
 
-def test_clock_that_is_wrong_is_named(lonely: Host) -> None:
+def test_clock_that_is_wrong_is_named(
+    lonely: Host, corp: pki.Issuer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A certificate that is not valid yet is a clock's fault, and the message says so.
 
     Linux has no namespace for the wall clock: the CA's clock is ahead instead.
     """
-    code = (
-        "import datetime as dt\n"
-        "from raysandbox.cluster import pki\n"
-        "from raysandbox.cluster.registry import Registry\n"
-        "from raysandbox.cluster.settings import ClusterDir\n"
-        "now = pki._now\n"
-        "pki._now = lambda: now() + dt.timedelta(days=2)\n"
-        "Registry(ClusterDir('x')).issue('head', 'head', ['10.77.0.3'],\n"
-        "    ClusterDir('x').path, renew=True)\n"
-    )
-    lonely.python(code)
+    x, early, now = ClusterDir(lonely.home / "x"), lonely.home / "early", pki._now
+    lonely.raysandbox("cluster", "certs", "csr", "--cluster=x")
+    with monkeypatch.context() as patch:
+        patch.setattr(pki, "_now", lambda: now() + dt.timedelta(days=2))
+        sign(corp, x.path / "pending", early, "head", ROGUE)
+    for component in pki.COMPONENTS["head"]:
+        key = pki.load_key(x.path / "pending" / f"{component}.key")
+        install(x, component, key, (early / f"{component}.pem").read_bytes())
     said = _refused(lonely)
     assert "is not valid before" in said
     assert "set this machine's clock" in said
-    lonely.python(code.replace("days=2", "days=0"))
+    _certify(lonely, corp, "x", "head")
 
 
 def test_what_listens_in_clear_afterwards_ends_the_start(lonely: Host) -> None:
@@ -221,12 +257,28 @@ def test_what_listens_in_clear_afterwards_ends_the_start(lonely: Host) -> None:
         "    listener.listen()\n"
     )
     path = ":".join([str(site), lonely.env().get("PYTHONPATH", "")]).rstrip(":")
-    said = _refused(lonely, PYTHONPATH=path)
+    said = _said(lonely, _start(lonely, PYTHONPATH=path))
     assert "0.0.0.0:9999" in said
     assert "would reach in clear" in said
 
 
-def test_it_starts_when_all_is_well(lonely: Host) -> None:
-    """Positive control of the refusals above: the same directory, unharmed."""
-    out = _start(lonely)
-    assert out.returncode == 0, out.stderr[-3000:]
+def test_it_starts_when_all_is_well(lonely: Host, corp: pki.Issuer) -> None:
+    """Positive control of the refusals above: the same directory, unharmed.
+
+    Its CA is a company's, and so is a driver's certificate that a job is submitted
+    with. The nodes have no walls here: behind those there are no submitted jobs.
+    """
+    lonely.run(
+        sys.executable, "-c", WITHOUT_WALLS, "start", "--cluster=x", "--head", *SMALL,
+        timeout_s=100,
+    )  # fmt: skip
+    lonely.raysandbox("cluster", "certs", "bundle", "driver", "alice", "--cluster=x",
+                      f"--address={ROGUE}", "--out=alice")  # fmt: skip
+    _certify(lonely, corp, "alice", "alice")
+    (lonely.home / "job").mkdir()
+    (lonely.home / "job" / "run.py").write_text(JOB)
+    out = lonely.run(
+        *CLI, "cluster", "env", "--cluster=alice", "--", *SUBMIT, timeout_s=100
+    )
+    assert "TOTAL 90" in out.stdout
+    assert "succeeded" in out.stdout

@@ -22,47 +22,37 @@ from typing import Any
 import pytest
 
 from raysandbox.cluster import pki
-from raysandbox.cluster.registry import Registry
-from raysandbox.cluster.settings import ClusterDir
-from tests.cluster.lab import Host, Lab, wait_for
+from tests.cluster.conftest import (
+    CLI,
+    HEAD,
+    METRICS_PORT,
+    NODE,
+    PORTS,
+    ROGUE,
+    SMALL,
+    WEBHOOK_PORT,
+    Hardened,
+)
+from tests.cluster.lab import Host, wait_for
 
-pytestmark = [pytest.mark.root, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.root
 
-RS = (sys.executable, "-m", "raysandbox")
-HEAD, NODE, ROGUE = "10.77.3.1", "10.77.3.2", "10.77.3.9"
 NODES = "/ray.rpc.NodeInfoGcsService/GetAllNodeInfo"
 REGISTER = "/ray.rpc.NodeInfoGcsService/RegisterNode"
 DRAIN = "/ray.rpc.autoscaler.AutoscalerStateService/DrainNode"
-SMALL = ("--", "--num-cpus=1", "--object-store-memory=80000000")
 PROBES = Path(__file__).parent / "probes"
-WEBHOOK_PORT, METRICS_PORT = 18123, 18124
 
 
 class Cluster:
-    """A head, a node, and where their files are (this machine sees them too)."""
+    """The cluster under test, as its operator sees it."""
 
-    def __init__(self, lab: Lab) -> None:
-        self.lab = lab
-        self.head = lab.host("head", HEAD)
-        self.node = lab.host("n1", NODE)
-        self.rogue = lab.host("rogue", ROGUE)
-        self.path = self.head.home / "c"
-        self.policy = lab.path / "policy.toml"
-        self.head.run(*RS, "policy", "init", "--output", str(self.policy))
-        self.cli("cluster", "init", str(self.path), "--name", "prod",
-                 "--head-address", HEAD, cluster=False)  # fmt: skip
-        with (self.path / "cluster.toml").open("a") as file:
-            file.write(
-                f'[audit]\nwebhook = "http://127.0.0.1:{WEBHOOK_PORT}/x"\n'
-                f"metrics_port = {METRICS_PORT}\n"
-                f'anchor_file = "{self.head.home}/anchors"\n'
-            )
-        self.dir = ClusterDir(self.path)
-        self.registry = Registry(self.dir)
-        self.issue("node", "n1", NODE, out=self.node.home / "c")
-        self.cli("cluster", "nodes", "add", "n1", "--address", NODE,
-                 "--resource", "*=1000000000000", "--resource", "GPU=0")  # fmt: skip
-        self.issue("driver", "alice", ROGUE)
+    def __init__(self, hardened: Hardened) -> None:
+        self.hardened, self.lab, self.dir = hardened, hardened.lab, hardened.dir
+        self.head, self.node, self.rogue = (
+            hardened.head, hardened.node, hardened.rogue
+        )  # fmt: skip
+        self.path, self.registry = hardened.path, hardened.registry
+        self.alice = self.head.home / "alice"
         self._callers: dict[str, subprocess.Popen[str]] = {}
         self.alerts = self.head.home / "alerts"
         self.hook = self.head.popen(
@@ -78,16 +68,10 @@ class Cluster:
         host = host or self.head
         more = ("--cluster", str(host.home / "c")) if cluster else ()
         index = args.index("--") if "--" in args else len(args)
-        env = {"RAYSANDBOX_POLICY": str(self.policy)}
-        return host.run(
-            *RS,
-            *args[:index],
-            *more,
-            *args[index:],
-            check=check,
-            env=env,
-            timeout_s=120,
-        )
+        whole = (*args[:index], *more, *args[index:])
+        if "up" in args:
+            return host.run(*CLI, *whole, check=check, timeout_s=120)
+        return host.raysandbox(*whole, check=check)
 
     def issue(
         self, role: str, name: str, address: str, out: Path | None = None
@@ -176,14 +160,12 @@ class Cluster:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    """A running cluster of two nodes."""
-    with Lab() as lab:
-        made = Cluster(lab)
-        made.cli("cluster", "up", *SMALL)
-        made.cli("cluster", "up", *SMALL, host=made.node)
-        yield made
-        made.close()
+def cluster(hardened: Hardened) -> Iterator[Cluster]:
+    """The cluster, running; the last tests here end it."""
+    hardened.end_drivers()
+    made = Cluster(hardened)
+    yield made
+    made.close()
 
 
 # -- certificates -------------------------------------------------------------------
@@ -191,7 +173,7 @@ def cluster() -> Iterator[Cluster]:
 
 def test_driver_of_the_cluster_is_answered(cluster: Cluster) -> None:
     """The positive control of all that follows."""
-    said = cluster.call_as(cluster.lab.path / "driver-alice", "driver")
+    said = cluster.call_as(cluster.alice, "driver")
     assert said["code"] == "OK"
     assert said["bytes"] > 200
 
@@ -201,7 +183,7 @@ def _leaf(issuer: pki.Issuer, uri: str, **how: Any) -> tuple[bytes, Any]:
     return pki.pem(issuer.leaf(uri, [ROGUE], key.public_key(), **how)), key
 
 
-DRIVER = "spiffe://prod/driver/alice/driver"
+DRIVER = "spiffe://lab/driver/alice/driver"
 
 
 @pytest.mark.parametrize(
@@ -218,9 +200,9 @@ def test_certificate_that_proves_nothing_fails_the_handshake(
 ) -> None:
     """It is refused before a call is made, and the log says from where."""
     root = cluster.registry.root()
-    alice = cluster.lab.path / "driver-alice" / "identity"
+    alice = cluster.alice / "identity"
     if name.startswith("another"):
-        chain, key = _leaf(pki.Issuer.root("prod cluster CA"), uri)
+        chain, key = _leaf(pki.Issuer.root("lab cluster CA"), uri)
     elif name == "expired":
         chain, key = _leaf(root, uri, days=-0.002)
     elif name == "not valid yet":
@@ -265,7 +247,7 @@ def test_revoked_certificate_is_refused_at_once(cluster: Cluster) -> None:
     assert "in force" in out.stdout
     assert cluster.call_as(bob, "driver")["code"] == "UNAVAILABLE"
     assert cluster.call_as(
-        cluster.lab.path / "driver-alice", "driver"
+        cluster.alice, "driver"
     )["code"] == "OK"  # fmt: skip
 
 
@@ -305,7 +287,7 @@ with grpc.secure_channel("{HEAD}:6379", credentials) as channel:
 
 
 JOB = """
-import time, ray
+import pathlib, time, ray
 ray.init(logging_level="ERROR", log_to_driver=False)
 
 @ray.remote
@@ -322,8 +304,8 @@ def square(x):
 
 counter = Counter.options(num_cpus=0.1).remote()
 print("begun", ray.get(counter.add.remote()), flush=True)
-end, done = time.time() + 8, 0
-while time.time() < end:
+end, done, over = time.time() + 60, 0, pathlib.Path("over")
+while time.time() < end and not (over.exists() and done > 5):
     assert ray.get(square.remote(done)) == done * done
     assert ray.get(counter.add.remote()) == done + 2
     done += 1
@@ -343,13 +325,14 @@ def test_job_goes_on_while_others_are_revoked(cluster: Cluster) -> None:
     for name in ("mal", "lory"):
         cluster.issue("driver", name, ROGUE)
     job = cluster.node.popen(
-        *RS, "cluster", "env", "--cluster", str(honest), "--", sys.executable, "-c",
+        *CLI, "cluster", "env", "--cluster", str(honest), "--", sys.executable, "-c",
         JOB, log="job.log",
     )  # fmt: skip
     log = cluster.node.home / "job.log"
     wait_for("the job", lambda: log.exists() and "begun 1" in log.read_text(), 60)
     for name in ("mal", "lory"):
         cluster.cli("cluster", "certs", "revoke", f"driver/{name}")
+    (cluster.node.home / "over").touch()
     assert job.wait(timeout=60) == 0, log.read_text()[-3000:]
     assert int(log.read_text().split("done ")[1]) > 5
 
@@ -362,22 +345,22 @@ def _node_issuer(cluster: Cluster) -> pki.Issuer:
 @pytest.mark.parametrize(
     "uri",
     [
-        "spiffe://prod/worker/head/0123456789abcdef",
-        "spiffe://prod/worker/n2/0123456789abcdef",
+        "spiffe://lab/worker/head/0123456789abcdef",
+        "spiffe://lab/worker/node2/0123456789abcdef",
         DRIVER,
-        "spiffe://prod/operator/root/cli",
-        "spiffe://prod/head/head/raylet",
-        "spiffe://prod/node/n1/raylet",
+        "spiffe://lab/operator/root/cli",
+        "spiffe://lab/head/head/raylet",
+        "spiffe://lab/node/node/raylet",
     ],
 )
 def test_node_can_mint_its_own_workers_alone(cluster: Cluster, uri: str) -> None:
-    """The issuer's key of node n1 is good for workers of n1, and nothing else.
+    """The issuer's key of a node is good for its workers, and nothing else.
 
-    On n1 itself, with a good chain: any other identity is refused.
+    On the node itself, with a good chain: any other identity is refused.
     """
     issuer = _node_issuer(cluster)
     for wanted, code in (
-        ("spiffe://prod/worker/n1/0123456789abcdef", "OK"), (uri, "PERMISSION_DENIED"),
+        ("spiffe://lab/worker/node/0123456789abcdef", "OK"), (uri, "PERMISSION_DENIED"),
     ):  # fmt: skip
         chain, key = _leaf(issuer, wanted)
         paths = cluster.minted(chain + pki.pem(issuer.cert), key, "minted")
@@ -388,13 +371,13 @@ def test_node_can_mint_its_own_workers_alone(cluster: Cluster, uri: str) -> None
 def test_node_can_not_mint_for_another_cluster_of_the_ca(cluster: Cluster) -> None:
     """The issuer's name constraints hold at the handshake."""
     issuer = _node_issuer(cluster)
-    chain, key = _leaf(issuer, "spiffe://other/worker/n1/0123456789abcdef")
+    chain, key = _leaf(issuer, "spiffe://other/worker/node/0123456789abcdef")
     paths = cluster.minted(chain + pki.pem(issuer.cert), key, "other")
     assert cluster.call(*paths, host=cluster.node)["code"] == "UNAVAILABLE"
 
 
 def test_stolen_node_identity_is_bound_to_its_address(cluster: Cluster) -> None:
-    """n1's own certificate and key work on n1, and not from the rogue's machine."""
+    """A node's own certificate and key work there, and not from the rogue's machine."""
     stolen = cluster.node.home / "c"
     assert cluster.call_as(stolen, "raylet", host=cluster.node)["code"] == "OK"
     assert cluster.call_as(stolen, "raylet")["code"] == "PERMISSION_DENIED"
@@ -501,7 +484,7 @@ def test_node_that_bypassed_the_guard_is_found_and_removed(cluster: Cluster) -> 
         ],
     )
     wait_for("its end", lambda: "smuggled" not in cluster.alive())
-    assert {"head", "n1"} <= cluster.alive()
+    assert {"head", "node"} <= cluster.alive()
 
 
 # -- renewal ------------------------------------------------------------------------
@@ -537,7 +520,7 @@ def test_guard_takes_a_new_certificate_without_a_restart(cluster: Cluster) -> No
     Its process is the same. Ray's processes serve what they read at their start:
     that is what the rolling restart is for.
     """
-    alice = cluster.lab.path / "driver-alice"
+    alice = cluster.alice
     pid = (cluster.path / "run" / "envoy.pid").read_text()
     before = _serial(cluster.head, HEAD, 6379)
     raylet = _of(cluster.dir.cert("raylet"))
@@ -549,7 +532,7 @@ def test_guard_takes_a_new_certificate_without_a_restart(cluster: Cluster) -> No
     assert _serial(cluster.head, HEAD, _raylet_port(cluster.head)) == raylet
     assert _of(cluster.dir.cert("raylet")) != raylet
     assert cluster.call_as(alice, "driver")["code"] == "OK"
-    assert {"head", "n1"} <= cluster.alive()
+    assert {"head", "node"} <= cluster.alive()
 
 
 def _shim(cluster: Cluster, host: Host) -> None:
@@ -558,60 +541,103 @@ def _shim(cluster: Cluster, host: Host) -> None:
     shim.mkdir()
     kept = ("HOME", "PATH", "PYTHONPATH", "RAY_USAGE_STATS_ENABLED")
     env = [f"{k}={v}" for k, v in host.env().items() if k in kept]
-    env.append(f"RAYSANDBOX_POLICY={cluster.policy}")
-    command = shlex.join(host.argv(["env", *env, *RS]))
+    env.append(f"RAYSANDBOX_POLICY={host.policy}")
+    command, start = shlex.join(host.argv(["env", *env, *CLI])), [*SMALL, *PORTS]
     (shim / "raysandbox").write_text(
-        f'#!/bin/sh\ncase "$2" in up) set -- "$@" {shlex.join(SMALL)};; esac\n'
+        f'#!/bin/sh\ncase "$2" in up) set -- "$@" -- {shlex.join(start)};; esac\n'
         f'exec {command} "$@"\n'
     )
     (shim / "raysandbox").chmod(0o755)
+
+
+def _rolling(cluster: Cluster) -> str:
+    """Return the script that renews all, with `on` and `copy` for this lab."""
+    how = cluster.lab.path / "how"
+    if not how.exists():
+        # The operator's commands run on the head, what `on` says on the node.
+        for host in (cluster.head, cluster.node):
+            _shim(cluster, host)
+        how.write_text(
+            f'on() {{ shift; (PATH={cluster.lab.path}/node-bin:$PATH; eval "$*"); }}\n'
+            'copy() { cp -r "$1/." "$3/"; }\n'
+        )
+    there = cluster.node.home / "c"
+    text: str = cluster.cli(
+        "cluster", "certs", "rolling", "--within-days", "400", "--member-dir",
+        str(there),
+    ).stdout  # fmt: skip
+    return text
+
+
+def _run(cluster: Cluster, script: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["sh", "-c", script], capture_output=True, text=True, timeout=120,
+        env={
+            "PATH": f"{cluster.lab.path}/head-bin:/usr/bin:/bin",
+            "ROLLING_HOW": str(cluster.lab.path / "how"),
+            "TMPDIR": str(cluster.lab.path), "DRAIN_S": "60",
+        },
+    )  # fmt: skip
 
 
 def test_rolling_script_renews_and_restarts_a_node(cluster: Cluster) -> None:
     """What `certs rolling` prints renews a node and brings it back.
 
     It is run as it is, with `on` and `copy` for this lab. The raylet serves its old
-    certificate until it ends, and the new one afterwards.
+    certificate until it ends, and the new one afterwards. It is drained first: what
+    runs there is finished.
     """
     there = cluster.node.home / "c"
     old = _of(there / "identity" / "raylet.pem")
     assert _serial(cluster.node, NODE, _raylet_port(cluster.node)) == old
-    text = cluster.cli(
-        "cluster",
-        "certs",
-        "rolling",
-        "--within-days",
-        "400",
-        "--member-dir",
-        str(there),
-    ).stdout
-    # The head's turn would restart it: an operator would let that wait too.
+    text = _rolling(cluster)
     script = text[: text.index("# The guard takes")]
     for line in ("driver/", "operator/", "observer/", "node/stranger"):
         # Only the one node whose machine is there.
         script = "\n\n".join(
             part for part in script.split("\n\n") if f"echo {line}" not in part
         )
-    # The operator's commands run on the head, what `on` says on the node.
-    for host in (cluster.head, cluster.node):
-        _shim(cluster, host)
-    how = cluster.lab.path / "how"
-    how.write_text(
-        f'on() {{ shift; PATH={cluster.lab.path}/n1-bin:$PATH; eval "$*"; }}\n'
-        'copy() { cp -r "$1/." "$3/"; }\n'
+    alice = cluster.hardened.shared("alice")
+    alice(
+        "from ray.util.scheduling_strategies import "
+        "NodeAffinitySchedulingStrategy as On\n"
+        "@ray.remote(max_retries=0)\n"
+        "def slow(seconds):\n"
+        "    time.sleep(seconds); return 'finished'\n"
+        "there = next(n for n in ray.nodes()\n"
+        "             if n['Alive'] and n['NodeName'] == 'node')\n"
+        "on = slow.options(scheduling_strategy=On(there['NodeID'], soft=False))\n"
+        "ray.get(on.remote(0), timeout=60)\n"
+        "waiting = on.remote(4)"
     )
-    out = subprocess.run(
-        ["sh", "-c", script], capture_output=True, text=True, timeout=120,
-        env={
-            "PATH": f"{cluster.lab.path}/head-bin:/usr/bin:/bin",
-            "ROLLING_HOW": str(how), "TMPDIR": str(cluster.lab.path),
-        },
-    )  # fmt: skip
+    out = _run(cluster, script)
     assert out.returncode == 0, out.stdout + out.stderr
+    assert "node has finished and left" in out.stdout
+    assert alice("result = ray.get(waiting, timeout=20)") == "finished"
     new = _of(there / "identity" / "raylet.pem")
     assert new != old
     assert _serial(cluster.node, NODE, _raylet_port(cluster.node)) == new
-    wait_for("n1 in the cluster", lambda: "n1" in cluster.alive())
+    wait_for("it in the cluster", lambda: "node" in cluster.alive())
+
+
+def test_rolling_script_renews_and_restarts_the_head(cluster: Cluster) -> None:
+    """The last part of what `certs rolling` prints: guard, GCS, raylet, dashboard.
+
+    All serve new certificates afterwards, and the node is in the cluster again.
+    """
+    cluster.hardened.end_drivers()
+    gcs = cluster.dir.settings().gcs_port
+    text = _rolling(cluster)
+    start = text.index("# The guard takes")
+    out = _run(cluster, text[: text.index("\necho ")] + "\n" + text[start:])
+    assert out.returncode == 0, out.stdout + out.stderr
+    for component, address, port in (
+        ("guard", HEAD, 6379), ("gcs", "127.0.0.1", gcs),
+        ("raylet", HEAD, _raylet_port(cluster.head)),
+    ):  # fmt: skip
+        now = _of(cluster.dir.cert(component))
+        assert _serial(cluster.head, address, port) == now, component
+    wait_for("both in the cluster", lambda: {"head", "node"} <= cluster.alive())
 
 
 # -- quarantine, and what is recorded -----------------------------------------------
@@ -622,21 +648,23 @@ def test_audit_verifies_and_is_anchored(cluster: Cluster) -> None:
     out = cluster.cli("audit", "--json")
     assert len(out.stdout.splitlines()) > 50
     found = json.loads(
-        cluster.head.run(*RS, "audit", "--cluster", str(cluster.path), "verify",
-                         "--json").stdout
+        cluster.head.raysandbox("audit", "--cluster", str(cluster.path), "verify",
+                                "--json").stdout
     )  # fmt: skip
     assert found["ok"]
     assert found["checked_against_outside"]
-    record = next(r for r in cluster.audit("--who", "driver/alice") if r["ok"])
+    record = next(
+        r for r in cluster.audit("--who", "driver/alice")
+        if r["ok"] and r["source"].startswith(ROGUE)
+    )  # fmt: skip
     assert {"t", "who", "role", "source", "method", "in", "out", "ms"} <= set(record)
     assert record["who"] == "driver/alice/driver"
-    assert record["source"].startswith(ROGUE)
 
 
 def test_doctor_audits_the_running_cluster(cluster: Cluster) -> None:
     """Machine readable, exit 0 when nothing is a problem."""
     out = cluster.head.run(
-        *RS, "doctor", "--cluster", str(cluster.path), "--json", check=False
+        *CLI, "doctor", "--cluster", str(cluster.path), "--json", check=False
     )
     found = json.loads(out.stdout)
     rows = {row["check"]: row for row in found["checks"]}
@@ -655,18 +683,18 @@ def test_quarantine_ends_a_node_and_release_takes_new_keys(cluster: Cluster) -> 
     After release the old keys stay dead and the new ones work.
     """
     old = cluster.node.home / "c"
-    assert "n1" in cluster.alive()
+    assert "node" in cluster.alive()
     assert cluster.call_as(old, "raylet", host=cluster.node)["code"] == "OK"
-    out = cluster.cli("cluster", "quarantine", "n1")
+    out = cluster.cli("cluster", "quarantine", "node")
     assert "in force" in out.stdout
-    wait_for("n1's end", lambda: "n1" not in cluster.alive(), timeout_s=30)
+    wait_for("its end", lambda: "node" not in cluster.alive(), timeout_s=30)
     assert cluster.call_as(old, "raylet", host=cluster.node)["code"] == "UNAVAILABLE"
     issuer = _node_issuer(cluster)
-    chain, key = _leaf(issuer, "spiffe://prod/worker/n1/0123456789abcdef")
+    chain, key = _leaf(issuer, "spiffe://lab/worker/node/0123456789abcdef")
     paths = cluster.minted(chain + pki.pem(issuer.cert), key, "late")
     assert cluster.call(*paths, host=cluster.node)["code"] == "UNAVAILABLE"
     again = cluster.lab.path / "again"
-    cluster.cli("cluster", "release", "n1", "--out", str(again))
+    cluster.cli("cluster", "release", "node", "--out", str(again))
     assert cluster.call_as(old, "raylet", host=cluster.node)["code"] == "UNAVAILABLE"
     assert cluster.call_as(again, "raylet", host=cluster.node)["code"] == "OK"
     cluster.cli("cluster", "down", host=cluster.node)
@@ -695,7 +723,7 @@ def test_status_and_down_say_what_is_so(cluster: Cluster) -> None:
     assert "DOWN" in out.stdout
     assert "nothing" in cluster.cli("cluster", "down").stdout
     found = json.loads(
-        cluster.head.run(*RS, "audit", "--cluster", str(cluster.path), "verify",
-                         "--json").stdout
+        cluster.head.raysandbox("audit", "--cluster", str(cluster.path), "verify",
+                                "--json").stdout
     )  # fmt: skip
     assert found["ok"], found

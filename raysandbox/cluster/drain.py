@@ -1,0 +1,104 @@
+"""Take a node out of Ray gently: no new tasks, and those that run are finished.
+
+Ray's own DrainNode does it, asked for through the guard as the operator (or the
+head) that the cluster directory belongs to, so it is in the audit log like any
+call. A drained raylet ends by itself once nothing runs on it any more; an actor
+runs until it is killed, so there is a time after which one stops waiting.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import grpc
+from ray.core.generated import (
+    autoscaler_pb2,
+    autoscaler_pb2_grpc,
+    gcs_pb2,
+    gcs_service_pb2,
+    gcs_service_pb2_grpc,
+)
+
+from raysandbox.cluster.errors import ClusterError
+from raysandbox.cluster.settings import ClusterDir, read_secret
+
+__all__ = ["drain"]
+
+CALL_S = 10.0
+LOOK_S = 0.2
+_scaler: Any = autoscaler_pb2
+_service: Any = gcs_service_pb2
+_gcs: Any = gcs_pb2
+
+
+def drain(cluster: ClusterDir, name: str, within_s: float) -> bool:
+    """Have Ray drain a node, and wait until it has left.
+
+    Args:
+        cluster: The head's or an operator's directory.
+        name: The node's name in the inventory.
+        within_s: How long to wait for what runs there.
+
+    Returns:
+        Whether it has left; if not it takes no new tasks, and still runs some.
+
+    Raises:
+        ClusterError: Nothing was drained: no such node is in the cluster, or the
+            guard or Ray refused.
+    """
+    settings = cluster.settings()
+    credentials = grpc.ssl_channel_credentials(
+        cluster.ca_cert.read_bytes(),
+        read_secret(cluster.key("cli")),
+        cluster.cert("cli").read_bytes(),
+    )
+    token = read_secret(cluster.token).decode().strip()
+    how: Any = {
+        "metadata": (("authorization", f"Bearer {token}"),), "timeout": CALL_S
+    }  # fmt: skip
+    address = f"{settings.head_address}:{settings.port}"
+    with grpc.secure_channel(address, credentials) as channel:
+        nodes: Any = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
+        scaler: Any = autoscaler_pb2_grpc.AutoscalerStateServiceStub(channel)
+
+        def alive() -> list[bytes]:
+            reply = nodes.GetAllNodeInfo(_service.GetAllNodeInfoRequest(), **how)
+            return [
+                info.node_id
+                for info in reply.node_info_list
+                if info.node_name == name and info.state == _gcs.GcsNodeInfo.ALIVE
+            ]
+
+        try:
+            found = alive()
+            if not found:
+                raise ClusterError(where=name, what="is no node that is in the cluster")
+            for node_id in found:
+                reply = scaler.DrainNode(
+                    _scaler.DrainNodeRequest(
+                        node_id=node_id,
+                        # Of the two reasons the one that a busy node accepts.
+                        reason=_scaler.DRAIN_NODE_REASON_PREEMPTION,
+                        reason_message="drained by its operator",
+                        deadline_timestamp_ms=int((time.time() + within_s) * 1000),
+                    ),
+                    **how,
+                )
+                if not reply.is_accepted:
+                    raise ClusterError(
+                        where=name,
+                        what=f"is not drained: {reply.rejection_reason_message}",
+                    )
+            end = time.monotonic() + within_s
+            while set(found) & set(alive()):
+                if time.monotonic() > end:
+                    return False
+                time.sleep(LOOK_S)
+        except grpc.RpcError as error:
+            said: Any = error
+            raise ClusterError(
+                where=f"{name} through {address}",
+                what=f"{said.code().name}: {said.details()}",
+            ) from None
+    return True
