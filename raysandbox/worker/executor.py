@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import ray
 
-from raysandbox import client, datacodec, policy, wire
+from raysandbox import client, datacodec, plan, policy, wire
 from raysandbox import profile as profiles
 from raysandbox.errors import (
     JailProtocolError,
