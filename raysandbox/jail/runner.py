@@ -40,6 +40,7 @@ __all__ = [
     "MODE_DATA",
     "MODE_PICKLE",
     "MODE_RAW",
+    "rehearse",
     "run",
 ]
 
@@ -76,18 +77,19 @@ class _State:
         self.functions = {}
 
 
+def rehearse(sock: socket.socket) -> None:
+    """Serve one call as a jail does, and forget it."""
+    _serve_next(sock, _State())
+    ray_facade.context.clear()
+
+
 def run(sock: socket.socket) -> None:
     """Serve calls; never returns."""
     status = 0
     state = _State()
     try:
-        while True:
-            frame = wire.receive(
-                sock, limit_bytes=_MAX_CALL_BYTES, max_parts=_MAX_CALL_PARTS
-            )
-            if frame is None:
-                break
-            _serve(sock, frame, state)
+        while _serve_next(sock, state):
+            pass
     except OSError:
         status = 1  # the worker is gone, or the socket is not what it was
     except BaseException:
@@ -99,6 +101,13 @@ def run(sock: socket.socket) -> None:
             sys.stderr.flush()
         finally:
             os._exit(status)
+
+
+def _serve_next(sock: socket.socket, state: _State) -> bool:
+    frame = wire.receive(sock, limit_bytes=_MAX_CALL_BYTES, max_parts=_MAX_CALL_PARTS)
+    if frame is not None:
+        _serve(sock, frame, state)
+    return frame is not None
 
 
 def _serve(sock: socket.socket, frame: wire.Frame, state: _State) -> None:

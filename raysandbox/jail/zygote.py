@@ -30,8 +30,10 @@ import select
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from typing import Any
 
+from raysandbox import wire
 from raysandbox.errors import SetupError
 from raysandbox.jail import ray_facade, runner
 from raysandbox.native import ForkServer
@@ -40,6 +42,8 @@ __all__ = ["MAX_FDS", "main", "receive_message", "send_message"]
 
 MAX_MESSAGE_BYTES = 128 << 10
 MAX_FDS = 24
+# More than it takes the interpreter to specialize what it runs (3.11 and later).
+_REHEARSALS = 20
 
 
 def send_message(
@@ -82,27 +86,57 @@ class _Slot:
             os.close(fd)
 
 
-class _Zygote:
-    """One worker's, one profile's: the jails that it has forked, by pid."""
+class _ForkHooks:
+    """Python's fork hooks that the fork of a jail can do without.
 
-    def __init__(self, control: socket.socket, server: ForkServer) -> None:
-        self.control, self.server = control, server
-        self.jails: dict[int, int] = {}
+    Those of `threading` and `logging` put back what other threads left locked or
+    unfinished. The zygote has no other thread, and each page that such code touches
+    is copied for each jail. A jail's own forks need them: see `hand_over`.
+    """
+
+    def __init__(self) -> None:
+        self._register: Callable[..., None] = os.register_at_fork
+        self._held: list[dict[str, Any]] = []
+        os.register_at_fork = self._hold
+
+    def _hold(self, **hooks: Any) -> None:
+        if all(hook.__module__ in ("threading", "logging") for hook in hooks.values()):
+            self._held.append(hooks)
+        else:
+            self._register(**hooks)
+
+    def close(self) -> None:
+        """Hooks of what is imported from here on run in each jail's fork."""
+        os.register_at_fork = self._register
+
+    def hand_over(self) -> None:
+        """In a jail: from here on they run in its forks."""
+        for hooks in self._held:
+            self._register(**hooks)
+        if "threading" in sys.modules:
+            # The one thing of theirs that a fork without threads changes.
+            sys.modules["threading"].main_thread()._set_native_id()
+
+
+class _Zygote:
+    """One worker's, one profile's: the jails that it has forked."""
+
+    def __init__(
+        self, control: socket.socket, server: ForkServer, hooks: _ForkHooks
+    ) -> None:
+        self.control, self.server, self.hooks = control, server, hooks
+        # By the descriptor that becomes readable when it ends: pid and number.
+        self.jails: dict[int, tuple[int, int]] = {}
         self.slots: dict[int, _Slot] = {}
+        self.poll = select.poll()
 
     def serve(self) -> None:
         """Answer requests until the worker closes the control socket."""
-        wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
-        signal.signal(signal.SIGCHLD, lambda *_: None)
-        poll = select.poll()
-        poll.register(self.control, select.POLLIN)
-        poll.register(wake_read, select.POLLIN)
+        self.poll.register(self.control, select.POLLIN)
         while True:
-            for fd, _ in poll.poll():
-                if fd == wake_read:
-                    os.read(wake_read, 4096)
-                    self.reap()
+            for fd, _ in self.poll.poll():
+                if fd in self.jails:
+                    self.reap(fd)
                     continue
                 message, fds = receive_message(self.control)
                 if message is None:
@@ -121,10 +155,10 @@ class _Zygote:
         """Fork a jail; in the jail, never come back."""
         jail_id, slot = int(message["id"]), self.slots[message["slot"]]
         try:
-            pid, notify = self.server.fork(
+            pid, handle, notify = self.server.fork(
                 int(message["user"]),
                 slot.groups,
-                [call],
+                call,
                 stdout_fd=slot.stdout,
                 stderr_fd=slot.stderr,
                 cgroup_dir_fd=slot.directory,
@@ -135,12 +169,12 @@ class _Zygote:
             send_message(self.control, answer)
         else:
             if pid == 0:
-                signal.set_wakeup_fd(-1)
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 # Closed already by the walls; only Python does not know yet.
                 self.control.detach()
+                self.hooks.hand_over()
                 runner.run(socket.socket(fileno=call))
-            self.jails[pid] = jail_id
+            self.jails[handle] = pid, jail_id
+            self.poll.register(handle, select.POLLIN)
             ready = {"op": "ready", "id": jail_id, "pid": pid}
             send_message(self.control, ready, [notify] if notify >= 0 else None)
             if notify >= 0:
@@ -149,23 +183,42 @@ class _Zygote:
 
     def kill(self, jail_id: object) -> None:
         """End a jail; its pid namespace goes with it."""
-        for pid, known in self.jails.items():
+        for pid, known in self.jails.values():
             if known == jail_id:
                 os.kill(pid, signal.SIGKILL)
 
-    def reap(self) -> None:
-        """Tell the worker about every jail that has ended."""
-        while True:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
-            if pid == 0:
-                return
-            jail_id = self.jails.pop(pid, None)
-            if jail_id is not None:
-                answer = {"op": "exit", "id": jail_id, "status": status}
-                send_message(self.control, answer)
+    def reap(self, handle: int) -> None:
+        """Tell the worker about a jail that has ended."""
+        pid, jail_id = self.jails.pop(handle)
+        self.poll.unregister(handle)
+        os.close(handle)
+        _, status = os.waitpid(pid, 0)
+        answer = {"op": "exit", "id": jail_id, "status": status}
+        send_message(self.control, answer)
+
+
+def _rehearse() -> None:
+    """Run what each jail runs, on a task of our own that does nothing.
+
+    What the interpreter fills in when code runs for the first times (inline caches,
+    method caches, modules that codecs look up) is then shared, not made and copied
+    in each jail anew.
+    """
+    code = runner.pickle.dumps(_nothing)
+    meta = {"op": "task", "layout": [], "module": __name__, "results": "data"}
+    meta |= {"max_result_bytes": 1 << 20, "context": {}}
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        for number in range(_REHEARSALS):
+            wire.send(ours, wire.CALL, number, [json.dumps(meta).encode(), code])
+            runner.rehearse(theirs)
+            frame = wire.receive(ours, limit_bytes=1 << 20, max_parts=64)
+            if frame is None or frame.kind != wire.RESULT:
+                raise SetupError(step="rehearsal", detail="a task of our own failed")
+
+
+def _nothing() -> None:
+    """Do nothing."""
 
 
 def main(control_fd: int) -> None:
@@ -179,6 +232,7 @@ def main(control_fd: int) -> None:
     os.close(fds[0])
     sys.path[:] = message["path"]
     sys.dont_write_bytecode = True
+    hooks = _ForkHooks()
     ray_facade.install(str(message["ray"]))
     for name in message["preload"]:
         # A module that is not there is the task's business, if it wants it.
@@ -187,10 +241,12 @@ def main(control_fd: int) -> None:
         except ImportError:
             continue
     server = ForkServer(plan)
+    _rehearse()
+    hooks.close()
     gc.collect()
     gc.freeze()
     try:
         send_message(control, {"op": "hello"})
-        _Zygote(control, server).serve()
+        _Zygote(control, server, hooks).serve()
     except (ConnectionError, BrokenPipeError):
         return  # the worker is gone
