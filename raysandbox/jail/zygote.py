@@ -26,6 +26,7 @@ import array
 import gc
 import json
 import os
+import pickle
 import select
 import signal
 import socket
@@ -204,9 +205,9 @@ def _rehearse() -> None:
     method caches, modules that codecs look up) is then shared, not made and copied
     in each jail anew.
     """
-    code = runner.pickle.dumps(_nothing)
-    meta = {"op": "task", "layout": [], "module": __name__, "results": "data"}
-    meta |= {"max_result_bytes": 1 << 20, "context": {}}
+    code = pickle.dumps(_nothing)
+    meta: dict[str, object] = {"op": "task", "layout": [], "context": {}}
+    meta |= {"module": __name__, "results": "data", "max_result_bytes": 1 << 20}
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
         for number in range(_REHEARSALS):
