@@ -57,10 +57,13 @@ def list_(as_json: AsJson = False) -> None:
     if as_json:
         print(json.dumps(rows, indent=2))
     else:
-        table = Table("profile", "boundary", "description", "file", box=None)
+        table = Table("profile", "boundary", "description", box=None)
+        table.add_column("file", overflow="fold")
         for row in rows:
             shown = "can't be used, see below" if "error" in row else row["description"]
-            table.add_row(row["name"], row["boundary"], shown, row["file"])
+            built_in = Path(row["file"]).parent == profiles.shipped_dir()
+            where = "built in" if built_in else row["file"]
+            table.add_row(row["name"], row["boundary"], shown, where)
         console = Console(highlight=False)
         console.print(table)
         for row in rows:
