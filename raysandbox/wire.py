@@ -10,6 +10,11 @@ A body of up to :data:`INLINE_BYTES` follows the header in the same packet; a
 larger one is a sealed memfd that travels beside it, so that each side copies
 the data once at most and the receiver maps it read-only.
 
+A worker's memfd may be one that it keeps and fills again (``worker/buffers.py``):
+longer than the body, and sealed against everybody but the worker. It may come
+ahead, in a packet of its own, so that the jail maps it while the worker fills
+it. No worker takes any of that from a jail.
+
 Whatever comes from a jail is hostile: every number is checked against what the
 receiver allows before anything is allocated or mapped, and anything that is
 not exactly a frame is a :class:`WireError`.
@@ -23,6 +28,8 @@ import mmap
 import os
 import socket
 import struct
+from collections.abc import Callable
+from dataclasses import dataclass
 
 __all__ = ["CALL", "ERROR", "INLINE_BYTES", "RESULT", "Frame", "WireError"]
 __all__ += ["receive", "send"]
@@ -31,16 +38,43 @@ CALL, RESULT, ERROR = 1, 2, 3
 
 INLINE_BYTES = 64 << 10
 ALIGN = 64
+_PADDING = bytes(ALIGN)
 _HEADER = struct.Struct("<4sBBHIIQ")
 _MAGIC = b"RSB1"
-_IN_MEMFD = 1
+_IN_MEMFD, _IN_KEPT, _AHEAD = 1, 2, 4
 _MAX_FDS = 4
+_CONTROL_BYTES = socket.CMSG_SPACE(_MAX_FDS * array.array("i").itemsize)
+# As plain numbers: each operation on the enumeration costs a microsecond.
+_CLOEXEC, _CUT = int(socket.MSG_CMSG_CLOEXEC), int(socket.MSG_TRUNC)
+_CONTROL_CUT = int(socket.MSG_CTRUNC)
 
 _F_ADD_SEALS, _F_GET_SEALS = 1033, 1034
 # Against further seals, shrinking, growing and writing.
 _SEALED = 1 | 2 | 4 | 8
+# The same, but for a writable mapping that its sender has from before.
+_KEPT = 1 | 2 | 4 | 16
 # os.pwrite moves at most this much at once (MAX_RW_COUNT of the kernel).
 _CHUNK = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Lent:
+    """A memory file for one body.
+
+    Attributes:
+        fd: A descriptor for reading, the receiver's alone.
+        is_ahead: It may be sent before it is filled: whatever is in it until
+            then, nobody reads it who should not.
+        fill: Puts the body in.
+    """
+
+    fd: int
+    is_ahead: bool
+    fill: Callable[[], None]
+
+
+#: Returns a file for these pieces up to this end, or None.
+Lend = Callable[[list[tuple[int, memoryview]], int], "Lent | None"]
 
 
 class WireError(Exception):
@@ -84,8 +118,17 @@ def send(
     kind: int,
     call: int,
     parts: list[bytes] | list[memoryview] | list[bytes | memoryview],
+    lend: Lend | None = None,
 ) -> int:
     """Send a frame; return the size of its body in bytes.
+
+    Args:
+        sock: The call socket.
+        kind: One of :data:`CALL`, :data:`RESULT`, :data:`ERROR`.
+        call: Number of the call that it belongs to.
+        parts: Of the frame.
+        lend: Where a worker has memory files from; the other side must take
+            what is kept (`receive`).
 
     Raises:
         OSError: The other side is gone, or no memory is left for the memfd.
@@ -98,36 +141,63 @@ def send(
         offsets.append(start)
         end = start + view.nbytes
     if end <= INLINE_BYTES:
-        body = bytearray(end)
-        body[: len(table)] = table
-        for start, view in zip(offsets, views):
-            body[start : start + view.nbytes] = view
         header = _HEADER.pack(_MAGIC, kind, 0, 0, call, len(views), end)
-        sock.sendmsg([header, body])
-        return end
-    fd = os.memfd_create("raysandbox", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        os.ftruncate(fd, end)
-        os.pwrite(fd, table, 0)
+        pieces: list[bytes | memoryview] = [header, table]
+        at = len(table)
         for start, view in zip(offsets, views):
-            _write(fd, view, start)
-        fcntl.fcntl(fd, _F_ADD_SEALS, _SEALED)
-        header = _HEADER.pack(_MAGIC, kind, _IN_MEMFD, 0, call, len(views), end)
-        rights = array.array("i", [fd])
-        sock.sendmsg([header], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+            pieces += (_PADDING[: start - at], view)
+            at = start + view.nbytes
+        sock.send(b"".join(pieces))
+        return end
+    content = [(0, memoryview(table)), *zip(offsets, views)]
+    lent = lend(content, end) if lend is not None else None
+    if lent is None:
+        fd = _new_memfd(content, end)
+        flags = _IN_MEMFD
+    else:
+        fd, flags = lent.fd, _IN_KEPT
+    try:
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
+        if lent is not None:
+            if lent.is_ahead:
+                header = _HEADER.pack(_MAGIC, kind, _AHEAD, 0, call, 0, end)
+                sock.sendmsg([header], rights)
+                rights = []
+            lent.fill()
+        header = _HEADER.pack(_MAGIC, kind, flags, 0, call, len(views), end)
+        sock.sendmsg([header], rights)
     finally:
         os.close(fd)
     return end
 
 
-def _write(fd: int, view: memoryview, offset: int) -> None:
+def _new_memfd(pieces: list[tuple[int, memoryview]], end: int) -> int:
+    fd = os.memfd_create("raysandbox", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, end)
+        for start, view in pieces:
+            write(fd, view, start)
+        fcntl.fcntl(fd, _F_ADD_SEALS, _SEALED)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def write(fd: int, view: memoryview, offset: int) -> None:
+    """Write all of it."""
     done = 0
     while done < view.nbytes:
         done += os.pwrite(fd, view[done : done + _CHUNK], offset + done)
 
 
 def receive(
-    sock: socket.socket, *, limit_bytes: int, max_parts: int, flags: int = 0
+    sock: socket.socket,
+    *,
+    limit_bytes: int,
+    max_parts: int,
+    flags: int = 0,
+    takes_kept: bool = False,
 ) -> Frame | None:
     """Receive a frame; None when the other side has closed.
 
@@ -136,36 +206,69 @@ def receive(
         limit_bytes: Largest body allowed.
         max_parts: Most parts allowed.
         flags: For recvmsg (``MSG_DONTWAIT``).
+        takes_kept: For a jail alone: take a file that its sender can still
+            change, as it does once nobody else has it.
 
     Raises:
         WireError: See the class.
         BlockingIOError: With ``MSG_DONTWAIT``: nothing there.
     """
-    ints = array.array("i")
+    ahead: memoryview | None = None
+    while True:
+        received = _receive_packet(sock, flags)
+        if received is None:
+            return None
+        packet, fds, is_cut = received
+        try:
+            if is_cut:
+                raise WireError("a packet that is larger than any frame's")
+            if takes_kept and ahead is None and _is_ahead(packet):
+                ahead = _map_ahead(packet, fds, limit_bytes)
+                continue
+            return _parse(packet, fds, limit_bytes, max_parts, takes_kept, ahead)
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+
+def _receive_packet(
+    sock: socket.socket, flags: int
+) -> tuple[bytes, list[int], bool] | None:
+    """Return a packet, what came with it, and whether anything was cut off."""
     try:
         packet, ancillary, got, _ = sock.recvmsg(
-            _HEADER.size + INLINE_BYTES + 1,
-            socket.CMSG_SPACE(_MAX_FDS * ints.itemsize),
-            flags | socket.MSG_CMSG_CLOEXEC,
+            _HEADER.size + INLINE_BYTES + 1, _CONTROL_BYTES, flags | _CLOEXEC
         )
     except ConnectionResetError:
         return None  # it closed, and what we sent last it never read
+    ints = array.array("i")
     for level, kind, data in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             ints.frombytes(data[: len(data) - len(data) % ints.itemsize])
-    fds = list(ints)
-    try:
-        if not packet and not fds and not got & socket.MSG_CTRUNC:
-            return None
-        if got & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
-            raise WireError("a packet that is larger than any frame's")
-        return _parse(packet, fds, limit_bytes, max_parts)
-    finally:
-        for fd in fds:
-            os.close(fd)
+    if not packet and not ints and not got & _CONTROL_CUT:
+        return None
+    return packet, list(ints), bool(got & (_CUT | _CONTROL_CUT))
 
 
-def _parse(packet: bytes, fds: list[int], limit_bytes: int, max_parts: int) -> Frame:
+def _is_ahead(packet: bytes) -> bool:
+    return len(packet) == _HEADER.size and _HEADER.unpack(packet)[2] == _AHEAD
+
+
+def _map_ahead(packet: bytes, fds: list[int], limit_bytes: int) -> memoryview:
+    magic, _, _, zero, _, count, length = _HEADER.unpack(packet)
+    if magic != _MAGIC or zero or count or length > limit_bytes or len(fds) != 1:
+        raise WireError("a descriptor ahead of no body")
+    return _map(fds[0], length, kept=True)
+
+
+def _parse(
+    packet: bytes,
+    fds: list[int],
+    limit_bytes: int,
+    max_parts: int,
+    takes_kept: bool,
+    ahead: memoryview | None,
+) -> Frame:
     if len(packet) < _HEADER.size:
         raise WireError("a packet that is shorter than a header")
     magic, kind, flags, zero, call, count, length = _HEADER.unpack_from(packet)
@@ -179,22 +282,28 @@ def _parse(packet: bytes, fds: list[int], limit_bytes: int, max_parts: int) -> F
             limit_bytes,
             length,
         )
-    if flags == 0:
+    if ahead is not None:
+        if flags != _IN_KEPT or fds or len(packet) != _HEADER.size:
+            raise WireError("another body than the one that was announced")
+        if length != ahead.nbytes:
+            raise WireError("a body that is not as long as announced")
+        body = ahead
+    elif flags == 0:
         if fds:
             raise WireError("a descriptor where none belongs")
         if len(packet) - _HEADER.size != length:
             raise WireError("a body that is not as long as announced")
         body = memoryview(packet)[_HEADER.size :]
-    elif flags == _IN_MEMFD:
+    elif flags == _IN_MEMFD or (flags == _IN_KEPT and takes_kept):
         if len(fds) != 1 or len(packet) != _HEADER.size:
             raise WireError("not exactly one descriptor beside the header")
-        body = _map(fds[0], length)
+        body = _map(fds[0], length, kept=flags == _IN_KEPT)
     else:
         raise WireError("unknown flags")
     return Frame(kind, call, _split(body, count), length)
 
 
-def _map(fd: int, length: int) -> memoryview:
+def _map(fd: int, length: int, *, kept: bool) -> memoryview:
     """Map a sealed memfd; a file that could still change is refused.
 
     Without the seal against shrinking, the sender could truncate it under us,
@@ -204,9 +313,11 @@ def _map(fd: int, length: int) -> memoryview:
         seals = fcntl.fcntl(fd, _F_GET_SEALS)
     except OSError as error:
         raise WireError("a descriptor that is no memfd") from error
-    if seals & _SEALED != _SEALED:
+    needed = _KEPT if kept else _SEALED
+    if seals & needed != needed:
         raise WireError("a memfd that is not sealed")
-    if length == 0 or os.fstat(fd).st_size != length:
+    size = os.fstat(fd).st_size
+    if length == 0 or (size < length if kept else size != length):
         raise WireError("a memfd that is not as long as announced")
     flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
     return memoryview(mmap.mmap(fd, length, flags, mmap.PROT_READ))

@@ -1,14 +1,18 @@
 """What runs in a jail: one call after the other, until the worker ends it.
 
 Everything that a user made is unpickled here and nowhere else. A call is a
-frame whose first part says in JSON what to do; the others are the function or
-class, and each argument as Ray serialized it::
+frame whose first two parts say in JSON what to do: what rarely changes from one
+call to the next, and what does. The others are the function or class, and each
+argument as Ray serialized it::
 
     {"op": "task"}    function, arguments → result
     {"op": "new"}     class, arguments → the jail's actor
     {"op": "method"}  arguments → result of the actor's method
     {"op": "split"}   the last result again, one value for each item
     {"op": "retry"}   pickled exception types → is the last exception one?
+
+A function has a number (``"function"``); where this jail has run it before, its
+part is empty.
 
 Replies: RESULT, whose first part has 8 bytes for each value (mode, zeros, u32
 number of parts), or ERROR, whose first part is the error's kind.
@@ -54,6 +58,7 @@ PLAIN_TEXT = b"RAYSANDBOX_TEXT"
 _MAX_CALL_BYTES = 1 << 48
 _MAX_CALL_PARTS = 1 << 20
 _TEXT_BYTES = 256 << 10
+_ATOMS = frozenset((type(None), bool, int, float, str))
 _INTERNAL = ("raysandbox/jail/runner.py", "ray/util/tracing/tracing_helper.py")
 
 
@@ -69,7 +74,8 @@ class _State:
     """What one call leaves for the next in the same jail."""
 
     actor: Any = None
-    functions: dict[bytes, Any]
+    functions: dict[int, Any]
+    fixed: tuple[bytes, dict[str, Any]] = (b"", {})
     result: Any = None
     error: BaseException | None = None
 
@@ -104,14 +110,21 @@ def run(sock: socket.socket) -> None:
 
 
 def _serve_next(sock: socket.socket, state: _State) -> bool:
-    frame = wire.receive(sock, limit_bytes=_MAX_CALL_BYTES, max_parts=_MAX_CALL_PARTS)
-    if frame is not None:
-        _serve(sock, frame, state)
-    return frame is not None
+    frame = wire.receive(
+        sock,
+        limit_bytes=_MAX_CALL_BYTES,
+        max_parts=_MAX_CALL_PARTS,
+        takes_kept=True,
+    )
+    if frame is None:
+        return False
+    _serve(sock, frame, state)
+    # With the frame goes its mapping: the worker may fill that file again.
+    return True
 
 
 def _serve(sock: socket.socket, frame: wire.Frame, state: _State) -> None:
-    meta = json.loads(bytes(frame.parts[0]))
+    meta = _meta(frame, state)
     op = meta["op"]
     try:
         if op == "retry":
@@ -146,6 +159,15 @@ def _serve(sock: socket.socket, frame: wire.Frame, state: _State) -> None:
         _fail(sock, frame.call, kind, error, meta, state)
 
 
+def _meta(frame: wire.Frame, state: _State) -> dict[str, Any]:
+    raw = bytes(frame.parts[0])
+    if raw != state.fixed[0]:
+        state.fixed = raw, json.loads(raw)
+    fixed, present = state.fixed[1], json.loads(bytes(frame.parts[1]))
+    context = {**fixed["context"], **present.get("context", {})}
+    return {**fixed, **present, "context": context}
+
+
 def _prepare(meta: dict[str, Any]) -> None:
     ray_facade.context.clear()
     ray_facade.context.update(meta["context"])
@@ -178,10 +200,10 @@ def _set_up(meta: dict[str, Any]) -> None:
 def _call(op: str, meta: dict[str, Any], frame: wire.Frame, state: _State) -> Any:
     if op == "method":
         target = _method(state.actor, meta["method"])
-        arguments = frame.parts[1:]
-    else:
-        target = _load(bytes(frame.parts[1]), meta, state)
         arguments = frame.parts[2:]
+    else:
+        target = _load(frame.parts[2], meta, state)
+        arguments = frame.parts[3:]
     args, kwargs = _arguments(meta["layout"], arguments)
     if op == "new":
         state.actor = target.__new__(target)
@@ -204,15 +226,16 @@ def _method(actor: Any, name: str) -> Any:
     return getattr(actor, name)
 
 
-def _load(code: bytes, meta: dict[str, Any], state: _State) -> Any:
-    target = state.functions.get(code)
+def _load(code: memoryview, meta: dict[str, Any], state: _State) -> Any:
+    number = meta["function"]
+    target = state.functions.get(number)
     if target is None:
         target = pickle.loads(code)
         try:
             target.__module__ = meta["module"]
         except (AttributeError, TypeError):
             pass  # a callable object or a builtin: its module is its own
-        state.functions[code] = target
+        state.functions[number] = target
     return target
 
 
@@ -247,6 +270,9 @@ def _encode(value: Any, meta: dict[str, Any]) -> tuple[int, list[Any]]:
         mode = MODE_DATA
     elif type(value) is bytes:
         mode, parts = MODE_RAW, [value]
+    elif type(value) in _ATOMS:
+        # What cloudpickle would make of it, without its set-up.
+        mode, parts = MODE_PICKLE, [pickle.dumps([value], protocol=5)]
     else:
         from ray import cloudpickle
 
@@ -279,7 +305,7 @@ def _reply(sock: socket.socket, call: int, values: list[tuple[int, list[Any]]]) 
 
 
 def _is_retryable(frame: wire.Frame, state: _State) -> bytes:
-    allowed = pickle.loads(frame.parts[1])
+    allowed = pickle.loads(frame.parts[2])
     return b"1" if allowed is None or isinstance(state.error, allowed) else b"0"
 
 

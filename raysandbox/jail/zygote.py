@@ -41,8 +41,13 @@ from raysandbox.native import ForkServer
 
 __all__ = ["MAX_FDS", "main", "receive_message", "send_message"]
 
-MAX_MESSAGE_BYTES = 128 << 10
+# The first message has paths in it; all others are a few hundred bytes.
+MAX_CONFIG_BYTES = 128 << 10
+MAX_MESSAGE_BYTES = 16 << 10
 MAX_FDS = 24
+# As a plain number: each operation on the enumeration costs a microsecond.
+_CLOEXEC = int(socket.MSG_CMSG_CLOEXEC)
+_CONTROL_BYTES = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
 # More than it takes the interpreter to specialize what it runs (3.11 and later).
 _REHEARSALS = 20
 
@@ -59,15 +64,11 @@ def send_message(
 
 
 def receive_message(
-    sock: socket.socket, flags: int = 0
+    sock: socket.socket, limit_bytes: int = MAX_MESSAGE_BYTES
 ) -> tuple[dict[str, Any] | None, list[int]]:
     """Receive one control message; (None, []) when the other side is gone."""
     ints = array.array("i")
-    packet, ancillary, _, _ = sock.recvmsg(
-        MAX_MESSAGE_BYTES,
-        socket.CMSG_SPACE(MAX_FDS * ints.itemsize),
-        flags | socket.MSG_CMSG_CLOEXEC,
-    )
+    packet, ancillary, _, _ = sock.recvmsg(limit_bytes, _CONTROL_BYTES, _CLOEXEC)
     for level, kind, data in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             ints.frombytes(data[: len(data) - len(data) % ints.itemsize])
@@ -205,13 +206,14 @@ def _rehearse() -> None:
     method caches, modules that codecs look up) is then shared, not made and copied
     in each jail anew.
     """
-    code = pickle.dumps(_nothing)
-    meta: dict[str, object] = {"op": "task", "layout": [], "context": {}}
-    meta |= {"module": __name__, "results": "data", "max_result_bytes": 1 << 20}
+    fixed = {"module": __name__, "results": "data", "max_result_bytes": 1 << 20}
+    call = {"op": "task", "function": 0, "layout": []}
+    parts = [json.dumps(each).encode() for each in ({**fixed, "context": {}}, call)]
+    parts.append(pickle.dumps(_nothing))
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
         for number in range(_REHEARSALS):
-            wire.send(ours, wire.CALL, number, [json.dumps(meta).encode(), code])
+            wire.send(ours, wire.CALL, number, parts)
             runner.rehearse(theirs)
             frame = wire.receive(ours, limit_bytes=1 << 20, max_parts=64)
             if frame is None or frame.kind != wire.RESULT:
@@ -225,7 +227,7 @@ def _nothing() -> None:
 def main(control_fd: int) -> None:
     """Configure from the first message, warm up, serve."""
     control = socket.socket(fileno=control_fd)
-    message, fds = receive_message(control)
+    message, fds = receive_message(control, MAX_CONFIG_BYTES)
     if message is None:
         return
     size = os.fstat(fds[0]).st_size

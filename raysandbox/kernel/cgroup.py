@@ -46,7 +46,7 @@ import select
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from raysandbox.errors import SetupError, UnsupportedError
@@ -766,6 +766,8 @@ class Cgroup:
     report: dict[str, Status]
     _nodes: dict[str, Any] = field(default_factory=dict)
     _before: Usage = field(default_factory=Usage)
+    # As the files said last, nothing taken off.
+    _read: Usage = field(default_factory=Usage)
 
     @property
     def leaf(self) -> str:
@@ -888,8 +890,13 @@ class Cgroup:
         version, path = self._path("memory")
         if version and not _try_write(f"{path}/memory.max_usage_in_bytes", b"0"):
             return False
-        self._before = Usage()
-        self._before = self.usage()
+        version, path = self._path("pids")
+        if version and self._read.pids == 0:
+            # Read since the last task left: all is counted, and once is enough.
+            self._before, self._read = self._read, Usage()
+            return _int_or_none(f"{path}/pids.current") == 0
+        self.usage()
+        self._before, self._read = self._read, Usage()
         return not self._before.pids
 
     def usage(self) -> Usage:
@@ -921,14 +928,22 @@ class Cgroup:
                     # cpu.stat is there in every group, cpu controller or not.
                     usage_us = _flat_or_none(f"{at}/cpu.stat", "usage_usec")
                     cpu_time_s = None if usage_us is None else usage_us / 1e6
-        before = self._before
-        return Usage(
-            memory_peak_bytes=peak,
-            memory_bytes=now,
+        before, self._read = (
+            self._before,
+            Usage(
+                memory_peak_bytes=peak,
+                memory_bytes=now,
+                cpu_time_s=cpu_time_s,
+                oom_kills=kills,
+                pids_denied=denied,
+                pids=pids,
+            ),
+        )
+        return replace(
+            self._read,
             cpu_time_s=_less(cpu_time_s, before.cpu_time_s),
             oom_kills=_less(kills, before.oom_kills),
             pids_denied=_less(denied, before.pids_denied),
-            pids=pids,
         )
 
     def pids(self) -> set[int]:

@@ -36,6 +36,7 @@ from raysandbox.node import store_proxy
 from raysandbox.observe import state
 from raysandbox.sealed import SealedError
 from raysandbox.worker import hints, inside, quota, seams, store
+from raysandbox.worker.buffers import Buffers
 from raysandbox.worker.events import EventLog
 from raysandbox.worker.figures import Figures
 from raysandbox.worker.gate import Gate
@@ -62,9 +63,12 @@ class JailExecutor(seams.Executor):
         self._worker: Any = seams.global_worker()
         self._resources_root = os.path.realpath(seams.runtime_resources()) + "/"
         self._pools: dict[str, Pool] = {}
+        self._buffers = Buffers()
         self._resource_paths: dict[str, bool] = {}
         self._runtime_env: tuple[str, dict[str, str]] = ("", {})
         self._setup: dict[str, str] = {}
+        # By function: for which profile, what it was made of, and what was told.
+        self._told: dict[int, tuple[profiles.Profile, tuple[Any, ...], bytes]] = {}
         self._events: EventLog | None = None
         self._board = self._open_board()
         self._figures = Figures()
@@ -120,15 +124,15 @@ class JailExecutor(seams.Executor):
         with self._lock:
             self._settle()
             self._bind()
+            self._buffers.serve(self._job())
             name = str(self._worker.current_task_name)
             profile = self._profile(name)
             self._begin_jail(profile)
             layout, parts = self._arguments(profile, name, args, kwargs)
             pool = self._pool(profile)
             jail, keep = self._jail_for(pool)
-            meta = self._meta(profile, info, "task", layout)
             self._pending = (pool, jail, keep)
-            return self._call(pool, jail, name, meta, [info.code, *parts])
+            return self._call(pool, jail, name, "task", info, layout, parts)
 
     def actor(
         self,
@@ -141,6 +145,7 @@ class JailExecutor(seams.Executor):
         with self._lock:
             self._settle()
             self._bind()
+            self._buffers.serve(self._job())
             name = f"{info.name}.{method}"
             if method == "__init__":
                 return self._new_actor(info, name, args, kwargs)
@@ -153,10 +158,8 @@ class JailExecutor(seams.Executor):
                 )
             pool, jail = self._actor
             layout, parts = self._arguments(pool.profile, name, args, kwargs)
-            meta = self._meta(pool.profile, info, "method", layout)
-            meta["method"] = method
             self._pending = (pool, jail, True)
-            return self._call(pool, jail, name, meta, parts)
+            return self._call(pool, jail, name, "method", info, layout, parts, method)
 
     def _new_actor(
         self,
@@ -176,9 +179,8 @@ class JailExecutor(seams.Executor):
         pool = self._pool(profile)
         jail = self._take(pool)
         self._actor = (pool, jail)
-        meta = self._meta(profile, info, "new", layout)
         self._pending = (pool, jail, True)
-        self._call(pool, jail, name, meta, [info.code, *parts])
+        self._call(pool, jail, name, "new", info, layout, parts)
 
     def is_retryable(self, error: BaseException, allowed: bytes) -> bool:
         """Ask the jail, which alone can open the list of types and the error."""
@@ -186,9 +188,9 @@ class JailExecutor(seams.Executor):
             if not isinstance(error, SealedError) or self._pending is None:
                 return False
             pool, jail, _ = self._pending
-            meta = {"op": "retry"}
+            meta = _json({"op": "retry"})
             try:
-                frame = pool.call(jail, "retry_exceptions", [_json(meta), allowed])
+                frame = pool.call(jail, "retry_exceptions", [jail.fixed, meta, allowed])
             except RaysandboxError:
                 return False
             return frame.kind == wire.RESULT and bytes(frame.parts[-1]) == b"1"
@@ -365,7 +367,9 @@ class JailExecutor(seams.Executor):
         if pool is None:
             while len(self._pools) >= _MOST_POOLS:
                 self._retire(next(iter(self._pools)))
-            pool = Pool(profile, self._environment(), self._pump, self._record)
+            pool = Pool(
+                profile, self._environment(), self._pump, self._record, self._buffers
+            )
         self._pools[profile.name] = pool  # the one used last comes last
         return pool
 
@@ -444,6 +448,7 @@ class JailExecutor(seams.Executor):
             try:
                 for pool in self._pools.values():
                     pool.look()
+                self._buffers.trim()
             finally:
                 self._lock.release()
 
@@ -546,7 +551,11 @@ class JailExecutor(seams.Executor):
             SetupError: The proxy refused, or is gone.
         """
         job = self._job()
-        if self._bound == job or not os.path.lexists(store_proxy.BIND):
+        if self._bound == job:
+            return
+        if not os.path.lexists(store_proxy.BIND):
+            # It is there from before this process, or never.
+            self._bound = job
             return
         limits, actor = None, True
         if inside is not None:
@@ -648,38 +657,63 @@ class JailExecutor(seams.Executor):
             jail.outcome = "TaskQuotaExceeded"
             raise
 
-    def _meta(
+    def _fixed(self, profile: profiles.Profile, info: seams.FunctionBytes) -> bytes:
+        """Return what a jail is told with each call and what rarely changes."""
+        worker, actor_id = self._worker, self._worker.actor_id
+        visible = self._visible()
+        user = [path for path in self._trusted.refused if path in visible]
+        now = (
+            self._job(),
+            None if actor_id.is_nil() else actor_id.hex(),
+            self._variables(),
+            user,
+            self._working_directory(),
+        )
+        known = self._told.get(info.number)
+        if known is not None and known[0] is profile and known[1] == now:
+            return known[2]
+        job, actor, variables, user, directory = now
+        told = _json(
+            {
+                "module": info.module,
+                "results": profile.results.mode,
+                "max_result_bytes": profile.object_store.max_result_bytes,
+                "first_path": user,
+                "env": variables,
+                "cwd": directory,
+                "context": {
+                    "profile": profile.name,
+                    "boundary": profile.boundary,
+                    "job_id": job,
+                    "actor_id": actor,
+                    "actor_name": (actor and worker.actor_name) or None,
+                    "node_id": worker.current_node_id.hex(),
+                    "worker_id": worker.worker_id.hex(),
+                    "namespace": worker.namespace,
+                },
+            }
+        )
+        self._told[info.number] = (profile, now, told)
+        return told
+
+    def _present(
         self,
-        profile: profiles.Profile,
-        info: seams.FunctionBytes,
         operation: str,
+        info: seams.FunctionBytes,
         layout: list[str | None],
+        method: str,
     ) -> dict[str, Any]:
-        worker = self._worker
-        core = worker.core_worker
-        actor_id = worker.actor_id
-        user = [p for p in self._trusted.refused if p in self._visible()]
+        """Return what is this call's alone."""
+        worker, core = self._worker, self._worker.core_worker
         return {
             "op": operation,
+            "function": info.number,
+            "method": method,
             "layout": layout,
-            "module": info.module,
-            "results": profile.results.mode,
-            "max_result_bytes": profile.object_store.max_result_bytes,
-            "first_path": user,
-            "env": self._variables(),
-            "cwd": self._working_directory(),
             "context": {
-                "profile": profile.name,
-                "boundary": profile.boundary,
-                "job_id": worker.current_job_id.hex(),
                 "task_id": worker.current_task_id.hex(),
                 "task_name": worker.current_task_name,
                 "function_name": worker.current_task_function_name,
-                "actor_id": None if actor_id.is_nil() else actor_id.hex(),
-                "actor_name": None if actor_id.is_nil() else worker.actor_name or None,
-                "node_id": worker.current_node_id.hex(),
-                "worker_id": worker.worker_id.hex(),
-                "namespace": worker.namespace,
                 "attempt": core.get_current_task_attempt_number(),
                 "resources": {
                     name: sum(amount for _, amount in mapping)
@@ -715,17 +749,26 @@ class JailExecutor(seams.Executor):
         pool: Pool,
         jail: Jail,
         task: str,
-        meta: dict[str, Any],
+        operation: str,
+        info: seams.FunctionBytes,
+        layout: list[str | None],
         parts: list[Any],
+        method: str = "",
     ) -> seams.SealedResult:
+        present = self._present(operation, info, layout, method)
         if not jail.tasks:
-            meta.update(self._first())
+            present.update(self._first())
+        jail.fixed = self._fixed(pool.profile, info)
+        if operation != "method":
+            parts.insert(0, b"" if info.number in jail.functions else info.code)
         jail.tasks.append(task)
         self._show(pool, jail, task)
         try:
             # The next jail is forked while this one works.
             ahead = None if self._keeps(jail) else pool.prepare
-            frame = pool.call(jail, task, [_json(meta), *parts], then=ahead)
+            frame = pool.call(
+                jail, task, [jail.fixed, _json(present), *parts], then=ahead
+            )
         except BaseException as error:
             # Cancelled, or the jail is gone: in both cases nobody answers.
             self._abandon(pool, jail, error)
@@ -734,7 +777,9 @@ class JailExecutor(seams.Executor):
             jail.place.idle(jail.denied_count)
         if frame.kind == wire.ERROR:
             self._raise(pool, jail, task, frame)
-        return self._result(pool, jail, task, meta, frame)
+        if operation != "method":
+            jail.functions.add(info.number)
+        return self._result(pool, jail, task, frame)
 
     def _show(self, pool: Pool, jail: Jail, task: str) -> None:
         """Write down for whoever looks that this jail has a call now."""
@@ -784,15 +829,14 @@ class JailExecutor(seams.Executor):
         pool.end(jail)
 
     def _result(
-        self, pool: Pool, jail: Jail, task: str, meta: dict[str, Any], frame: wire.Frame
+        self, pool: Pool, jail: Jail, task: str, frame: wire.Frame
     ) -> seams.SealedResult:
         value = self._open(pool, jail, task, frame, most=1)[0]
         self._count_results(pool, jail, task, frame)
         jail.outcome = jail.outcome or "ok"
 
         def split() -> list[Any]:
-            again = {**meta, "op": "split"}
-            answer = pool.call(jail, task, [_json(again)])
+            answer = pool.call(jail, task, [jail.fixed, _json({"op": "split"})])
             if answer.kind == wire.ERROR:
                 self._raise(pool, jail, task, answer)
             values = self._open(pool, jail, task, answer, most=1 << 16)
@@ -943,8 +987,11 @@ def _no_split() -> NoReturn:
     raise TypeError("one of several results is not taken apart again")
 
 
+_encode_json = json.JSONEncoder(separators=(",", ":")).encode
+
+
 def _json(meta: Mapping[str, Any]) -> bytes:
-    return json.dumps(meta, separators=(",", ":")).encode()
+    return _encode_json(meta).encode()
 
 
 def _sealed_parts(value: Any) -> tuple[bytes, Any]:

@@ -81,11 +81,13 @@ class Output:
         self.write_fds: list[int] = []
         self._line_start = [True, True]
         self._lock = threading.Lock()
+        self._poll = select.poll()
         try:
             for index in range(2):
                 read_end, write_end = os.pipe2(os.O_CLOEXEC)
                 os.set_blocking(read_end, False)
                 self._fds[read_end] = index
+                self._poll.register(read_end, select.POLLIN)
                 self.write_fds.append(write_end)
         except OSError:
             self.close()
@@ -119,8 +121,9 @@ class Output:
 
     def drain_all(self) -> None:
         """Forward what is there on both streams."""
-        for fd in self.read_fds:
-            self.drain(fd)
+        if self._fds:
+            for fd, _ in self._poll.poll(0):
+                self.drain(fd)
 
     def _forward(self, index: int, chunk: bytes) -> None:
         room = self.limit_bytes - self.seen_bytes
@@ -154,6 +157,8 @@ class Output:
         with self._lock:
             for fd in (*self._fds, *self.write_fds):
                 os.close(fd)
+            for fd in self._fds:
+                self._poll.unregister(fd)
             self._fds.clear()
             self.write_fds.clear()
 

@@ -39,6 +39,7 @@ from raysandbox.observe import state
 from raysandbox.probe import probe
 from raysandbox.profile import Profile
 from raysandbox.run import cgroup_limits, limit_protections
+from raysandbox.worker.buffers import Buffers
 from raysandbox.worker.output import Output, Pump
 
 __all__ = ["Environment", "Jail", "Pool", "groups_of_process"]
@@ -46,6 +47,7 @@ __all__ = ["Environment", "Jail", "Pool", "groups_of_process"]
 _START_S = 60.0
 _READY_S = 30.0
 _SLICE_S = 0.1
+_DONTWAIT = int(socket.MSG_DONTWAIT)
 _CHECK_S = 0.25
 # Between the end of a dying jail's socket and the word of its end: the kernel takes
 # its mounts down in between, which on a busy host takes its time.
@@ -114,6 +116,11 @@ class Jail:
     place: state.Place | None = None
     ended_by: str = ""
     tasks: list[str] = field(default_factory=list)
+    # The part of its last call that rarely changes, and the functions it has.
+    fixed: bytes = b""
+    functions: set[int] = field(default_factory=set)
+    # Waits for its reply and for the zygote's word.
+    poll: select.poll | None = None
     outcome: str = ""
     # Its end is being looked into: the event waits for the finding.
     inquest: bool = False
@@ -163,12 +170,14 @@ class Pool:
         environment: Environment,
         pump: Pump,
         on_end: Callable[[Jail, Pool, cgroup.Usage], None],
+        buffers: Buffers,
     ) -> None:
         self.profile, self.environment = profile, environment
         self.protections: tuple[plan.Protection, ...] = ()
         #: Name and state of each of them.
         self.walls: tuple[tuple[str, str], ...] = ()
         self._pump, self._on_end = pump, on_end
+        self._buffers = buffers
         self._launched: launch.Launched | None = None
         self._socket: socket.socket | None = None
         self._groups: cgroup.Cgroups | None = None
@@ -294,6 +303,7 @@ class Pool:
         for jail in list(self._jails.values()):
             jail.status = signal.SIGKILL
             self._forget(jail, "lost")
+            self._buffers.is_lost(jail)
         try:
             if launched is not None:
                 launched.kill()
@@ -322,6 +332,7 @@ class Pool:
                 for jail in list(self._jails.values()):
                     jail.status = signal.SIGKILL
                     self._forget(jail, "stopped")
+                    self._buffers.is_lost(jail)
                 self._strip_all()
 
     def _strip_all(self) -> None:
@@ -490,6 +501,8 @@ class Pool:
             if self._spare is jail:
                 self._spare = None
             self._forget(jail, "")
+            # Its pid namespace is gone, and its pipes have been read.
+            self._buffers.is_gone(jail)
 
     def _forget(self, jail: Jail, outcome: str) -> None:
         """Free all that a jail that has ended held."""
@@ -542,7 +555,8 @@ class Pool:
         jail.calls += 1
         number = jail.calls & 0xFFFFFFFF
         try:
-            wire.send(jail.call, wire.CALL, number, list(parts))
+            lend = functools.partial(self._buffers.lend, jail, jail.calls == 1)
+            wire.send(jail.call, wire.CALL, number, list(parts), lend)
         except OSError as error:
             raise self._post_mortem(jail, task, f"before the call: {error}") from None
         if then is not None:
@@ -555,15 +569,16 @@ class Pool:
         now = jail.called = time.monotonic()
         deadline = None if limits.wall_time_s is None else now + limits.wall_time_s
         next_check = now + _CHECK_S
-        poll = select.poll()
-        poll.register(jail.call, select.POLLIN)
-        poll.register(self._control, select.POLLIN)
+        if jail.poll is None:
+            jail.poll = select.poll()
+            jail.poll.register(jail.call, select.POLLIN)
+            jail.poll.register(self._control, select.POLLIN)
+        reply, control = jail.call.fileno(), self._control.fileno()
         while True:
-            events = poll.poll(_SLICE_S * 1000)
-            ready = {fd for fd, _ in events}
-            if jail.call.fileno() in ready:
+            ready = [fd for fd, _ in jail.poll.poll(_SLICE_S * 1000)]
+            if reply in ready:
                 break
-            if self._control.fileno() in ready:
+            if control in ready:
                 self._handle(*self._receive(0))
                 if jail.status is not None:
                     raise self._post_mortem(jail, task, "")
@@ -583,7 +598,7 @@ class Pool:
                 jail.call,
                 limit_bytes=store.max_result_bytes + _REPLY_OVERHEAD_BYTES,
                 max_parts=_MAX_REPLY_PARTS,
-                flags=socket.MSG_DONTWAIT,
+                flags=_DONTWAIT,
             )
         except (wire.WireError, OSError, ValueError) as error:
             raise self._protocol_error(jail, task, str(error)) from None

@@ -22,6 +22,7 @@ from __future__ import annotations
 import base64
 import inspect
 import io
+import itertools
 import json
 import os
 import pickle
@@ -137,15 +138,21 @@ class Executor:
 
 
 class FunctionBytes:
-    """A function or class as it lies in the GCS, unopened."""
+    """A function or class as it lies in the GCS, unopened.
 
-    __slots__ = ("code", "methods", "module", "name")
+    Attributes:
+        number: Its own in this worker: a jail that has it knows it by that.
+    """
+
+    __slots__ = ("code", "methods", "module", "name", "number")
+    _numbers = itertools.count(1)
 
     def __init__(
         self, name: str, module: str, code: bytes, methods: Iterable[str] = ()
     ) -> None:
         self.name, self.module, self.code = name, module, code
         self.methods = tuple(methods)
+        self.number = next(self._numbers)
 
 
 class _DataUnpickler(pickle.Unpickler):
