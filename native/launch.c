@@ -265,12 +265,12 @@ init(struct launch *launch)
     if (prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0) != 0)
         rs_die("pdeathsig", NULL);
     close(launch->sync[1]);
+    pid_t network = make_network(launch);
     if (read(launch->sync[0], &go, 1) != 1) {
         errno = ESRCH;
         rs_die("id_maps", "the monitor did not write them");
     }
     setsid();
-    pid_t network = make_network(launch);
     if (field_u32(idmap, 4) > 1 && setgroups(0, NULL) != 0)
         rs_die("setgroups", NULL);
     if (setresgid(0, 0, 0) != 0 || setresuid(0, 0, 0) != 0)

@@ -39,7 +39,7 @@ from raysandbox.errors import SetupError
 from raysandbox.jail import ray_facade, runner
 from raysandbox.native import ForkServer
 
-__all__ = ["MAX_FDS", "main", "receive_message", "send_message"]
+__all__ = ["MAX_FDS", "main", "receive_message", "send_message", "warm_up"]
 
 # The first message has paths in it; all others are a few hundred bytes.
 MAX_CONFIG_BYTES = 128 << 10
@@ -224,6 +224,31 @@ def _nothing() -> None:
     """Do nothing."""
 
 
+def warm_up(path: list[str], preload: list[str], ray: str) -> _ForkHooks:
+    """Become what jails are forked from: all that they share is in memory.
+
+    Args:
+        path: Module search path.
+        preload: Modules to import.
+        ray: Directory of Ray's package.
+    """
+    sys.path[:] = path
+    sys.dont_write_bytecode = True
+    hooks = _ForkHooks()
+    ray_facade.install(ray)
+    for name in preload:
+        # A module that is not there is the task's business, if it wants it.
+        try:
+            __import__(name)
+        except ImportError:
+            continue
+    _rehearse()
+    hooks.close()
+    gc.collect()
+    gc.freeze()
+    return hooks
+
+
 def main(control_fd: int) -> None:
     """Configure from the first message, warm up, serve."""
     control = socket.socket(fileno=control_fd)
@@ -233,21 +258,10 @@ def main(control_fd: int) -> None:
     size = os.fstat(fds[0]).st_size
     plan = os.pread(fds[0], size, 0)
     os.close(fds[0])
-    sys.path[:] = message["path"]
-    sys.dont_write_bytecode = True
-    hooks = _ForkHooks()
-    ray_facade.install(str(message["ray"]))
-    for name in message["preload"]:
-        # A module that is not there is the task's business, if it wants it.
-        try:
-            __import__(name)
-        except ImportError:
-            continue
+    hooks = warm_up(message["path"], message["preload"], message["ray"])
+    # After the imports: it forks once by libc, which is what OpenBLAS ends its
+    # threads for. A jail's fork tells libraries nothing.
     server = ForkServer(plan)
-    _rehearse()
-    hooks.close()
-    gc.collect()
-    gc.freeze()
     try:
         send_message(control, {"op": "hello"})
         _Zygote(control, server, hooks).serve()
