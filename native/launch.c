@@ -11,6 +11,7 @@
  *   init      pid 1 of the new pid namespace.  For "run" it raises all walls,
  *             forks the command and reaps; for "zygote" it builds the root and
  *             becomes the zygote, which raises the inner walls for each jail.
+ *             A short-lived child makes the network namespace meanwhile.
  *
  * When init dies the kernel kills everything in its pid namespace, and init
  * dies with the monitor (PR_SET_PDEATHSIG): nothing can stay behind.

@@ -93,7 +93,8 @@ class _ForkHooks:
 
     Those of `threading` and `logging` put back what other threads left locked or
     unfinished. The zygote has no other thread, and each page that such code touches
-    is copied for each jail. A jail's own forks need them: see `hand_over`.
+    is copied for each jail. A jail's own forks need them: see `hand_over`. Where an
+    import did start a thread, they are left in place.
     """
 
     def __init__(self) -> None:
@@ -102,7 +103,8 @@ class _ForkHooks:
         os.register_at_fork = self._hold
 
     def _hold(self, **hooks: Any) -> None:
-        if all(hook.__module__ in ("threading", "logging") for hook in hooks.values()):
+        modules = {getattr(hook, "__module__", None) for hook in hooks.values()}
+        if modules <= {"threading", "logging"}:
             self._held.append(hooks)
         else:
             self._register(**hooks)
@@ -110,11 +112,17 @@ class _ForkHooks:
     def close(self) -> None:
         """Hooks of what is imported from here on run in each jail's fork."""
         os.register_at_fork = self._register
+        if "threading" in sys.modules and sys.modules["threading"].active_count() > 1:
+            self._release()
+
+    def _release(self) -> None:
+        held, self._held = self._held, []
+        for hooks in held:
+            self._register(**hooks)
 
     def hand_over(self) -> None:
         """In a jail: from here on they run in its forks."""
-        for hooks in self._held:
-            self._register(**hooks)
+        self._release()
         if "threading" in sys.modules:
             # The one thing of theirs that a fork without threads changes.
             sys.modules["threading"].main_thread()._set_native_id()
