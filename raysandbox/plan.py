@@ -102,6 +102,7 @@ _PROC_MASKS = (
     "/proc/kcore",
     "/proc/key-users",
     "/proc/keys",
+    "/proc/locks",
     "/proc/modules",
     "/proc/scsi",
     "/proc/swaps",
