@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from raysandbox import profile as profiles
+from raysandbox.cli.look import AsJson, application
 from raysandbox.errors import ProfileError
 
 if sys.version_info >= (3, 11):
@@ -21,14 +22,9 @@ else:
 
 __all__ = ["app"]
 
-app = typer.Typer(
+app = application(
     help="List, show and check profiles.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
 )
-
-AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
 
 
 def _file(name: str) -> Path:
