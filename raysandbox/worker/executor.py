@@ -14,11 +14,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import ray
 
-from raysandbox import client, datacodec, plan, policy, wire
+from raysandbox import client, datacodec, policy, wire
 from raysandbox import profile as profiles
 from raysandbox.errors import (
     JailProtocolError,
@@ -41,13 +41,35 @@ from raysandbox.worker.events import EventLog
 from raysandbox.worker.figures import Figures
 from raysandbox.worker.gate import Gate
 from raysandbox.worker.output import Pump
-from raysandbox.worker.pool import Environment, Jail, Pool, groups_of_process
+from raysandbox.worker.pool import (
+    Environment,
+    Jail,
+    Pool,
+    described,
+    groups_of_process,
+)
 
 __all__ = ["JailExecutor"]
 
 # A zygote costs memory: those of the profiles used last stay.
 _MOST_POOLS = 2
 _ERROR_PARTS = 6
+
+
+class _Quotas(NamedTuple):
+    """What one profile allows here; None is no limit.
+
+    Attributes:
+        profile: The profile.
+        of_job: What a job may hold on this node.
+        put_bytes: What one task may return, in bytes.
+        put_objects: And in objects.
+    """
+
+    profile: profiles.Profile
+    of_job: quota.Limits
+    put_bytes: int | None
+    put_objects: int | None
 
 
 class JailExecutor(seams.Executor):
@@ -67,11 +89,11 @@ class JailExecutor(seams.Executor):
         self._resource_paths: dict[str, bool] = {}
         self._runtime_env: tuple[str, dict[str, str]] = ("", {})
         self._setup: dict[str, str] = {}
-        # By function: for which profile, what it was made of, and what was told.
-        self._told: dict[int, tuple[profiles.Profile, tuple[Any, ...], bytes]] = {}
+        self._resources: Mapping[str, Any] = {}
         self._events: EventLog | None = None
         self._board = self._open_board()
         self._figures = Figures()
+        self._job = ""  # hex of the job whose call runs
         self._bound = ""  # hex of the job that this worker is bound to
         # The jail whose answer Ray has not taken in yet, and its pool.
         self._pending: tuple[Pool, Jail, bool] | None = None
@@ -87,6 +109,7 @@ class JailExecutor(seams.Executor):
         self._leaves = False
         self._refusal: RaysandboxError | None = None
         self._lock = threading.RLock()
+        self._limits_of: dict[str, _Quotas] = {}
         self._quotas = quota.Quotas(
             quota.directory(seams.session_dir()),
             lambda ids: store.which_stored(seams.store_socket(), ids),
@@ -124,7 +147,7 @@ class JailExecutor(seams.Executor):
         with self._lock:
             self._settle()
             self._bind()
-            self._buffers.serve(self._job())
+            self._buffers.serve(self._job)
             name = str(self._worker.current_task_name)
             profile = self._profile(name)
             self._begin_jail(profile)
@@ -145,7 +168,7 @@ class JailExecutor(seams.Executor):
         with self._lock:
             self._settle()
             self._bind()
-            self._buffers.serve(self._job())
+            self._buffers.serve(self._job)
             name = f"{info.name}.{method}"
             if method == "__init__":
                 return self._new_actor(info, name, args, kwargs)
@@ -277,7 +300,7 @@ class JailExecutor(seams.Executor):
             threads=entered.threads,
             took_s=round(entered.took_s, 4),
             leaves_after_task=self._leaves,
-            protections=_shown(entered.protections),
+            protections=described(entered.protections),
         )
         log.close()
         seams.unseal()
@@ -351,8 +374,10 @@ class JailExecutor(seams.Executor):
     # -- profiles, pools and jails ----------------------------------------------
 
     def _profile(self, task: str) -> profiles.Profile:
+        # Of an actor's calls, too: they have what it was made with.
+        self._resources = self._worker.core_worker.resource_ids()
         try:
-            return self._gate.profile(self._worker, task)
+            return self._gate.profile(self._worker, task, self._resources)
         except TaskRefused as error:
             if self._refusal is not None:
                 raise  # written down when the worker first looked
@@ -413,7 +438,7 @@ class JailExecutor(seams.Executor):
         """Return a jail, and whether it outlives the call."""
         if pool.profile.boundary != "job":
             return self._take(pool), False
-        job = self._worker.current_job_id.hex()
+        job = self._job
         if self._job_jail is not None:
             known_job, known_pool, jail = self._job_jail
             known_pool.look()  # it may have ended meanwhile
@@ -473,7 +498,7 @@ class JailExecutor(seams.Executor):
             denied=jail.denials,
             denied_count=jail.denied_count,
             **({"ended_by": jail.ended_by} if jail.ended_by else {}),
-            protections=_shown(pool.protections),
+            protections=pool.shown,
         )
 
     def _log_directory(self) -> str:
@@ -501,7 +526,8 @@ class JailExecutor(seams.Executor):
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
     ) -> tuple[list[str | None], list[Any]]:
-        layout = [*(None for _ in args), *kwargs]
+        layout: list[str | None] = [None] * len(args)
+        layout += kwargs
         parts: list[Any] = []
         sizes: list[int] = []
         own = profile.object_store
@@ -533,7 +559,7 @@ class JailExecutor(seams.Executor):
                     f"arguments of {seen} {unit} together",
                     "pass less, or ask for a profile with a larger limit",
                 )
-        refusal = self._quotas.hold(self._job(), self._limits(profile), sizes)
+        refusal = self._quotas.hold(self._job, self._limits(profile).of_job, sizes)
         if refusal is not None:
             raise self._over_job(profile, task, refusal)
         return layout, parts
@@ -550,7 +576,7 @@ class JailExecutor(seams.Executor):
         Raises:
             SetupError: The proxy refused, or is gone.
         """
-        job = self._job()
+        job = self._job = self._worker.current_job_id.hex()
         if self._bound == job:
             return
         if not os.path.lexists(store_proxy.BIND):
@@ -559,7 +585,10 @@ class JailExecutor(seams.Executor):
             return
         limits, actor = None, True
         if inside is not None:
-            of_job, actor = self._limits(inside), not self._worker.actor_id.is_nil()
+            of_job, actor = (
+                self._limits(inside).of_job,
+                not self._worker.actor_id.is_nil(),
+            )
             limits = store_proxy.Limits(
                 job_bytes=of_job.stored_bytes,
                 job_objects=of_job.stored_objects,
@@ -571,22 +600,30 @@ class JailExecutor(seams.Executor):
         )
         self._bound = job
 
-    def _job(self) -> str:
-        return str(self._worker.current_job_id.hex())
-
-    def _limits(self, profile: profiles.Profile) -> quota.Limits:
-        """What the profile allows a job, or the node's policy if that is less."""
-        of_profile, chosen = profile.object_store, self._gate.policy
-        job_bytes, job_objects = of_profile.max_job_bytes, of_profile.max_job_objects
+    def _limits(self, profile: profiles.Profile) -> _Quotas:
+        """What the profile allows, or the node's policy if that is less."""
+        known = self._limits_of.get(profile.name)
+        if known is not None and known.profile is profile:
+            return known
+        own, chosen = profile.object_store, self._gate.policy
+        job_bytes, job_objects = own.max_job_bytes, own.max_job_objects
+        put_bytes: int | None = own.max_put_bytes
+        put_objects = own.max_put_objects
         if chosen is not None:
-            job_bytes = _least(job_bytes, chosen.object_store.max_job_bytes)
-            job_objects = _least(job_objects, chosen.object_store.max_job_objects)
-        return quota.Limits(
+            node = chosen.object_store
+            job_bytes = _least(job_bytes, node.max_job_bytes)
+            job_objects = _least(job_objects, node.max_job_objects)
+            put_bytes = _least(put_bytes, node.max_task_bytes)
+            put_objects = _least(put_objects, node.max_task_objects)
+        of_job = quota.Limits(
             stored_bytes=job_bytes,
             stored_objects=job_objects,
-            argument_bytes=of_profile.max_job_arguments_bytes,
-            argument_objects=of_profile.max_job_argument_objects,
+            argument_bytes=own.max_job_arguments_bytes,
+            argument_objects=own.max_job_argument_objects,
         )
+        found = _Quotas(profile, of_job, put_bytes, put_objects)
+        self._limits_of[profile.name] = found
+        return found
 
     def _over(
         self,
@@ -626,15 +663,11 @@ class JailExecutor(seams.Executor):
     ) -> None:
         """Count what Ray is about to store; in the order of the return values."""
         profile, sizes = pool.profile, _sizes(frame)
-        own, chosen = profile.object_store, self._gate.policy
-        most_bytes, most = _least(own.max_put_bytes), own.max_put_objects
-        if chosen is not None:
-            most_bytes = _least(most_bytes, chosen.object_store.max_task_bytes)
-            most = _least(most, chosen.object_store.max_task_objects)
+        limits = self._limits(profile)
         try:
             for seen, limit, key, unit in (
-                (sum(sizes), most_bytes, "max_put", "bytes"),
-                (len(sizes), most, "max_put_objects", "objects"),
+                (sum(sizes), limits.put_bytes, "max_put", "bytes"),
+                (len(sizes), limits.put_objects, "max_put_objects", "objects"),
             ):
                 if limit is not None and seen > limit:
                     raise self._over(
@@ -646,8 +679,8 @@ class JailExecutor(seams.Executor):
                         "return less, or ask for a profile with a larger limit",
                     )
             refusal = self._quotas.store(
-                self._job(),
-                self._limits(profile),
+                self._job,
+                limits.of_job,
                 self._worker.current_task_id.binary(),
                 sizes,
             )
@@ -658,43 +691,32 @@ class JailExecutor(seams.Executor):
             raise
 
     def _fixed(self, profile: profiles.Profile, info: seams.FunctionBytes) -> bytes:
-        """Return what a jail is told with each call and what rarely changes."""
+        """Return what a jail is told with each call of a function alike."""
         worker, actor_id = self._worker, self._worker.actor_id
         visible = self._visible()
         user = [path for path in self._trusted.refused if path in visible]
-        now = (
-            self._job(),
-            None if actor_id.is_nil() else actor_id.hex(),
-            self._variables(),
-            user,
-            self._working_directory(),
-        )
-        known = self._told.get(info.number)
-        if known is not None and known[0] is profile and known[1] == now:
-            return known[2]
-        job, actor, variables, user, directory = now
-        told = _json(
+        return _json(
             {
                 "module": info.module,
                 "results": profile.results.mode,
                 "max_result_bytes": profile.object_store.max_result_bytes,
                 "first_path": user,
-                "env": variables,
-                "cwd": directory,
+                "env": self._variables(),
+                "cwd": self._working_directory(),
                 "context": {
                     "profile": profile.name,
                     "boundary": profile.boundary,
-                    "job_id": job,
-                    "actor_id": actor,
-                    "actor_name": (actor and worker.actor_name) or None,
+                    "job_id": self._job,
+                    "actor_id": None if actor_id.is_nil() else actor_id.hex(),
+                    "actor_name": None
+                    if actor_id.is_nil()
+                    else worker.actor_name or None,
                     "node_id": worker.current_node_id.hex(),
                     "worker_id": worker.worker_id.hex(),
                     "namespace": worker.namespace,
                 },
             }
         )
-        self._told[info.number] = (profile, now, told)
-        return told
 
     def _present(
         self,
@@ -717,7 +739,7 @@ class JailExecutor(seams.Executor):
                 "attempt": core.get_current_task_attempt_number(),
                 "resources": {
                     name: sum(amount for _, amount in mapping)
-                    for name, mapping in core.resource_ids().items()
+                    for name, mapping in self._resources.items()
                 },
             },
         }
@@ -758,7 +780,8 @@ class JailExecutor(seams.Executor):
         present = self._present(operation, info, layout, method)
         if not jail.tasks:
             present.update(self._first())
-        jail.fixed = self._fixed(pool.profile, info)
+        if jail.told != info.number:
+            jail.fixed, jail.told = self._fixed(pool.profile, info), info.number
         if operation != "method":
             parts.insert(0, b"" if info.number in jail.functions else info.code)
         jail.tasks.append(task)
@@ -790,25 +813,32 @@ class JailExecutor(seams.Executor):
             if jail.place is None:
                 return
             jail.first_call = time.time()
-        group, worker, actor = jail.slot.group, self._worker, self._worker.actor_id
-        before = group.before if group is not None else cgroup.Usage()
+            jail.about = self._about(pool, jail)
         jail.place.write(
             running=True,
             calls=len(jail.tasks),
             denials=jail.denied_count,
-            started=jail.first_call,
-            job=worker.current_job_id.binary(),
-            task=worker.current_task_id.binary(),
-            actor=b"" if actor.is_nil() else actor.binary(),
-            profile=pool.profile.name,
+            task=self._worker.current_task_id.binary(),
             name=task,
-            group=group.leaf if group is not None else "",
-            before=(
+            **jail.about,
+        )
+
+    def _about(self, pool: Pool, jail: Jail) -> dict[str, Any]:
+        """Return what stays the same in a jail's record."""
+        group, actor = jail.slot.group, self._worker.actor_id
+        before = group.before if group is not None else cgroup.Usage()
+        return {
+            "started": jail.first_call,
+            "job": self._worker.current_job_id.binary(),
+            "actor": b"" if actor.is_nil() else actor.binary(),
+            "profile": pool.profile.name,
+            "group": group.leaf if group is not None else "",
+            "before": (
                 before.cpu_time_s or 0.0,
                 before.oom_kills or 0,
                 before.pids_denied or 0,
             ),
-        )
+        }
 
     def _keeps(self, jail: Jail) -> bool:
         """Whether this jail outlives its call."""
@@ -945,15 +975,6 @@ class JailExecutor(seams.Executor):
             seen=what,
             remedy="use an ordinary function or an actor with ordinary methods",
         )
-
-
-def _shown(protections: Sequence[plan.Protection]) -> dict[str, str]:
-    return {
-        wall.name: wall.state.value
-        if not wall.reason
-        else f"{wall.state.value}: {wall.reason}"
-        for wall in protections
-    }
 
 
 def _boundaries(node: policy.Node | None) -> dict[str, bool]:

@@ -85,8 +85,15 @@ class Gate:
         """The policy alone."""
         return self.node.policy if self.node is not None else None
 
-    def profile(self, worker: Any, task: str) -> profiles.Profile:
+    def profile(
+        self, worker: Any, task: str, resources: Mapping[str, Any]
+    ) -> profiles.Profile:
         """Return the profile of the task that this worker is about to run.
+
+        Args:
+            worker: Ray's.
+            task: Its name, for errors.
+            resources: Those that raylet gave it, by name.
 
         Raises:
             TaskRefused: The policy has no profile for it.
@@ -94,7 +101,6 @@ class Gate:
         """
         if self.problem is not None:
             raise self.problem
-        resources = worker.core_worker.resource_ids()
         if self.node is None:
             key = ("", frozenset(resources))
             if key not in self._profiles:

@@ -15,6 +15,7 @@ import os
 import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -42,12 +43,12 @@ from raysandbox.run import cgroup_limits, limit_protections
 from raysandbox.worker.buffers import Buffers
 from raysandbox.worker.output import Output, Pump
 
-__all__ = ["Environment", "Jail", "Pool", "groups_of_process"]
+__all__ = ["Environment", "Jail", "Pool", "described", "groups_of_process"]
 
 _START_S = 60.0
 _READY_S = 30.0
 _SLICE_S = 0.1
-_DONTWAIT = int(socket.MSG_DONTWAIT)
+_TIMEVAL = struct.Struct("@ll")
 _CHECK_S = 0.25
 # Between the end of a dying jail's socket and the word of its end: the kernel takes
 # its mounts down in between, which on a busy host takes its time.
@@ -114,13 +115,13 @@ class Jail:
     called: float = field(default_factory=time.monotonic)
     # Its record for whoever looks, and who asked for its end.
     place: state.Place | None = None
+    about: dict[str, Any] = field(default_factory=dict)
     ended_by: str = ""
     tasks: list[str] = field(default_factory=list)
-    # The part of its last call that rarely changes, and the functions it has.
-    fixed: bytes = b""
+    # The functions it has; what it was told with each call of one, and of which.
     functions: set[int] = field(default_factory=set)
-    # Waits for its reply and for the zygote's word.
-    poll: select.poll | None = None
+    fixed: bytes = b""
+    told: int = 0
     outcome: str = ""
     # Its end is being looked into: the event waits for the finding.
     inquest: bool = False
@@ -176,10 +177,13 @@ class Pool:
         self.protections: tuple[plan.Protection, ...] = ()
         #: Name and state of each of them.
         self.walls: tuple[tuple[str, str], ...] = ()
+        #: The same in words, for events.
+        self.shown: dict[str, str] = {}
         self._pump, self._on_end = pump, on_end
         self._buffers = buffers
         self._launched: launch.Launched | None = None
         self._socket: socket.socket | None = None
+        self._poll = select.poll()
         self._groups: cgroup.Cgroups | None = None
         self._jails: dict[int, Jail] = {}
         self._spare: Jail | None = None
@@ -190,6 +194,7 @@ class Pool:
         self._tag = f"p{next(_POOLS)}-"
         self._next_id = 0
         self._mapped = 1
+        self._shares_files = False
 
     # -- the zygote ---------------------------------------------------------
 
@@ -219,7 +224,13 @@ class Pool:
                 *limit_protections(self._groups.support(cgroup_limits(profile))),
                 *compiled.protections,
             )
+            calls = self.profile.syscalls
+            # With the jails that come later: see `worker.buffers`.
+            self._shares_files = self._mapped > 1 or not (
+                "local_sockets" in calls.groups or "connect" in calls.allow or calls.oci
+            )
             self.walls = tuple((w.name, w.state.value) for w in self.protections)
+            self.shown = described(self.protections)
             ours, theirs = _pair()
             with theirs, contextlib.ExitStack() as undo:
                 undo.enter_context(ours)
@@ -244,6 +255,8 @@ class Pool:
         finally:
             lease.close()
         self._socket = ours
+        self._poll = select.poll()
+        self._poll.register(ours, select.POLLIN)
         self._slots = [Slot(number) for number in range(1, 1 + _SLOTS)]
         self._free_slots = list(self._slots)
         try:
@@ -353,9 +366,7 @@ class Pool:
                 jail.outcome = "TaskKilled"
                 self.kill(jail)
         try:
-            while self._socket is not None and launch.is_readable(
-                self._socket.fileno(), 0
-            ):
+            while self._socket is not None and self._poll.poll(0):
                 self._handle(*self._receive(0))
         except SetupError:
             return  # the next take() says why
@@ -555,7 +566,12 @@ class Pool:
         jail.calls += 1
         number = jail.calls & 0xFFFFFFFF
         try:
-            lend = functools.partial(self._buffers.lend, jail, jail.calls == 1)
+            lend = functools.partial(
+                self._buffers.lend,
+                jail,
+                is_new=jail.calls == 1,
+                is_shared=self._shares_files,
+            )
             wire.send(jail.call, wire.CALL, number, list(parts), lend)
         except OSError as error:
             raise self._post_mortem(jail, task, f"before the call: {error}") from None
@@ -569,19 +585,22 @@ class Pool:
         now = jail.called = time.monotonic()
         deadline = None if limits.wall_time_s is None else now + limits.wall_time_s
         next_check = now + _CHECK_S
-        if jail.poll is None:
-            jail.poll = select.poll()
-            jail.poll.register(jail.call, select.POLLIN)
-            jail.poll.register(self._control, select.POLLIN)
-        reply, control = jail.call.fileno(), self._control.fileno()
         while True:
-            ready = [fd for fd, _ in jail.poll.poll(_SLICE_S * 1000)]
-            if reply in ready:
+            try:
+                frame = wire.receive(
+                    jail.call,
+                    limit_bytes=store.max_result_bytes + _REPLY_OVERHEAD_BYTES,
+                    max_parts=_MAX_REPLY_PARTS,
+                )
                 break
-            if control in ready:
+            except BlockingIOError:
+                pass  # nothing came for a while: see `_pair`
+            except (wire.WireError, OSError, ValueError) as error:
+                raise self._protocol_error(jail, task, str(error)) from None
+            while self._poll.poll(0):
                 self._handle(*self._receive(0))
-                if jail.status is not None:
-                    raise self._post_mortem(jail, task, "")
+            if jail.status is not None:
+                raise self._post_mortem(jail, task, "")
             now = time.monotonic()
             if deadline is not None and now >= deadline:
                 jail.timed_out = "limits.wall_time"
@@ -590,18 +609,10 @@ class Pool:
                 raise self._post_mortem(jail, task, "")
             if now >= next_check:
                 next_check = now + _CHECK_S
+                self._buffers.trim()
                 self._check_usage(jail, task)
                 if jail.is_asked_to_end():
                     raise self._post_mortem(jail, task, "")
-        try:
-            frame = wire.receive(
-                jail.call,
-                limit_bytes=store.max_result_bytes + _REPLY_OVERHEAD_BYTES,
-                max_parts=_MAX_REPLY_PARTS,
-                flags=_DONTWAIT,
-            )
-        except (wire.WireError, OSError, ValueError) as error:
-            raise self._protocol_error(jail, task, str(error)) from None
         if frame is None:
             if not self._dies(jail):
                 what = "the end of its replies, and it lives on"
@@ -735,6 +746,16 @@ class Pool:
         return f"denied on the way: {'; '.join(denials[:5])}" if denials else ""
 
 
+def described(protections: Sequence[plan.Protection]) -> dict[str, str]:
+    """Return what became of each wall, in words."""
+    return {
+        wall.name: wall.state.value
+        if not wall.reason
+        else f"{wall.state.value}: {wall.reason}"
+        for wall in protections
+    }
+
+
 @functools.cache
 def groups_of_process() -> cgroup.Cgroups:
     """Look for the groups of this process once; remove those of dead ones."""
@@ -744,8 +765,13 @@ def groups_of_process() -> cgroup.Cgroups:
 
 
 def _pair() -> tuple[socket.socket, socket.socket]:
+    """Return the worker's end, which waits for _SLICE_S at most, and the other."""
     try:
-        return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        # One call waits and reads; a poll before it would be a second.
+        limit = _TIMEVAL.pack(0, int(_SLICE_S * 1e6))
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+        return ours, theirs
     except OSError as error:
         raise SetupError(step="socketpair", errno=error.errno or 0) from error
 
