@@ -18,9 +18,8 @@ two things must hold before it is written again:
 Neither is enough alone. A descriptor made with ``O_PATH`` and pages that were
 spliced into a pipe are not seen by the second; a child that a task left in a
 living jail is not seen by the first. What a jail could hand to somebody outside it
-is of no use there: the file's mode lets its owner alone open it. Where a jail runs as
-the worker's own user and can reach sockets by name, nobody else gets its file after
-it.
+is of no use there: the file's mode lets its owner alone open it. Where a jail runs
+as the worker's own user and could hand one on, nobody else gets its file after it.
 
 A file goes to its jail before it is filled, so that both work at the same time,
 where nobody is there to read what is still in it: to a jail that has run nothing

@@ -224,11 +224,7 @@ class Pool:
                 *limit_protections(self._groups.support(cgroup_limits(profile))),
                 *compiled.protections,
             )
-            calls = self.profile.syscalls
-            # With the jails that come later: see `worker.buffers`.
-            self._shares_files = self._mapped > 1 or not (
-                "local_sockets" in calls.groups or "connect" in calls.allow or calls.oci
-            )
+            self._shares_files = self._mapped > 1 or _is_alone(profile)
             self.walls = tuple((w.name, w.state.value) for w in self.protections)
             self.shown = described(self.protections)
             ours, theirs = _pair()
@@ -744,6 +740,20 @@ class Pool:
         """Return which denied calls were seen, as a sentence, or ``""``."""
         denials = jail.denials
         return f"denied on the way: {'; '.join(denials[:5])}" if denials else ""
+
+
+def _is_alone(profile: Profile) -> bool:
+    """Whether no descriptor can leave a jail of this profile.
+
+    Not by sockets that it makes, nor by datagrams of a connected pair, which reach
+    whatever socket is in a directory that it shares with others.
+    """
+    calls, files = profile.syscalls, profile.filesystem
+    if "local_sockets" in calls.groups or calls.oci is not None:
+        return False
+    if not {"socket", "connect", "bind"}.isdisjoint(calls.allow):
+        return False
+    return all(path.startswith("@") for path in (*files.read, *files.write))
 
 
 def described(protections: Sequence[plan.Protection]) -> dict[str, str]:

@@ -20,7 +20,8 @@ from pathlib import Path
 import pytest
 
 from raysandbox import wire
-from raysandbox.worker import buffers
+from raysandbox.profile import Profile, load
+from raysandbox.worker import buffers, pool
 
 SIZE = buffers.LEAST_BYTES
 SECRET = b"\xa5"
@@ -351,6 +352,24 @@ def test_a_file_that_could_be_opened_elsewhere_goes_to_its_own_jail_alone(kept) 
         kept.drop_all()
     assert seen[0] == seen[1] == seen[2]
     assert seen[3] == seen[4] != seen[5]
+
+
+def test_whose_descriptors_can_leave_is_told_by_the_profile() -> None:
+    """Only a jail without sockets by name and shared directories keeps what it has."""
+
+    def changed(section: str, **values: object) -> Profile:
+        strict = load("strict")
+        part = getattr(strict, section).model_copy(update=values)
+        return strict.model_copy(update={section: part})
+
+    assert pool._is_alone(load("strict"))
+    assert not pool._is_alone(load("standard"))
+    for other in (
+        changed("filesystem", read=("@python", "/srv")),
+        changed("filesystem", write=("@scratch", "/srv")),
+        changed("syscalls", allow={"socket": "why"}),
+    ):
+        assert not pool._is_alone(other)
 
 
 def test_a_jail_of_unknown_fate_keeps_its_file(kept) -> None:
