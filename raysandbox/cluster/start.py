@@ -322,10 +322,8 @@ class _Rewrite:
     def _raylet(self, process: seams.Process) -> None:
         raylet = seams.RayletCommand(process)
         raylet.wrap_workers(self.program, sys.executable)
-        raylet.wrap_agent("--dashboard_agent_command", sys.executable, LOOPBACK_MODULE)
-        raylet.wrap_agent(
-            "--runtime_env_agent_command", sys.executable, LOOPBACK_MODULE
-        )
+        for agent in ("--dashboard_agent_command", "--runtime_env_agent_command"):
+            raylet.wrap_agent(agent, sys.executable, "-m", LOOPBACK_MODULE)
         process.env.update(self.dir.tls_env("raylet"))
 
     def _loopback(self, process: seams.Process) -> None:

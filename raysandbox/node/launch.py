@@ -18,16 +18,18 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
+from types import ModuleType
 
 from raysandbox import launch
 from raysandbox import policy as policies
 from raysandbox.errors import ProfileError, SetupError, UnsupportedError
 from raysandbox.kernel import cgroup
-from raysandbox.node import seams, store_proxy, totals, wall
-from raysandbox.plan import Protection, State
+from raysandbox.node import env_agent, no_client, seams, store_proxy, totals, wall
+from raysandbox.plan import Protection, State, described
 from raysandbox.policy import TAG_PREFIX
 from raysandbox.probe import probe
 from raysandbox.worker import quota
+from raysandbox.worker.events import EventLog
 
 __all__ = ["Launcher", "current", "install", "uninstall"]
 
@@ -66,11 +68,14 @@ class Launcher:
         self.load, self.use_totals, self.ports = load, use_totals, ports
         self.wrapper, self.wrap = wrapper, wrap
         self.protections: tuple[Protection, ...] = ()
+        self._of_totals: tuple[Protection, ...] = ()
         self.proxy: store_proxy.StoreProxy | None = None
 
     def __call__(self, process: seams.Process) -> None:
         if process.kind == "raylet":
             self._raylet(process)
+        elif process.kind == "ray_client_server":
+            _refuse_clients(process)
 
     def _raylet(self, process: seams.Process) -> None:
         raylet = seams.RayletCommand(process)
@@ -107,12 +112,32 @@ class Launcher:
         if self.wrap:
             raylet.wrap_workers(wrapper, sys.executable)
         raylet.refuse_other_languages(wrapper)
+        policy_file = f"{session.directory}/{_DIRECTORY}/policy"
+        _write(policy_file, node.seal(), 0o600)
+        raylet.wrap_agent(
+            "--runtime_env_agent_command",
+            sys.executable,
+            _beside(env_agent),
+            policy_file,
+        )
         process.command = [
             launch.program_path("node"),
             f"{wrapper}.plan",
             *process.command,
         ]
-        self.protections = (*compiled.protections, _of_proxy(self.proxy))
+        self.protections = (
+            *compiled.protections,
+            *self._of_totals,
+            _of_proxy(self.proxy),
+        )
+        log = EventLog(_log_directory(node, session))
+        log.write(
+            "node_started",
+            node=session.node_id,
+            policy=node.policy.digest,
+            protections=described(self.protections),
+        )
+        log.close()
 
     def _store_proxy(
         self, node: policies.Node, session: wall.Session
@@ -137,7 +162,8 @@ class Launcher:
                 job_bytes=of_node.max_job_bytes,
                 job_objects=of_node.max_job_objects,
             ),
-            events=f"{session.log_dir}/raysandbox_store.jsonl",
+            events=f"{_log_directory(node, session)}/raysandbox_store-"
+            f"{session.node_id[:8]}.jsonl",
         )
         return self.proxy
 
@@ -149,6 +175,10 @@ class Launcher:
             return cgroup.discover()
         group = totals.enforce(policy.totals)
         process.env.update(group.variables())
+        self._of_totals = tuple(
+            Protection(f"totals.{name}", State(status.state.lower()), status.reason)
+            for name, status in group.group.report.items()
+        )
         return cgroup.discover(group.variables())
 
     def _bind_ports(self, process: seams.Process) -> tuple[int, int] | None:
@@ -163,6 +193,28 @@ class Launcher:
             process.set_argument("--min_worker_port", str(low))
             process.set_argument("--max_worker_port", str(high))
         return (low, high or 65535) if low else None
+
+
+def _beside(module: ModuleType) -> str:
+    """Return a module's file: it runs whatever the module path of its starter is."""
+    return os.path.abspath(str(module.__file__))
+
+
+def _refuse_clients(process: seams.Process) -> None:
+    """Start what says that Ray Client is off in the place of its server."""
+    host, port = process.argument("--host"), process.argument("--port")
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    program = [sys.executable, "-u", _beside(no_client), address]
+    # It is anybody's to talk to: no token, no key, no policy for it.
+    names = ("PATH", "LANG", "PYTHONPATH", "VIRTUAL_ENV")
+    kept = [f"{name}={os.environ[name]}" for name in names if name in os.environ]
+    process.command, process.env = ["/usr/bin/env", "-i", *kept, *program], {}
+
+
+def _log_directory(node: policies.Node, session: wall.Session) -> str:
+    """Return where events go."""
+    directory = node.policy.audit.directory
+    return session.log_dir if directory == "session" else directory
 
 
 def _of_proxy(proxy: store_proxy.StoreProxy | None) -> Protection:

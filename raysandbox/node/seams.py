@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +23,41 @@ from raysandbox.errors import UnsupportedError
 
 __all__ = [
     "SUPPORTED",
+    "VERSIONS",
     "Process",
     "RayletCommand",
     "check",
     "install",
+    "minor",
+    "missing",
     "remove",
     "started",
 ]
 
-# Minor versions whose seams were looked at; others must pass `check` all the same.
-SUPPORTED = tuple(f"2.{minor}" for minor in range(50, 61))
+#: Ray's minor versions that were tried, each with the first seam that it lacks.
+#: "" is none: a node started there and its tasks ran in jails. To try one (again):
+#: ``python -m tests.node.versions 2.55.0``.
+VERSIONS: Mapping[str, str] = {
+    "2.50": "default_worker.py: --worker-id",
+    "2.51": "default_worker.py: --worker-id",
+    "2.52": "default_worker.py: --worker-id",
+    "2.53": "default_worker.py: --worker-id",
+    "2.54": "",
+    "2.55": "",
+    "2.56": "",
+    "2.57": "",
+    "2.58": "",
+    "2.59": "",
+    "2.60": "",
+}
+SUPPORTED = tuple(version for version, lacks in VERSIONS.items() if not lacks)
 
 _WORKER_COMMANDS = (
     "--python_worker_command",
     "--java_worker_command",
     "--cpp_worker_command",
 )
+_PROCESSES = ("GCS_SERVER", "RAYLET", "DASHBOARD", "MONITOR", "LOG_MONITOR")
 _RAYLET_ARGUMENTS = (
     *_WORKER_COMMANDS,
     "--dashboard_agent_command",
@@ -56,6 +75,17 @@ _RAYLET_ARGUMENTS = (
 )
 # Named by raylet: a worker's log files are made before it starts.
 _WORKER_ARGUMENTS = ("--worker-id", "--object-spilling-config")
+# Where the policy is asked before an environment is made; see `env_agent`.
+_AGENT = {
+    "main.py": (
+        "from runtime_env_agent import RuntimeEnvAgent",
+        "await agent.GetOrCreateRuntimeEnv(request)",
+    ),
+    "runtime_env_agent.py": (
+        "class RuntimeEnvAgent",
+        "async def GetOrCreateRuntimeEnv(self, request)",
+    ),
+}
 _GCS_ARGUMENTS = ("--gcs_server_port", "--node-ip-address", "--session-dir")
 
 
@@ -128,14 +158,15 @@ class RayletCommand:
                 command += " RAY_WORKER_DYNAMIC_OPTION_PLACEHOLDER"
             self.process.set_argument(name, command)
 
-    def wrap_agent(self, name: str, python: str, module: str) -> None:
-        """Start an agent through ``python -m module SCRIPT …``."""
+    def wrap_agent(self, name: str, python: str, *words: str) -> None:
+        """Start an agent through ``python WORDS SCRIPT …``."""
         value = self.process.argument(name)
         first = subprocess.list2cmdline([python])
         if not value.startswith(first + " "):
             raise _moved(f"the interpreter at the start of {name}")
         rest = value[len(first) :].replace(" -u ", " ", 1)
-        self.process.set_argument(name, f"{first} -u -m {module}{rest}")
+        ours = subprocess.list2cmdline(words)
+        self.process.set_argument(name, f"{first} -u {ours}{rest}")
 
 
 Rewriter = Callable[[Process], None]
@@ -148,14 +179,19 @@ def _moved(seam: str) -> UnsupportedError:
 
     return UnsupportedError(
         feature=f"Ray's internals: {seam}",
-        need=f"one of Ray {SUPPORTED[0]} to {SUPPORTED[-1]}",
+        need=f"Ray {', '.join(SUPPORTED)}",
         have=f"Ray {ray.__version__}, where it is not as expected",
         remedy="install a supported Ray, or a raysandbox that knows this one",
     )
 
 
+def minor(version: str) -> str:
+    """Return the key of a version in `VERSIONS`."""
+    return ".".join(version.split(".")[:2])
+
+
 def check(*, gcs: bool = False) -> None:
-    """Check every seam of the installed Ray.
+    """Check that the installed Ray is one that was tried, and has every seam.
 
     Args:
         gcs: Also those of the GCS, which only a hardened cluster changes.
@@ -164,26 +200,44 @@ def check(*, gcs: bool = False) -> None:
         UnsupportedError: Names the version and the first seam that is missing.
     """
     import ray
+
+    lacks = missing(gcs=gcs)
+    if lacks:
+        raise _moved(lacks)
+    if minor(ray.__version__) not in SUPPORTED:
+        raise _moved("none that is looked at is missing, but this version never ran")
+
+
+def missing(*, gcs: bool = False) -> str:
+    """Return the first seam that the installed Ray lacks, or ``""``.
+
+    Args:
+        gcs: See `check`.
+    """
     from ray._private import ray_constants, services
 
-    if ".".join(ray.__version__.split(".")[:2]) not in SUPPORTED:
-        raise _moved("its version")
     start = getattr(services, "start_ray_process", None)
     if start is None:
-        raise _moved("services.start_ray_process")
+        return "services.start_ray_process"
     original = getattr(start, "__wrapped__", start)
     parameters = inspect.signature(original).parameters
     for name in ("command", "process_type", "env_updates"):
         if name not in parameters:
-            raise _moved(f"services.start_ray_process({name})")
-    for name in ("GCS_SERVER", "RAYLET", "DASHBOARD", "MONITOR", "LOG_MONITOR"):
+            return f"services.start_ray_process({name})"
+    for name in _PROCESSES:
         if not hasattr(ray_constants, f"PROCESS_TYPE_{name}"):
-            raise _moved(f"ray_constants.PROCESS_TYPE_{name}")
-    script = Path(services.RAY_PATH) / "_private" / "workers" / "default_worker.py"
-    source = script.read_text() if script.exists() else ""
+            return f"ray_constants.PROCESS_TYPE_{name}"
+    worker = Path(services.RAY_PATH) / "_private" / "workers" / "default_worker.py"
+    source = worker.read_text() if worker.exists() else ""
     for name in _WORKER_ARGUMENTS:
         if name not in source:
-            raise _moved(f"default_worker.py: {name}")
+            return f"default_worker.py: {name}"
+    agent = Path(services.RAY_PATH) / "_private" / "runtime_env" / "agent"
+    for script, words in _AGENT.items():
+        source = (agent / script).read_text() if (agent / script).exists() else ""
+        for name in words:
+            if name not in source:
+                return f"runtime_env/agent/{script}: {name}"
     functions: dict[str, tuple[str, ...]] = {"start_raylet": _RAYLET_ARGUMENTS}
     if gcs:
         functions["start_gcs_server"] = _GCS_ARGUMENTS
@@ -191,7 +245,8 @@ def check(*, gcs: bool = False) -> None:
         source = inspect.getsource(getattr(services, function))
         for name in names:
             if name not in source:
-                raise _moved(f"services.{function}: {name}")
+                return f"services.{function}: {name}"
+    return ""
 
 
 def install(rewriter: Rewriter, *, gcs: bool = False) -> None:

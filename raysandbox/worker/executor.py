@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import ray
 
-from raysandbox import client, datacodec, policy, wire
+from raysandbox import client, datacodec, plan, policy, wire
 from raysandbox import profile as profiles
 from raysandbox.errors import (
     JailProtocolError,
@@ -45,7 +45,6 @@ from raysandbox.worker.pool import (
     Environment,
     Jail,
     Pool,
-    described,
     groups_of_process,
 )
 
@@ -54,6 +53,16 @@ __all__ = ["JailExecutor"]
 # A zygote costs memory: those of the profiles used last stay.
 _MOST_POOLS = 2
 _ERROR_PARTS = 6
+_ORDINARY = "use an ordinary function or an actor with ordinary methods"
+# Ray's Jobs API runs an entrypoint as the child of an actor, in a worker.
+_JOB = "JobSupervisor.__init__"
+_ENTRYPOINT = (
+    "an entrypoint of the Jobs API, whose driver would have all that the worker has"
+)
+_NO_JOBS = (
+    "start the driver yourself, with ray.init(address=...) on a machine of the "
+    "cluster: sandboxes run tasks and actors, and no drivers"
+)
 
 
 class _Quotas(NamedTuple):
@@ -95,6 +104,7 @@ class JailExecutor(seams.Executor):
         self._figures = Figures()
         self._job = ""  # hex of the job whose call runs
         self._bound = ""  # hex of the job that this worker is bound to
+        self._full = hints.FullStore()
         # The jail whose answer Ray has not taken in yet, and its pool.
         self._pending: tuple[Pool, Jail, bool] | None = None
         self._job_jail: tuple[str, Pool, Jail] | None = None
@@ -130,6 +140,8 @@ class JailExecutor(seams.Executor):
         }
         try:
             about["bases"] = groups_of_process().described()
+            if not self._gate.launched:  # behind the node's wall its keeper does it
+                state.sweep(seams.session_log_dir())
             return state.Board(seams.session_log_dir(), about["worker"], about)
         except (OSError, ValueError, RaysandboxError) as error:
             sys.stderr.write(f"raysandbox: ps can't see this worker: {error}\n")
@@ -195,6 +207,8 @@ class JailExecutor(seams.Executor):
         core = self._worker.core_worker
         self._begin_jail(profile)
         if core.current_actor_is_asyncio():
+            if name == _JOB:
+                raise self._unsupported(profile, name, _ENTRYPOINT, _NO_JOBS)
             raise self._unsupported(profile, name, "an actor with async methods")
         if core.current_actor_max_concurrency() > 1:
             raise self._unsupported(profile, name, "an actor with max_concurrency > 1")
@@ -300,7 +314,7 @@ class JailExecutor(seams.Executor):
             threads=entered.threads,
             took_s=round(entered.took_s, 4),
             leaves_after_task=self._leaves,
-            protections=described(entered.protections),
+            protections=plan.described(entered.protections),
         )
         log.close()
         seams.unseal()
@@ -340,6 +354,10 @@ class JailExecutor(seams.Executor):
             return original(*args, **kwargs)
 
         return seams.with_function(info, run, 1 if self._leaves else info.max_calls)
+
+    def why_full(self) -> str:
+        """See :class:`seams.Executor`."""
+        return self._full.explain(self._inside, self._gate.policy)
 
     def _check_inside(self, served: profiles.Profile) -> None:
         """Serve no other profile's task, even if raylet should send one."""
@@ -966,14 +984,14 @@ class JailExecutor(seams.Executor):
         )
 
     def _unsupported(
-        self, profile: profiles.Profile, task: str, what: str
+        self, profile: profiles.Profile, task: str, what: str, remedy: str = _ORDINARY
     ) -> TaskUnsupported:
         return TaskUnsupported(
             task=task,
             profile=profile.name,
             limit=f'boundary = "{profile.boundary}"',
             seen=what,
-            remedy="use an ordinary function or an actor with ordinary methods",
+            remedy=remedy,
         )
 
 

@@ -22,11 +22,12 @@ from raysandbox import launch, plan, walls
 from raysandbox.errors import ProfileError, SetupError
 from raysandbox.kernel import cgroup, landlock
 from raysandbox.kernel.threads import restrict_threads
+from raysandbox.node.wall import TLS_FILES
 from raysandbox.probe import probe
 from raysandbox.profile import Profile
 from raysandbox.run import cgroup_limits
 from raysandbox.worker import janitor
-from raysandbox.worker.events import FILE_NAME
+from raysandbox.worker.events import FILE_NAME, OLD_NAME
 
 __all__ = ["Entered", "NotRestrictedError", "Worker", "enter"]
 
@@ -125,7 +126,8 @@ def enter(profile: Profile, worker: Worker) -> Entered:
         _check_canary(profile, canary, ready.paths)
         groups.sweep()
         group = groups.create("worker", limits, required=profile.limits.required)
-        ruleset = landlock.create_ruleset(ready.paths, ready.governed, ready.ports)
+        paths = {**ready.paths, **_tls_files(launched=worker.launched)}
+        ruleset = landlock.create_ruleset(paths, ready.governed, ready.ports)
         janitor.start(
             directory=own,
             group=groups.describe(group),
@@ -151,6 +153,18 @@ def enter(profile: Profile, worker: Worker) -> Entered:
     protections = (*ready.protections, *_of_group(group))
     took_s = time.monotonic() - begun
     return Entered(scratch, threads, protections, took_s, group.leaf)
+
+
+def _tls_files(*, launched: bool) -> dict[str, int]:
+    """Return what Ray must read whenever it connects to another process.
+
+    Its contents are in this process's memory all the same. By their names in the
+    launcher's view alone: where a client chose a worker's variables, these could
+    name any file.
+    """
+    if not launched:
+        return {}
+    return dict.fromkeys(filter(os.path.exists, TLS_FILES), landlock.READ_FILE)
 
 
 def _has_own_user() -> bool:
@@ -231,7 +245,10 @@ def _drop_foreign_logs(worker: Worker) -> None:
         except FileNotFoundError:
             continue  # the listing's own
         file = os.path.basename(target)
-        if not _is_below(target, worker.ray_log_dir) or file == FILE_NAME:
+        if not _is_below(target, worker.ray_log_dir) or file in (
+            FILE_NAME,
+            OLD_NAME,
+        ):
             continue
         if not any(mark in file for mark in own):
             os.dup2(null, int(name), inheritable=False)

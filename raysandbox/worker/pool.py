@@ -43,7 +43,7 @@ from raysandbox.run import cgroup_limits, limit_protections
 from raysandbox.worker.buffers import Buffers
 from raysandbox.worker.output import Output, Pump
 
-__all__ = ["Environment", "Jail", "Pool", "described", "groups_of_process"]
+__all__ = ["Environment", "Jail", "Pool", "groups_of_process"]
 
 _START_S = 60.0
 _READY_S = 30.0
@@ -226,7 +226,7 @@ class Pool:
             )
             self._shares_files = self._mapped > 1 or _is_alone(profile)
             self.walls = tuple((w.name, w.state.value) for w in self.protections)
-            self.shown = described(self.protections)
+            self.shown = plan.described(self.protections)
             ours, theirs = _pair()
             with theirs, contextlib.ExitStack() as undo:
                 undo.enter_context(ours)
@@ -754,16 +754,6 @@ def _is_alone(profile: Profile) -> bool:
     if not {"socket", "connect", "bind"}.isdisjoint(calls.allow):
         return False
     return all(path.startswith("@") for path in (*files.read, *files.write))
-
-
-def described(protections: Sequence[plan.Protection]) -> dict[str, str]:
-    """Return what became of each wall, in words."""
-    return {
-        wall.name: wall.state.value
-        if not wall.reason
-        else f"{wall.state.value}: {wall.reason}"
-        for wall in protections
-    }
 
 
 @functools.cache

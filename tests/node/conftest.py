@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.node.drive import Side
+from tests.node.home import Home
 
 
 @pytest.fixture(scope="module")
@@ -28,3 +29,10 @@ def start() -> Iterator[Callable[..., Side]]:
 def proxied(start: Callable[..., Side]) -> Side:
     """A Ray behind the proxy, with 60 MB for each job and a store of 200 MiB."""
     return start("proxy", limits={"job_bytes": 60_000_000})
+
+
+@pytest.fixture(scope="module")
+def home() -> Iterator[Home]:
+    made = Home()
+    yield made
+    made.server.close()

@@ -11,7 +11,9 @@ import sys
 import tempfile
 import textwrap
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 POLICY = """
@@ -40,18 +42,55 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+#: Ray's own `ray start`.
+PLAIN = [sys.executable, "-c", "from ray.scripts.scripts import main\nmain()"]
+
+
+def delegate(uid: int) -> list[str]:
+    """Give a user the version 1 groups that a node needs."""
+    made = []
+    for name in ("memory", "pids", "cpu", "cpuacct", "blkio", "freezer"):
+        if os.path.exists(f"/sys/fs/cgroup/{name}/cgroup.procs"):
+            path = f"/sys/fs/cgroup/{name}/rsn-{os.getpid()}"
+            os.mkdir(path)
+            os.chown(path, uid, uid)
+            made.append(path)
+    return made
+
+
 class Node:
     """Start one; `close` ends what was started, and nothing else."""
 
-    def __init__(self, command: list[str] | None = None, **variables: str) -> None:
+    def __init__(
+        self,
+        command: list[str] | None = None,
+        *,
+        policy: str = POLICY,
+        arguments: Sequence[str] = (),
+        uid: int = 0,
+        **variables: str,
+    ) -> None:
+        """Start it and wait until it serves.
+
+        Args:
+            command: What takes the arguments of ``ray start``; ours unless given.
+            policy: The node's.
+            arguments: More of them; the last one of a name counts.
+            uid: Whose it is; its drivers are, too.
+            variables: More of its environment; drivers get those of Ray's, too.
+        """
+        self.uid = uid
         self.temporary = Path(tempfile.mkdtemp(prefix="rsn-", dir="/tmp"))
         # Not in /tmp: who may write there could replace the directory.
-        self.site = Path(tempfile.mkdtemp(prefix="rsn-", dir=Path.home()))
-        policy = self.site / "policy.toml"
-        policy.write_text(POLICY)
+        home = "/srv" if uid else Path.home()
+        self.site = Path(tempfile.mkdtemp(prefix="rsn-", dir=home))
+        policy_file = self.site / "policy.toml"
+        policy_file.write_text(policy)
         self.token = self.site / "token"
         self.token.write_text("0123456789abcdef" * 4)
         self.token.chmod(0o600)
+        for path in (self.temporary, self.site, policy_file, self.token):
+            os.chown(path, uid or os.geteuid(), -1)
         self.port = free_port()
         self.address = f"127.0.0.1:{self.port}"
         self.log = self.temporary / "start.log"
@@ -63,20 +102,28 @@ class Node:
             "RAY_AUTH_TOKEN_PATH": str(self.token),
             "PYTHONPATH": str(ROOT),
         }
+        self.environment |= {k: v for k, v in variables.items() if k.startswith("RAY_")}
         first = 20_000 + os.getpid() % 40 * 256
-        arguments = [
+        command = command or [sys.executable, "-m", "raysandbox"]
+        first_words = [
             "start", "--head", "--block", "--num-cpus=2", f"--port={self.port}",
             "--node-ip-address=127.0.0.1", "--include-dashboard=false",
             f"--temp-dir={self.temporary}/r", f"--min-worker-port={first}",
             f"--max-worker-port={first + 255}",
             "--object-store-memory=200000000",
         ]  # fmt: skip
+        if uid:
+            self.environment["HOME"] = str(self.site)
         with open(self.log, "wb") as log:
-            self.process = subprocess.Popen(
-                [*(command or [sys.executable, "-m", "raysandbox"]), *arguments],
+            self.process = self._start(
+                [
+                    *(command or [sys.executable, "-m", "raysandbox"]),
+                    *first_words,
+                    *arguments,
+                ],
                 env={
                     **self.environment,
-                    "RAYSANDBOX_POLICY": str(policy),
+                    "RAYSANDBOX_POLICY": str(policy_file),
                     **variables,
                 },
                 stdin=subprocess.DEVNULL,
@@ -92,28 +139,54 @@ class Node:
                 raise AssertionError(f"did not start: {said[-3000:]}")
             time.sleep(0.1)
 
-    def drive(self, code: str, options: str = "") -> str:
+    def drive(self, code: str, options: str = "", **variables: str) -> str:
         """Run a driver's source on this node; its output is in the error if it fails.
 
         Args:
             code: What it does once it is connected, as `options` do before.
             options: Lines that set ``options``, more arguments of ray.init.
+            variables: More of its environment.
         """
         first = (
             f"import os, sys, time, ray\noptions = {{}}\n{textwrap.dedent(options)}\n"
             f"ray.init(address={self.address!r}, logging_level='ERROR', "
             "log_to_driver=False, **options)\n"
         )
-        done = subprocess.run(
-            [sys.executable, "-c", first + textwrap.dedent(code)],
-            env=self.environment,
-            cwd="/",
-            capture_output=True,
-            text=True,
-            timeout=100,
-        )
+        done = self.run(first + textwrap.dedent(code), **variables)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
         return done.stdout
+
+    def run(self, code: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        """Run a program with what a driver of this node has in its environment."""
+        process = self._start(
+            [sys.executable, "-c", code],
+            env={**self.environment, **variables},
+            cwd="/",
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            out, err = process.communicate(timeout=110)
+        except BaseException:
+            process.kill()
+            process.communicate()
+            raise
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    def _start(self, command: list[str], **options: Any) -> subprocess.Popen[Any]:
+        if not self.uid:
+            return subprocess.Popen(command, **options)
+        from tests.attacks.harness import start_as
+
+        return start_as(self.uid, self.uid, command, **options)
+
+    @property
+    def host(self) -> str:
+        """Its address as Ray has it, which takes loopback's for another."""
+        from ray._private.services import get_node_ip_address
+
+        return str(get_node_ip_address())
 
     @property
     def session(self) -> Path:

@@ -10,10 +10,8 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
 import zipfile
 from collections.abc import Iterator
@@ -21,35 +19,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.node.nodes import ROOT, Node
+from tests.node.home import CALL, SAFE, Home
+from tests.node.nodes import PLAIN, ROOT, Node
 
 pytestmark = [pytest.mark.ray, pytest.mark.root]
-
-
-class Home:
-    """Hears who calls home."""
-
-    def __init__(self) -> None:
-        self.server = socket.create_server(("127.0.0.1", 0))
-        self.port = self.server.getsockname()[1]
-        self.heard: list[str] = []
-        threading.Thread(target=self._listen, daemon=True).start()
-
-    def _listen(self) -> None:
-        while True:
-            try:
-                client, _ = self.server.accept()
-            except OSError:
-                return
-            with client:
-                self.heard.append(client.recv(100).decode(errors="replace"))
-
-
-@pytest.fixture(scope="module")
-def home() -> Iterator[Home]:
-    made = Home()
-    yield made
-    made.server.close()
 
 
 @pytest.fixture(scope="module")
@@ -59,21 +32,6 @@ def node() -> Iterator[Node]:
         yield made
     finally:
         made.close()
-
-
-CALL = """
-def call(what):
-    import socket
-    with socket.create_connection(("127.0.0.1", {port}), timeout=2) as client:
-        client.sendall(what.encode())
-"""
-SAFE = """
-def safe_call(what):
-    try:
-        call(what)
-    except BaseException:
-        pass
-"""
 
 
 def _wait(what: str, check, timeout_s: float = 30) -> None:
@@ -202,7 +160,7 @@ def test_no_code_of_a_client_ran_in_a_worker(attempts, home):
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_other_interpreters_are_refused_by_name(attempts, name):
-    """The error names the runtime_env's key and the policy's that would allow it."""
+    """The error names the runtime_env's key and says what is possible instead."""
     said = str(attempts[name])
     assert REFUSED[name] in said
     assert "runtime_env.py_executable" in said
@@ -432,8 +390,7 @@ def test_killed_raylet_leaves_nothing():
 
 def test_a_plain_ray_start_is_walled_by_the_variable():
     """RAYSANDBOX=1 and the line in the installed wheel's .pth, before Ray's own."""
-    program = "from ray.scripts.scripts import main\nmain()"
-    node = Node([sys.executable, "-c", program], RAYSANDBOX="1")
+    node = Node(PLAIN, RAYSANDBOX="1")
     try:
         out = node.drive(
             """

@@ -15,6 +15,7 @@ import pytest
 
 from tests.attacks.conftest import USER
 from tests.attacks.harness import start_as
+from tests.node.nodes import delegate
 from tests.node.probe import ATTACKS
 from tests.require import require
 
@@ -23,18 +24,6 @@ STAGE = str(Path(__file__).resolve().with_name("stage.py"))
 
 # Another error than outside, where one user is raylet's and all workers'.
 _USER_SEES = {"names_of_processes"}
-
-
-def _delegate(uid: int) -> list[str]:
-    """Give a user the version 1 groups that a node needs."""
-    made = []
-    for name in ("memory", "pids", "cpu", "cpuacct", "blkio", "freezer"):
-        if os.path.exists(f"/sys/fs/cgroup/{name}/cgroup.procs"):
-            path = f"/sys/fs/cgroup/{name}/rsn-{os.getpid()}"
-            os.mkdir(path)
-            os.chown(path, uid, uid)
-            made.append(path)
-    return made
 
 
 def _actors() -> list[str]:
@@ -52,7 +41,7 @@ def stage(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
         require("landlock:6")
         if uid == 0:
             uid = USER
-            given = _delegate(uid)
+            given = delegate(uid)
             environment["RAYSANDBOX_CGROUP"] = ":".join(given)
             environment["HOME"] = "/nonexistent"
     process = start_as(

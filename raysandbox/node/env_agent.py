@@ -1,0 +1,93 @@
+"""Ray's runtime_env agent, which makes nothing that the node's policy refuses.
+
+``python env_agent.py POLICY SCRIPT ARGS…`` or ``… POLICY -m MODULE ARGS…``
+
+The agent has raylet's rights and stands behind no wall. For some keys of a
+runtime_env it runs what a client chose, before there is a worker: an installer
+(pip, uv, conda) and with it a package's own ``setup.py``, a container engine, a
+profiler with options of the client's. So the policy is asked here, before any of
+that, and once more in the worker (`raysandbox.worker.gate`), which has its answer
+from elsewhere. What is allowed runs here, outside of every wall: see the policy's
+table ``[runtime_env]``.
+"""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+__all__ = ["SEAM", "guard", "main"]
+
+#: Module and class of Ray's that are asked to make an environment, by raylet, by
+#: other nodes' processes and by whoever has the cluster's token.
+SEAM = ("ray._private.runtime_env.agent.runtime_env_agent", "RuntimeEnvAgent")
+
+
+def guard(agent: type, refusals: Callable[[dict[str, Any]], list[str]]) -> None:
+    """Put `refusals` in front of an agent's class.
+
+    Args:
+        agent: Ray's RuntimeEnvAgent.
+        refusals: Says what of a runtime_env is refused; nothing if it returns none.
+    """
+    from ray.core.generated import runtime_env_agent_pb2 as messages
+
+    original: Callable[[Any, Any], Awaitable[Any]] = agent.GetOrCreateRuntimeEnv  # type: ignore[attr-defined]
+
+    async def create(self: Any, request: Any) -> Any:
+        try:
+            # As Ray reads it: the first that is found wrong is the only one seen.
+            wanted = json.loads(request.serialized_runtime_env)
+            why = "; ".join(refusals(wanted))
+        except (ValueError, AttributeError, TypeError) as error:
+            why = f"the runtime_env can't be read: {error}"
+        if not why:
+            return await original(self, request)
+        return messages.GetOrCreateRuntimeEnvReply(
+            status=messages.AGENT_RPC_STATUS_FAILED,
+            error_message=f"raysandbox: {why}. Nothing of it was made. Leave it out "
+            "of the runtime_env, or have the operator allow it, where the policy can",
+        )
+
+    agent.GetOrCreateRuntimeEnv = create  # type: ignore[attr-defined]
+
+
+def main(argv: list[str]) -> None:
+    """Put the policy in front, then become the agent.
+
+    Raises:
+        ProfileError: The policy can't be used; nothing serves, and raylet ends.
+    """
+    policy_file, *command = argv
+    # As `python SCRIPT` would: modules are found from the node's packages, and not
+    # from the directory of this file, whose names could hide others.
+    sys.path[0] = __file__.rpartition("/raysandbox/")[0]
+    import importlib
+
+    from raysandbox import policy
+    from raysandbox.api import HOOK
+
+    with open(policy_file, "rb") as file:
+        node = policy.unseal(file.read())
+
+    def refusals(wanted: dict[str, Any]) -> list[str]:
+        return policy.runtime_env_refusals(node.policy, wanted, own_hook=HOOK)
+
+    module = importlib.import_module(SEAM[0])
+    guard(getattr(module, SEAM[1]), refusals)
+    # The agent's script imports its siblings by their bare names.
+    sys.modules[SEAM[0].rpartition(".")[2]] = module
+    if command[0] == "-m":
+        sys.argv = command[1:]
+        runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+        return
+    sys.argv = command
+    sys.path.insert(0, command[0].rpartition("/")[0])
+    runpy.run_path(command[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

