@@ -119,15 +119,12 @@ mount_private_parts(const struct plan *plan, int own_mounts, unsigned slot)
                   MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL) != 0)
             rs_die("mount_proc", field_str(record, 0));
     for (cursor = 0; (record = plan_next(plan, R_MASK, &cursor));) {
-        struct stat there;
         const char *path = field_str(record, 0);
-        if (lstat(path, &there) != 0) {
-            if (errno == ENOENT)
-                continue; /* this kernel does not have it */
-            rs_die("mask", path);
-        }
-        if (mount(S_ISDIR(there.st_mode) ? "/.hidden/dir" : "/.hidden/file",
-                  path, NULL, MS_BIND, NULL) != 0)
+        if (mount("/.hidden/file", path, NULL, MS_BIND, NULL) == 0)
+            continue;
+        if (errno == ENOENT && access(path, F_OK) != 0 && errno == ENOENT)
+            continue; /* this kernel does not have it */
+        if (mount("/.hidden/dir", path, NULL, MS_BIND, NULL) != 0)
             rs_die("mask", path);
     }
     for (cursor = 0; (record = plan_next(plan, R_SCRATCH, &cursor));) {

@@ -11,6 +11,7 @@
  *   init      pid 1 of the new pid namespace.  For "run" it raises all walls,
  *             forks the command and reaps; for "zygote" it builds the root and
  *             becomes the zygote, which raises the inner walls for each jail.
+ *             A short-lived child makes the network namespace meanwhile.
  *
  * When init dies the kernel kills everything in its pid namespace, and init
  * dies with the monitor (PR_SET_PDEATHSIG): nothing can stay behind.
@@ -66,6 +67,7 @@ struct launch {
     struct binds binds;
     int binds_by_monitor; /* real root opened them before the user namespace */
     int sync[2];          /* init's id maps are ready; hung up: monitor died */
+    int network_fd;       /* what make_network made, once it has */
     int proc_fd;
     int cgroup_fds[MAX_CGROUPS];
     int cgroup_count;
@@ -183,6 +185,54 @@ check_monitor_alive(const struct launch *launch)
     close(launch->sync[0]);
 }
 
+/* Make the network namespace, if there is to be one, beside us.
+ *
+ * It takes as long as all the rest of the root (0.3 ms and more) and nothing of
+ * the rest needs it: another processor has it ready when join_network asks. */
+static pid_t
+make_network(struct launch *launch)
+{
+    const struct record *namespaces = plan_one(&launch->plan, R_NAMESPACES);
+
+    if (!(field_u32(namespaces, 0) & CLONE_NEWNET))
+        return 0;
+    /* A place in the descriptor table, which the two share. */
+    launch->network_fd = fcntl(launch->proc_fd, F_DUPFD_CLOEXEC, 3);
+    if (launch->network_fd < 0)
+        rs_die("network_place", NULL);
+    pid_t pid = (pid_t)syscall(SYS_clone, CLONE_FILES | SIGCHLD, NULL, NULL, NULL,
+                               NULL);
+    if (pid < 0)
+        rs_die("network_fork", NULL);
+    if (pid > 0)
+        return pid;
+    if (unshare(CLONE_NEWNET) != 0)
+        rs_die("unshare_network", NULL);
+    int fd = openat(launch->proc_fd, "self/ns/net", O_RDONLY | O_CLOEXEC);
+    if (fd < 0)
+        rs_die("open_network", NULL);
+    if (dup3(fd, launch->network_fd, O_CLOEXEC) < 0)
+        rs_die("network_place", NULL);
+    close(fd);
+    _exit(0);
+}
+
+static void
+join_network(const struct launch *launch, pid_t maker)
+{
+    int status;
+
+    if (maker == 0)
+        return;
+    if (waitpid(maker, &status, 0) != maker)
+        rs_die("network_wait", NULL);
+    if (status != 0)
+        _exit(EXIT_SETUP); /* it has said why */
+    if (setns(launch->network_fd, CLONE_NEWNET) != 0)
+        rs_die("join_network", NULL);
+    close(launch->network_fd);
+}
+
 /* Pid 1 of "run": reap until the command ends, then take all down with us. */
 static _Noreturn void
 reap(pid_t command)
@@ -216,6 +266,7 @@ init(struct launch *launch)
     if (prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0) != 0)
         rs_die("pdeathsig", NULL);
     close(launch->sync[1]);
+    pid_t network = make_network(launch);
     if (read(launch->sync[0], &go, 1) != 1) {
         errno = ESRCH;
         rs_die("id_maps", "the monitor did not write them");
@@ -234,6 +285,7 @@ init(struct launch *launch)
 
     if (options->zygote) {
         root_enter(&launch->plan, &launch->binds, &(struct root_options){0});
+        join_network(launch, network);
         if (rs_status_fd >= 0) {
             fcntl(rs_status_fd, F_SETFD, FD_CLOEXEC);
             options->keep_fds[options->keep_count++] = rs_status_fd;
@@ -250,6 +302,7 @@ init(struct launch *launch)
 
     root_enter(&launch->plan, &launch->binds,
                &(struct root_options){.read_only_proc = 1});
+    join_network(launch, network);
     if (rs_status_fd >= 0)
         options->keep_fds[options->keep_count++] = rs_status_fd;
     options->keep_fds[options->keep_count++] = launch->sync[0];
@@ -265,7 +318,9 @@ init(struct launch *launch)
     jail_enter(&entry);
     check_monitor_alive(launch);
 
-    pid_t command = fork();
+    /* It shares our memory until it has become the command: all that it does
+     * before is not ours to lose. */
+    pid_t command = vfork();
     if (command < 0)
         rs_die("fork", NULL);
     if (command == 0) {
@@ -466,8 +521,10 @@ main(int argc, char **argv)
         rs_die("signalfd", NULL);
 
     int pid_fd = -1;
-    pid_t pid = (pid_t)syscall(SYS_clone, flags | CLONE_PIDFD | SIGCHLD, NULL,
-                               &pid_fd, NULL, NULL);
+    pid_t pid = (pid_t)syscall(SYS_clone,
+                               (flags & ~(uint32_t)CLONE_NEWNET) | CLONE_PIDFD |
+                                   SIGCHLD,
+                               NULL, &pid_fd, NULL, NULL);
     if (pid < 0)
         rs_die("clone", "new namespaces");
     if (pid == 0) {

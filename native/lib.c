@@ -19,6 +19,11 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+/* What the child says when it is behind its walls. */
+#define READY "ready\n"
+
+enum { MAX_CGROUP_FDS = 16 };
+
 static struct plan plan;
 static int proc_fd = -1;
 static int *tid_address; /* where libc keeps the calling thread's id */
@@ -80,48 +85,59 @@ rs_load_plan(const uint8_t *bytes, size_t length)
     return proc_fd < 0 ? errno : find_tid_address();
 }
 
-/* Fork pid 1 of a new pid namespace, born in the cgroup (version 2) whose
- * directory is cgroup_fd if that is not -1.  As fork(2); -errno on failure.
- * The caller must have one thread, and hold Python's fork hooks around this. */
-pid_t
-rs_clone(int cgroup_fd)
+/* One jail: as struct _Spawn in raysandbox/native.py. */
+struct spawn {
+    uint32_t slot; /* which of the plan's mapped ids; 0 if it maps one */
+    int32_t call_fd, stdout_fd, stderr_fd;
+    int32_t cgroup_dir_fd; /* version 2 group that it is born in, or -1 */
+    int32_t cgroup_count;
+    int32_t cgroup_fds[MAX_CGROUP_FDS]; /* files through which it joins others */
+    /* Of the interpreter; PyOS_BeforeFork, _AfterFork_Parent, _AfterFork_Child. */
+    void (*before)(void);
+    void (*in_parent)(void);
+    void (*in_child)(void);
+    /* Answers: to the parent alone. */
+    int32_t pid_fd, notify_fd; /* -1 where the plan's filter notifies nobody */
+    char report[1024];         /* the step that failed, as rs_report has it */
+};
+
+/* Fork pid 1 of a new pid namespace, born in the spawn's version 2 group if it
+ * has one.  As fork(2). */
+static pid_t
+clone_jail(struct spawn *spawn)
 {
     struct clone_args args = {
         .flags = CLONE_NEWPID | CLONE_CHILD_SETTID | CLONE_CHILD_CLEARTID |
-                 (cgroup_fd >= 0 ? CLONE_INTO_CGROUP : 0),
+                 CLONE_PIDFD |
+                 (spawn->cgroup_dir_fd >= 0 ? CLONE_INTO_CGROUP : 0),
+        .pidfd = (uint64_t)(uintptr_t)&spawn->pid_fd,
         .child_tid = (uint64_t)(uintptr_t)tid_address,
         .exit_signal = SIGCHLD,
-        .cgroup = cgroup_fd >= 0 ? (unsigned)cgroup_fd : 0U,
+        .cgroup = spawn->cgroup_dir_fd >= 0 ? (unsigned)spawn->cgroup_dir_fd : 0U,
     };
-    long pid = syscall(SYS_clone3, &args, sizeof args);
-    return pid < 0 ? -errno : (pid_t)pid;
+    return (pid_t)syscall(SYS_clone3, &args, sizeof args);
 }
 
 /* In the child: raise every wall or die.  On the way out, tell the parent
  * that the jail is ready, with the notification descriptor if there is one;
  * a failed step was reported on the same socket.  Closes report_fd. */
-void
-rs_enter_jail(unsigned slot, const int *cgroup_fds, int cgroup_count,
-              const int *keep_fds, int keep_count, int report_fd)
+static void
+enter(const struct spawn *spawn, int report_fd)
 {
-    int keep[64];
+    int keep[] = {spawn->call_fd, report_fd};
 
     rs_status_fd = report_fd;
-    if (keep_count < 0 || keep_count > 62) {
-        errno = E2BIG;
-        rs_die("keep_fds", NULL);
-    }
-    memcpy(keep, keep_fds, (size_t)keep_count * sizeof *keep);
-    keep[keep_count] = report_fd;
-
+    if (dup2(spawn->stdout_fd, STDOUT_FILENO) < 0 ||
+        dup2(spawn->stderr_fd, STDERR_FILENO) < 0)
+        rs_die("streams", NULL);
     struct jail_entry entry = {
         .plan = &plan,
         .proc_fd = proc_fd,
-        .slot = slot,
-        .cgroup_fds = cgroup_fds,
-        .cgroup_count = cgroup_count,
+        .slot = spawn->slot,
+        .cgroup_fds = spawn->cgroup_fds,
+        .cgroup_count = spawn->cgroup_count,
         .keep_fds = keep,
-        .keep_count = keep_count + 1,
+        .keep_count = 2,
     };
     int listener = jail_enter(&entry);
 
@@ -129,7 +145,7 @@ rs_enter_jail(unsigned slot, const int *cgroup_fds, int cgroup_count,
         char bytes[CMSG_SPACE(sizeof(int))];
         struct cmsghdr align;
     } control;
-    char ready[] = "ready\n";
+    char ready[] = READY;
     struct iovec part = {.iov_base = ready, .iov_len = sizeof ready - 1};
     struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1};
     if (listener >= 0) {
@@ -148,4 +164,69 @@ rs_enter_jail(unsigned slot, const int *cgroup_fds, int cgroup_count,
         close(listener);
     close(report_fd);
     rs_status_fd = -1;
+}
+
+/* Wait for the child's word; 0 when it is behind its walls. */
+static int
+hear(struct spawn *spawn, int report_fd)
+{
+    union {
+        char bytes[CMSG_SPACE(sizeof(int))];
+        struct cmsghdr align;
+    } control;
+    struct iovec part = {.iov_base = spawn->report,
+                         .iov_len = sizeof spawn->report - 1};
+    struct msghdr message = {.msg_iov = &part,
+                             .msg_iovlen = 1,
+                             .msg_control = control.bytes,
+                             .msg_controllen = sizeof control.bytes};
+    ssize_t got;
+
+    do
+        got = recvmsg(report_fd, &message, MSG_CMSG_CLOEXEC);
+    while (got < 0 && errno == EINTR);
+    spawn->report[got > 0 ? got : 0] = '\0';
+    struct cmsghdr *header = got > 0 ? CMSG_FIRSTHDR(&message) : NULL;
+    if (header != NULL && header->cmsg_type == SCM_RIGHTS)
+        memcpy(&spawn->notify_fd, CMSG_DATA(header), sizeof spawn->notify_fd);
+    return strcmp(spawn->report, READY) == 0 ? 0 : -1;
+}
+
+/* Fork a jail; return when all its walls are up: 0 in it, its pid in the parent.
+ * On failure the child is gone and the parent gets -errno, or -EPROTO when the
+ * spawn's report says which step it was.  The caller must have one thread.
+ *
+ * The jail is behind its walls before its interpreter runs again: each page that
+ * is written to after a fork is a copy, and the interpreter writes to many. */
+pid_t
+rs_spawn(struct spawn *spawn)
+{
+    int pair[2];
+
+    spawn->pid_fd = spawn->notify_fd = -1;
+    spawn->report[0] = '\0';
+    if (spawn->cgroup_count < 0 || spawn->cgroup_count > MAX_CGROUP_FDS)
+        return -E2BIG;
+    if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) != 0)
+        return -errno;
+    spawn->before();
+    pid_t pid = clone_jail(spawn);
+    int error = errno;
+    if (pid == 0) {
+        enter(spawn, pair[1]);
+        spawn->in_child();
+        return 0;
+    }
+    spawn->in_parent();
+    close(pair[1]);
+    if (pid > 0 && hear(spawn, pair[0]) != 0) {
+        close(spawn->pid_fd);
+        if (spawn->notify_fd >= 0)
+            close(spawn->notify_fd);
+        waitpid(pid, NULL, 0);
+        pid = -1;
+        error = EPROTO;
+    }
+    close(pair[0]);
+    return pid > 0 ? pid : -error;
 }

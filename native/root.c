@@ -59,27 +59,32 @@ binds_open(struct binds *binds, const struct plan *plan)
             bind_open(field_str(record, 4), field_u32(record, 0));
 }
 
+/* An absolute path as seen from the directory that becomes the root. */
+static const char *
+below(const char *path)
+{
+    if (path[0] != '/') {
+        errno = EINVAL;
+        rs_die("not_absolute", path);
+    }
+    return path + 1;
+}
+
+/* Below, what is made is tried first and its parents are made when they are
+ * missing: most of the time they are there. */
+
 void
 make_dirs(int root, const char *path, unsigned mode)
 {
-    char partial[PATH_MAX];
-    size_t length = strlen(path);
+    const char *name = below(path);
 
-    if (path[0] != '/' || length >= sizeof partial) {
-        errno = EINVAL;
+    if (*name == '\0' || mkdirat(root, name, mode) == 0 || errno == EEXIST)
+        return;
+    if (errno != ENOENT)
         rs_die("mkdir", path);
-    }
-    for (size_t i = 1; i <= length; i++) {
-        if (path[i] != '/' && path[i] != '\0')
-            continue;
-        memcpy(partial, path + 1, i - 1);
-        partial[i - 1] = '\0';
-        if (partial[0] == '\0')
-            continue;
-        if (mkdirat(root, partial, i == length ? mode : 0755) != 0 &&
-            errno != EEXIST)
-            rs_die("mkdir", path);
-    }
+    make_parent_dirs(root, path);
+    if (mkdirat(root, name, mode) != 0 && errno != EEXIST)
+        rs_die("mkdir", path);
 }
 
 void
@@ -101,12 +106,30 @@ make_parent_dirs(int root, const char *path)
 int
 make_file(int root, const char *path, unsigned mode)
 {
-    make_parent_dirs(root, path);
-    int fd = openat(root, path + 1,
-                    O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, mode);
+    int flags = O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW;
+    int fd = openat(root, below(path), flags, mode);
+    if (fd < 0 && errno == ENOENT) {
+        make_parent_dirs(root, path);
+        fd = openat(root, below(path), flags, mode);
+    }
     if (fd < 0)
         rs_die("create", path);
     return fd;
+}
+
+/* An empty file to mount something on, unless there is one. */
+static void
+make_place(int root, const char *path)
+{
+    const char *name = below(path);
+
+    if (mknodat(root, name, S_IFREG | 0444, 0) == 0 || errno == EEXIST)
+        return;
+    if (errno != ENOENT)
+        rs_die("create", path);
+    make_parent_dirs(root, path);
+    if (mknodat(root, name, S_IFREG | 0444, 0) != 0)
+        rs_die("create", path);
 }
 
 static void
@@ -122,25 +145,21 @@ write_file(int root, const char *path, mode_t mode, const uint8_t *bytes,
         bytes += written;
         length -= (size_t)written;
     }
-    if (fchmod(fd, mode) != 0)
-        rs_die("fchmod", path);
     close(fd);
 }
 
 void
 bind_attach(int root, int fd, const char *target)
 {
-    struct stat source, there;
+    struct stat source;
 
     if (fstatat(fd, "", &source, RS_AT_EMPTY_PATH) != 0)
         rs_die("stat", target);
-    if (fstatat(root, target + 1, &there, AT_SYMLINK_NOFOLLOW) != 0) {
-        if (S_ISDIR(source.st_mode))
-            make_dirs(root, target, 0755);
-        else
-            write_file(root, target, 0444, NULL, 0);
-    }
-    if (rs_move_mount(fd, "", root, target + 1, RS_MOVE_MOUNT_EMPTY_PATH) != 0)
+    if (S_ISDIR(source.st_mode))
+        make_dirs(root, target, 0755);
+    else
+        make_place(root, target);
+    if (rs_move_mount(fd, "", root, below(target), RS_MOVE_MOUNT_EMPTY_PATH) != 0)
         rs_die("move_mount", target);
     close(fd);
 }
@@ -178,6 +197,9 @@ root_enter(const struct plan *plan, const struct binds *binds,
     size_t cursor, bind = 0, length;
     char target[PATH_MAX];
 
+    /* Modes are the plan's, whatever our caller's umask. */
+    mode_t mask = umask(0);
+
     /* Stop our mounts from reaching the host, and the host's from us. */
     if (mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) != 0)
         rs_die("mount_private", "/");
@@ -214,8 +236,12 @@ root_enter(const struct plan *plan, const struct binds *binds,
     }
     for (cursor = 0; (record = plan_next(plan, R_SYMLINK, &cursor));) {
         const char *path = field_str2(record, 0);
+        if (symlinkat(field_str(record, 0), root, below(path)) == 0)
+            continue;
+        if (errno != ENOENT)
+            rs_die("symlink", path);
         make_parent_dirs(root, path);
-        if (symlinkat(field_str(record, 0), root, path + 1) != 0)
+        if (symlinkat(field_str(record, 0), root, below(path)) != 0)
             rs_die("symlink", path);
     }
     for (cursor = 0; (record = plan_next(plan, R_FILE, &cursor));) {
@@ -259,4 +285,5 @@ root_enter(const struct plan *plan, const struct binds *binds,
                                              RS_ATTR_NODEV};
     if (rs_mount_setattr(AT_FDCWD, "/", 0, &attr) != 0)
         rs_die("root_read_only", "/");
+    umask(mask);
 }

@@ -563,7 +563,7 @@ main(int argc, char **argv)
     const struct record *user = plan_one(&worker.plan, R_USER), *record;
     worker.uid = worker.root ? take_id(user) : geteuid();
     worker.inside = field_u32(plan_one(&worker.plan, R_INNER_ID), 0);
-    umask(022); /* of the root's own directories */
+    umask(022); /* of the groups and logs */
     groups_enter(&worker.groups, &worker.plan, worker.uid);
     open_logs(&worker);
     load_copies(&worker);

@@ -76,7 +76,8 @@ _PER_JAIL = ("mount", "ipc", "cgroup")
 _SECCOMP_NEW_LISTENER = 1 << 3
 
 # What of /etc programs need to work at all; none of it is secret. Files are
-# copied: every mount costs each jail a little.
+# copied, once for all jails of a zygote, to each of which a mount costs a little; a
+# command, which starts once, gets the larger ones as mounts.
 _ETC_DIRECTORIES = ("/etc/ssl/certs", "/etc/alternatives")
 _ETC_FILES = (
     "/etc/ld.so.cache",
@@ -87,6 +88,7 @@ _ETC_FILES = (
     "/etc/ssl/openssl.cnf",
 )
 _ETC_FILE_BYTES = 256 << 10
+_CHEAP_COPY_BYTES = 8 << 10
 _TOP_LEVEL = ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
 # Parts of /proc that tell of the whole host and that the kernel's own
 # permissions leave readable, or that must not be written whoever asks.
@@ -101,6 +103,7 @@ _PROC_MASKS = (
     "/proc/kcore",
     "/proc/key-users",
     "/proc/keys",
+    "/proc/locks",
     "/proc/modules",
     "/proc/scsi",
     "/proc/swaps",
@@ -506,8 +509,13 @@ class Builder:
         wants_system = "@system" in self.profile.filesystem.read
         for path in _ETC_FILES if wants_system else ():
             copy = _small_file(path)
-            if copy is not None and not self._is_bound(path):
+            if copy is None or self._is_bound(path):
+                continue
+            if self.context.zygote or len(copy) <= _CHEAP_COPY_BYTES:
                 self.add(Record.FILE, u32(0o444) + text(path) + copy)
+            else:
+                source = os.path.realpath(path)
+                self.add(Record.BIND, u32(_BIND_READ_ONLY) + text(source, path))
         for path, content in (
             ("/etc/passwd", user + nobody),
             ("/etc/group", f"task:x:{TASK_ID}:\nnogroup:x:65534:\n"),
@@ -575,6 +583,12 @@ class Builder:
         for name in self.profile.devices:
             rules[f"/dev/{name}"] = landlock.READ_FILE | landlock.WRITE_FILE
         for path, access in rules.items():
+            # What a rule further up allows anyway needs none of its own.
+            if any(
+                path != above and _is_below(path, above) and access & ~allowed == 0
+                for above, allowed in rules.items()
+            ):
+                continue
             self.add(Record.LANDLOCK_PATH, u64(access & governed.fs) + text(path))
         missing = [
             what

@@ -44,6 +44,7 @@ __all__ = [
     "MODE_DATA",
     "MODE_PICKLE",
     "MODE_RAW",
+    "rehearse",
     "run",
 ]
 
@@ -82,22 +83,19 @@ class _State:
         self.functions = {}
 
 
+def rehearse(sock: socket.socket) -> None:
+    """Serve one call as a jail does, and forget it."""
+    _serve_next(sock, _State())
+    ray_facade.context.clear()
+
+
 def run(sock: socket.socket) -> None:
     """Serve calls; never returns."""
     status = 0
     state = _State()
     try:
-        while True:
-            frame = wire.receive(
-                sock,
-                limit_bytes=_MAX_CALL_BYTES,
-                max_parts=_MAX_CALL_PARTS,
-                takes_kept=True,
-            )
-            if frame is None:
-                break
-            _serve(sock, frame, state)
-            del frame  # and its mapping: the worker may fill that file again
+        while _serve_next(sock, state):
+            pass
     except OSError:
         status = 1  # the worker is gone, or the socket is not what it was
     except BaseException:
@@ -109,6 +107,20 @@ def run(sock: socket.socket) -> None:
             sys.stderr.flush()
         finally:
             os._exit(status)
+
+
+def _serve_next(sock: socket.socket, state: _State) -> bool:
+    frame = wire.receive(
+        sock,
+        limit_bytes=_MAX_CALL_BYTES,
+        max_parts=_MAX_CALL_PARTS,
+        takes_kept=True,
+    )
+    if frame is None:
+        return False
+    _serve(sock, frame, state)
+    # With the frame goes its mapping: the worker may fill that file again.
+    return True
 
 
 def _serve(sock: socket.socket, frame: wire.Frame, state: _State) -> None:

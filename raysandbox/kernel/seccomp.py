@@ -1,10 +1,11 @@
 """seccomp: a profile's system-call policy as a BPF program, and as words.
 
-libseccomp (through pyseccomp) makes the decision tree; in front of it stand a
-few instructions of our own for what its rules can't say: a foreign ABI ends the
-process, and a number newer than libseccomp's table is answered ENOSYS, as by an
-older kernel, so that libc falls back. See seccomp(2); struct sock_filter and
-its codes: linux/filter.h.
+libseccomp (through pyseccomp) compiles the rules on arguments and the default; in
+front of that stand instructions of our own. Some say what its rules can't: a
+foreign ABI ends the process, and a number newer than libseccomp's table is
+answered ENOSYS, as by an older kernel, so that libc falls back. The others answer
+calls that no argument decides (`seccomp_tree`). See seccomp(2); struct sock_filter
+and its codes: linux/filter.h.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from raysandbox.errors import ProfileError, UnsupportedError
-from raysandbox.kernel import oci
+from raysandbox.kernel import oci, seccomp_tree
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -249,12 +250,12 @@ def _compile(syscalls: Syscalls, notify: bool) -> bytes:
         denied = library.NOTIFY
     if syscalls.oci is not None:
         return _compile_oci(library, syscalls.oci.path, syscalls.oci.text, denied)
-    made = _new(library, denied)
+    rules = _Rules(library)
     absent = set(_table()["absent"])
     for call in absent:
-        _add(library, made, library.ERRNO(errno.ENOSYS), call)
-    _allow(library, made, syscalls.groups, syscalls.allow, {*syscalls.deny, *absent})
-    return _export(made)
+        rules.add(library.ERRNO(errno.ENOSYS), call)
+    _allow(library, rules, syscalls.groups, syscalls.allow, {*syscalls.deny, *absent})
+    return rules.export(denied)
 
 
 def compile_worker(groups: Iterable[str], allow: Iterable[str]) -> Filter:
@@ -269,14 +270,14 @@ def compile_worker(groups: Iterable[str], allow: Iterable[str]) -> Filter:
         UnsupportedError: No libseccomp, or an architecture without a table.
     """
     library = _pyseccomp()
-    made = _new(library, library.ERRNO(errno.EPERM))
-    _allow(library, made, [*dict.fromkeys(groups)], allow, set())
-    return Filter(_preamble() + _export(made))
+    rules = _Rules(library)
+    _allow(library, rules, [*dict.fromkeys(groups)], allow, set())
+    return Filter(_preamble() + rules.export(library.ERRNO(errno.EPERM)))
 
 
 def _allow(
     library: Any,
-    made: Any,
+    rules: _Rules,
     groups: Sequence[str],
     allow: Iterable[str],
     left_out: set[str],
@@ -285,7 +286,7 @@ def _allow(
     for group in groups:
         whole.update(_calls(group))
     for call in sorted(whole - left_out):
-        _add(library, made, library.ALLOW, call)
+        rules.add(library.ALLOW, call)
     seen = set()
     for group in groups:
         for condition in _conditions(group):
@@ -299,27 +300,38 @@ def _allow(
                     library.Arg(arg, library.MASKED_EQ, mask, value)
                     for arg, mask, value in rule
                 ]
-                _add(library, made, library.ALLOW, condition.call, *arguments)
+                rules.add(library.ALLOW, condition.call, *arguments)
 
 
-def _new(library: Any, default: int) -> Any:
-    made = library.SyscallFilter(default)
-    # A tree instead of a list: less to do for calls at the end.
-    made.set_attr(library.Attr.CTL_OPTIMIZE, 2)
-    return made
+class _Rules:
+    """What a policy says of each call, before it is compiled."""
 
+    def __init__(self, library: Any) -> None:
+        self._library = library
+        self._rules: dict[int, list[tuple[int, tuple[Any, ...]]]] = {}
 
-def _add(library: Any, made: Any, action: int, call: str, *arguments: Any) -> None:
-    number = _number(call)
-    if number is not None:
-        made.add_rule_exactly(action, number, *arguments)
+    def add(self, action: int, call: str, *arguments: Any) -> None:
+        """Add a rule; a call that this architecture lacks needs none."""
+        number = _number(call)
+        if number is not None:
+            self._rules.setdefault(number, []).append((action, arguments))
 
-
-def _export(made: Any) -> bytes:
-    with tempfile.TemporaryFile() as file:
-        made.export_bpf(file)
-        file.seek(0)
-        return file.read()
+    def export(self, default: int) -> bytes:
+        """Compile; libseccomp's actions are the kernel's ``SECCOMP_RET_*``."""
+        made = self._library.SyscallFilter(default)
+        # A tree instead of a list: less to do for calls at the end.
+        made.set_attr(self._library.Attr.CTL_OPTIMIZE, 2)
+        answers = {}
+        for number, rules in self._rules.items():
+            if len(rules) == 1 and not rules[0][1]:
+                answers[number] = rules[0][0]
+                continue
+            for action, arguments in rules:
+                made.add_rule_exactly(action, number, *arguments)
+        with tempfile.TemporaryFile() as file:
+            made.export_bpf(file)
+            file.seek(0)
+            return seccomp_tree.dispatch(answers) + file.read()
 
 
 # --- OCI ------------------------------------------------------------------------
@@ -327,13 +339,13 @@ def _export(made: Any) -> bytes:
 
 def _compile_oci(library: Any, path: str, text: str, denied: int) -> bytes:
     try:
-        rules = oci.read(text)
+        read = oci.read(text)
     except ValueError as error:
         raise ProfileError(
             source=path, where="syscalls", reason=f"can't be compiled: {error}"
         ) from error
-    made = _new(library, denied)
-    for rule in rules:
+    rules = _Rules(library)
+    for rule in read:
         action = library.ALLOW if rule.errno is None else library.ERRNO(rule.errno)
         # EPERM is what a call that is not named gets, as the profile has it.
         if rule.errno == errno.EPERM:
@@ -342,8 +354,8 @@ def _compile_oci(library: Any, path: str, text: str, denied: int) -> bytes:
             library.Arg(each.index, getattr(library, each.op), each.value, each.second)
             for each in rule.conditions
         ]
-        _add(library, made, action, rule.call, *arguments)
-    return _export(made)
+        rules.add(action, rule.call, *arguments)
+    return rules.export(denied)
 
 
 def oci_calls(policy: OciPolicy) -> list[str]:

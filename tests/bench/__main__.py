@@ -201,6 +201,68 @@ def tasks(rounds: int) -> list[Figure]:
     return found
 
 
+# What a zygote of `strict` is, without the walls around it.
+_ZYGOTE = """
+import json, os, resource, sys
+config = json.loads(sys.argv[1])
+sys.path[:0] = config["path"]
+from raysandbox.jail import zygote
+zygote.warm_up(config["path"], config["preload"], config["ray"])
+
+def used():
+    both = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
+    return sum(sum(resource.getrusage(each)[:2]) for each in both)
+
+for line in sys.stdin:
+    begun = used()
+    for _ in range(200):
+        pid = os.fork()
+        if pid == 0:
+            os._exit(0)
+        os.waitpid(pid, 0)
+    print((used() - begun) / 200 * 1e3, flush=True)
+"""
+
+
+def fork(rounds: int) -> list[Figure]:
+    """What no jail can cost less than: a bare fork of its zygote, and its exit."""
+    import ray
+
+    strict = profile.load("strict")
+    config = {
+        "path": [path for path in sys.path if path] + [os.getcwd()],
+        "preload": ["msgpack", "raysandbox.datacodec", *strict.preload],
+        "ray": os.path.dirname(ray.__file__),
+    }
+    python = os.path.realpath(sys.executable)
+    process = subprocess.Popen(
+        [python, "-I", "-S", "-c", _ZYGOTE, json.dumps(config)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    seen = []
+    for _ in range(rounds):
+        process.stdin.write("go\n")
+        process.stdin.flush()
+        seen.append(float(process.stdout.readline()))
+    process.stdin.close()
+    process.wait(60)
+    return [
+        Figure(
+            "CPU of a bare fork and exit of the zygote: no wall, no call",
+            statistics.median(seen),
+            0.0,
+            "ms",
+            0.0,
+            "a floor of what fresh jails take",
+            True,
+        )
+    ]
+
+
 def workers(rounds: int) -> list[Figure]:
     """From raylet's start of a worker to its registration."""
     seen: dict[Side, list[float]] = {}
@@ -390,6 +452,7 @@ def cluster(rounds: int) -> list[Figure]:
 
 PARTS: dict[str, Callable[[int], list[Figure]]] = {
     "launch": launcher,
+    "fork": fork,
     "tasks": tasks,
     "workers": workers,
     "argument": argument,

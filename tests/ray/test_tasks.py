@@ -456,6 +456,38 @@ def test_pip_packages_are_seen_by_the_task(tmp_path):
     assert ray.get(task.remote()) is None
 
 
+@ray.remote(resources=STRICT)
+def fork_beside_a_thread():
+    import logging
+    import threading
+
+    stop = threading.Event()
+    beside = threading.Thread(target=stop.wait)
+    beside.start()
+    logging._acquireLock()
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        # Both would be the parent's without the hooks: two threads, a held lock.
+        logging.getLogger("child").setLevel(logging.INFO)
+        os.write(writing, b"%d" % threading.active_count())
+        os._exit(0)
+    logging._releaseLock()
+    stop.set()
+    beside.join()
+    os.waitpid(pid, 0)
+    native = threading.main_thread().native_id == threading.get_native_id()
+    return [int(os.read(reading, 10)), native]
+
+
+def test_a_fork_inside_a_jail_runs_pythons_own_hooks():
+    """The jail itself was forked without them; what a task forks needs them.
+
+    Guards against a child that inherits locks and threads that nobody has.
+    """
+    assert ray.get(fork_beside_a_thread.remote()) == [1, True]
+
+
 def test_many_tasks_at_once():
     """Hundreds in flight all come back."""
     assert sum(ray.get([echo.remote(n) for n in range(200)])) == 19900

@@ -276,6 +276,8 @@ def test_a_well_formed_plan_of_nonsense_never_crashes(
             continue
         seen += 1
         code, lines, errors = launch(launcher, data)
+        if "sigaltstack(nullptr, " in errors:
+            continue  # the filter that came of it denies the sanitizers their own call
         assert "Sanitizer" not in errors, f"{errors}\n{data.hex()}"
         assert "runtime error" not in errors, f"{errors}\n{data.hex()}"
         if code == 125:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from raysandbox import profile as profiles
 from raysandbox.errors import ProfileError
-from raysandbox.kernel import oci, seccomp
+from raysandbox.kernel import oci, seccomp, seccomp_tree
 from raysandbox.profile.schema import OciPolicy, Syscalls
 from tests.require import require
 from tests.unit import bpf
@@ -124,6 +124,26 @@ def test_default_groups_are_in_the_table_and_in_strict() -> None:
     """The schema's default names groups that exist."""
     assert set(Syscalls().groups) <= set(GROUPS)
     assert seccomp.problems(Syscalls()) == []
+
+
+# --- answers that hang on the number alone -------------------------------------
+
+
+@given(
+    st.dictionaries(st.integers(0, 900), st.sampled_from([bpf.ALLOW, ENOSYS]))
+    | st.sets(st.integers(0, 900), min_size=400).map(lambda s: dict.fromkeys(s, EPERM))
+)
+@settings(max_examples=60, deadline=None)
+def test_search_answers_each_number_as_asked(answers: dict[int, int]) -> None:
+    """Every number gets its own answer, and one without runs into what follows.
+
+    The larger sets need jumps that are longer than one comparison reaches.
+    """
+    load = struct.pack("<HBBI", 0x20, 0, 0, 0)
+    follows = struct.pack("<HBBI", 0x06, 0, 0, bpf.LOG)
+    program = load + seccomp_tree.dispatch(answers) + follows
+    for each in (*range(902), 1 << 30, (1 << 32) - 1):
+        assert bpf.run(program, each) == answers.get(each, bpf.LOG), each
 
 
 # --- the shipped policies ------------------------------------------------------

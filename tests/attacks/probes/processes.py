@@ -86,9 +86,10 @@ def pidfd_from_proc_directory(context: Context) -> object:
         target = _child()
     fd = os.open(f"/proc/{target}", os.O_RDONLY)
     syscall("pidfd_send_signal", fd, signal.SIGKILL, 0, 0)
-    time.sleep(0.05)
     if context["side"] == "control":
-        os.waitpid(target, os.WNOHANG)
+        os.waitpid(target, 0)
+    else:
+        time.sleep(0.05)
     if os.path.exists(f"/proc/{target}/status"):
         raise Blocked("init lives")
     return "dead"
