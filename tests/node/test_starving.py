@@ -1,8 +1,8 @@
 """64 busy processes of tasks: raylet, the GCS, `ray status` and others' tasks go on.
 
-On two cores 64, eight to a jail in eight workers: as many workers would be the same to the scheduler, and
-take two minutes to start. Ray starts workers with a nice value of 15;
-as root any task undoes that.
+On two cores 64, eight to a jail in eight workers: as many workers would be the same
+to the scheduler, and take two minutes to start. Ray starts workers with a nice value
+of 15; as root any task undoes that.
 """
 
 from __future__ import annotations
