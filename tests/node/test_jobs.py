@@ -16,7 +16,7 @@ from raysandbox.node.no_client import REASON
 from tests.node.home import CALL, SAFE, Home
 from tests.node.nodes import PLAIN, Node, free_port
 
-pytestmark = [pytest.mark.ray, pytest.mark.root]
+pytestmark = [pytest.mark.ray, pytest.mark.root, pytest.mark.timeout(240)]
 
 ATTACKS = """
 import json, threading

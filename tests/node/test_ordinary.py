@@ -15,7 +15,7 @@ from tests.attacks.conftest import USER
 from tests.node.nodes import Node, delegate
 from tests.require import require
 
-pytestmark = [pytest.mark.ray, pytest.mark.root]
+pytestmark = [pytest.mark.ray, pytest.mark.root, pytest.mark.timeout(240)]
 
 POLICY = """
 [offer]
