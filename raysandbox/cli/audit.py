@@ -3,32 +3,31 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
 
-from raysandbox.cli.member import Dir, Json, fail, opened
+from raysandbox.cli.look import AsJson, application
+from raysandbox.cli.member import Dir, fail, opened
 from raysandbox.cluster.errors import ClusterError
+from raysandbox.profile.units import parse_duration
 
 __all__ = ["app"]
 
-app = typer.Typer(help="The audit log.", invoke_without_command=True)
-
-_UNITS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
+app = application("The audit log.", invoke_without_command=True)
 
 
 @app.callback()
 def audit(
     context: typer.Context,
     cluster: Dir,
-    who: Annotated[str, typer.Option(help="part of the identity or address")] = "",
-    what: Annotated[str, typer.Option(help="part of method, object or event")] = "",
-    since: Annotated[str, typer.Option(help="like 10min, 2h, 1d")] = "",
-    denied: Annotated[bool, typer.Option(help="only what was refused")] = False,
-    as_json: Json = False,
+    who: Annotated[str, typer.Option(help="Part of the identity or address.")] = "",
+    what: Annotated[str, typer.Option(help="Part of method, object or event.")] = "",
+    since: Annotated[str, typer.Option(help="Like 10min, 2h, 1d.")] = "",
+    denied: Annotated[bool, typer.Option(help="Only what was refused.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show what was asked of the GCS, by whom, and what became of it."""
     if context.invoked_subcommand:
@@ -76,23 +75,21 @@ def _line(record: dict[str, Any]) -> str:
 
 
 def _span(text: str) -> float | None:
-    if not text:
-        return None
-    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,3})?)(s|min|h|d)", text)
-    if not match:
-        raise typer.BadParameter("must be like 30s, 10min, 2h or 1d")
-    return float(match[1]) * _UNITS[match[2]]
+    try:
+        return parse_duration(text) if text else None
+    except ValueError as error:
+        raise typer.BadParameter(f"--since: {error}") from None
 
 
 @app.command()
 def verify(
     context: typer.Context,
-    expect: Annotated[str, typer.Option(help="a hash noted earlier")] = "",
+    expect: Annotated[str, typer.Option(help="A hash noted earlier.")] = "",
     anchors: Annotated[
         Optional[Path],  # noqa: UP045 - typer reads it at run time on Python 3.10
-        typer.Option(help="a copy of the anchor file; default: audit.anchor_file"),
+        typer.Option(help="A copy of the anchor file; default: audit.anchor_file."),
     ] = None,
-    as_json: Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """Check the hash chain of the audit log; exit 1 if it is broken."""
     from raysandbox.cluster import audit as log

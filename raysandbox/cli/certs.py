@@ -10,16 +10,17 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from raysandbox.cli.member import Addresses, Dir, Json, fail, opened, take_up
+from raysandbox.cli.look import AsJson, application
+from raysandbox.cli.member import Addresses, Dir, fail, opened, take_up
 from raysandbox.cluster.errors import ClusterError
 from raysandbox.cluster.registry import NODES, Registry
 
 __all__ = ["app"]
 
-app = typer.Typer(help="Certificates of the cluster's members.", no_args_is_help=True)
+app = application("Certificates of the cluster's members.")
 
-Out = Annotated[Path, typer.Option(help="directory of the member; made if new")]
-Days = Annotated[float, typer.Option(help="how long they live")]
+Out = Annotated[Path, typer.Option(help="Directory of the member; made if new.")]
+Days = Annotated[float, typer.Option(help="How long they live.")]
 Name = Annotated[str, typer.Argument(metavar="ROLE/NAME")]
 
 
@@ -37,11 +38,17 @@ def _split(member: str) -> tuple[str, str]:
 
 @app.command()
 def issue(
-    role: str, name: str, out: Out, cluster: Dir,
+    role: Annotated[str, typer.Argument(help="node, driver, operator or observer.")],
+    name: Annotated[str, typer.Argument(help="The member's own name.")],
+    out: Out,
+    cluster: Dir,
     address: Addresses = [],  # noqa: B006 - typer copies it
     days: Days = 365,
-) -> None:  # fmt: skip
-    """Issue a member's identity into a directory of its own."""
+) -> None:
+    """Issue a member's identity into a directory of its own.
+
+    raysandbox cluster certs issue driver alice --address 10.0.0.2 --out alice
+    """
     registry = _registry(cluster)
     try:
         for uri in registry.issue(role, name, address, out, days):
@@ -65,7 +72,7 @@ def _say_nodes(registry: Registry, role: str, name: str, address: list[str]) -> 
 
 
 @app.command("list")
-def list_(cluster: Dir, as_json: Json = False) -> None:
+def list_(cluster: Dir, as_json: AsJson = False) -> None:
     """List issued certificates; exit 1 if one in use ends within 30 days."""
     from raysandbox.cluster.registry import describe
 
@@ -127,7 +134,7 @@ def renew(
 @app.command()
 def revoke(
     member: Annotated[
-        str, typer.Argument(metavar="ROLE/NAME", help="or a whole identity")
+        str, typer.Argument(metavar="ROLE/NAME", help="Or a whole identity.")
     ],
     cluster: Dir,
 ) -> None:
@@ -145,10 +152,10 @@ def revoke(
 def rolling(
     cluster: Dir,
     within_days: Annotated[
-        float, typer.Option(help="members whose certificates end in so many days")
+        float, typer.Option(help="Members whose certificates end in so many days.")
     ] = 30,
     member_dir: Annotated[
-        str, typer.Option(help="the cluster directory on nodes")
+        str, typer.Option(help="The cluster directory on nodes.")
     ] = "/etc/raysandbox/cluster",
     days: Days = 365,
 ) -> None:
@@ -195,8 +202,8 @@ def csr(cluster: Dir) -> None:
 
 @app.command()
 def sign(
-    requests: Annotated[Path, typer.Argument(help="directory with .csr files")],
-    member: Name, out: Annotated[Path, typer.Option(help="directory for the .pem")],
+    requests: Annotated[Path, typer.Argument(help="Directory with .csr files.")],
+    member: Name, out: Annotated[Path, typer.Option(help="Directory for the .pem.")],
     cluster: Dir, address: Addresses = [],  # noqa: B006 - typer copies it
     days: Days = 365,
 ) -> None:  # fmt: skip
@@ -219,7 +226,7 @@ def sign(
 
 @app.command("import")
 def import_(
-    source: Annotated[Path, typer.Argument(help="directory with .pem files")],
+    source: Annotated[Path, typer.Argument(help="Directory with .pem files.")],
     cluster: Dir,
 ) -> None:
     """Install certificates for the keys that `certs csr` made: all or none."""
@@ -236,11 +243,11 @@ def import_(
 
 @app.command()
 def trust(
-    crl: Annotated[Path, typer.Argument(help="revocation list, PEM")],
+    crl: Annotated[Path, typer.Argument(help="Revocation list, PEM.")],
     cluster: Dir,
     issuer: Annotated[
         Optional[Path],  # noqa: UP045 - typer reads it at run time on Python 3.10
-        typer.Option(help="certificate of a node's workers' issuer whose list it is"),
+        typer.Option(help="Certificate of a node's workers' issuer whose list it is."),
     ] = None,
 ) -> None:
     """Install a revocation list of an external CA."""

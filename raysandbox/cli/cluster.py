@@ -16,7 +16,8 @@ from typing import Annotated, Any, Optional
 import typer
 
 from raysandbox.cli import certs, nodes
-from raysandbox.cli.member import Dir, Json, fail, opened, take_up
+from raysandbox.cli.look import AsJson, application
+from raysandbox.cli.member import Dir, fail, opened, take_up
 from raysandbox.cluster.audit import plain
 from raysandbox.cluster.errors import ClusterError
 from raysandbox.cluster.settings import ClusterDir
@@ -24,13 +25,7 @@ from raysandbox.errors import RaysandboxError
 
 __all__ = ["app"]
 
-app = typer.Typer(
-    help="A hardened cluster: identities, guard, nodes.", no_args_is_help=True
-)
-app.add_typer(certs.app, name="certs")
-app.add_typer(nodes.app, name="nodes")
-app.command()(nodes.quarantine)
-app.command()(nodes.release)
+app = application("A hardened cluster: identities, guard, nodes.")
 
 DOWN = 3  # exit status of `status` for what does not run, as init scripts have it
 
@@ -38,17 +33,17 @@ DOWN = 3  # exit status of `status` for what does not run, as init scripts have 
 @app.command()
 def init(
     directory: Path,
-    name: Annotated[str, typer.Option(help="the cluster's name")] = "ray",
+    name: Annotated[str, typer.Option(help="The cluster's name.")] = "ray",
     head_address: Annotated[
-        str, typer.Option(help="the head's IP address as nodes reach it")
+        str, typer.Option(help="The head's IP address as nodes reach it.")
     ] = "127.0.0.1",
-    head_name: Annotated[str, typer.Option(help="the head node's name")] = "head",
+    head_name: Annotated[str, typer.Option(help="The head node's name.")] = "head",
     port: Annotated[
-        int, typer.Option(help="the guard's port", min=1, max=65535)
+        int, typer.Option(help="The guard's port.", min=1, max=65535)
     ] = 6379,
     external_ca: Annotated[
         Optional[Path],  # noqa: UP045 - typer reads it at run time on Python 3.10
-        typer.Option(help="use this CA certificate; its key stays where it is"),
+        typer.Option(help="Use this CA certificate; its key stays where it is."),
     ] = None,
 ) -> None:
     """Make a cluster directory with a CA, a token and the head's identity."""
@@ -156,13 +151,13 @@ def up(
     cluster: Dir,
     arguments: Annotated[
         Optional[list[str]],  # noqa: UP045 - as above
-        typer.Argument(help="further arguments of ray start, after --"),
+        typer.Argument(help="Further arguments of ray start, after --."),
     ] = None,
     policy: Annotated[
         str,
         typer.Option(help="The node's policy; else RAYSANDBOX_POLICY or the site's."),
     ] = "",
-    as_json: Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """Start this member: the head with its guard, or a node."""
     from raysandbox.cluster import running
@@ -206,7 +201,7 @@ def up(
 
 
 @app.command()
-def status(cluster: Dir, as_json: Json = False) -> None:
+def status(cluster: Dir, as_json: AsJson = False) -> None:
     """Say what runs here, what is open, and which certificates end soon.
 
     Exit status: 0 all is well, 1 there is a problem, 3 it is not running.
@@ -238,7 +233,7 @@ def status(cluster: Dir, as_json: Json = False) -> None:
 
 
 @app.command()
-def down(cluster: Dir, as_json: Json = False) -> None:
+def down(cluster: Dir, as_json: AsJson = False) -> None:
     """End this member: its processes of Ray, then guard and helpers."""
     from raysandbox.cluster import running
     from raysandbox.cluster.start import down as end
@@ -267,7 +262,7 @@ def env(
     cluster: Dir,
     command: Annotated[
         Optional[list[str]],  # noqa: UP045 - as above
-        typer.Argument(help="command to run; without one, print export lines"),
+        typer.Argument(help="Command to run; without one, print export lines."),
     ] = None,
 ) -> None:
     """Speak as this directory's driver, operator or observer."""
@@ -319,3 +314,9 @@ def reload(cluster: Dir) -> None:
             print("nothing runs here")
     except ClusterError as error:
         fail(error)
+
+
+app.command()(nodes.quarantine)
+app.command()(nodes.release)
+app.add_typer(nodes.app, name="nodes")
+app.add_typer(certs.app, name="certs")

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from raysandbox import launch, plan
 from raysandbox import profile as profiles
+from raysandbox.cli.look import application
 from raysandbox.errors import RaysandboxError, SetupError, UnsupportedError
 from raysandbox.kernel import cgroup
 from raysandbox.probe import Host, probe
@@ -21,7 +22,7 @@ from raysandbox.run import cgroup_limits, limit_protections
 
 __all__ = ["app", "examine"]
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None)
+app = application()
 
 _COLOURS = {
     "enforced": "green",

@@ -18,16 +18,15 @@ from raysandbox.cluster.errors import ClusterError
 from raysandbox.cluster.settings import ClusterDir
 from raysandbox.errors import RaysandboxError
 
-__all__ = ["Addresses", "Dir", "Json", "fail", "opened", "take_up"]
+__all__ = ["Addresses", "Dir", "fail", "opened", "take_up"]
 
 Dir = Annotated[
     Path,
-    typer.Option("--cluster", envvar="RAYSANDBOX_CLUSTER", help="cluster directory"),
+    typer.Option("--cluster", envvar="RAYSANDBOX_CLUSTER", help="Cluster directory."),
 ]
 Addresses = Annotated[
-    list[str], typer.Option("--address", help="IP address; may be given again")
+    list[str], typer.Option("--address", help="IP address; repeatable.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="as JSON")]
 
 
 def fail(error: RaysandboxError) -> NoReturn:

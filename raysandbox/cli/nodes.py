@@ -11,7 +11,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from raysandbox.cli.member import Addresses, Dir, Json, fail, opened, take_up
+from raysandbox.cli.look import AsJson, application
+from raysandbox.cli.member import Addresses, Dir, fail, opened, take_up
 from raysandbox.cluster.errors import ClusterError
 
 __all__ = ["app", "quarantine", "release"]
@@ -19,7 +20,7 @@ __all__ = ["app", "quarantine", "release"]
 # What a Ray node claims whatever it is started with, in bytes.
 ALWAYS = ("memory", "object_store_memory")
 
-app = typer.Typer(help="Which nodes may join.", no_args_is_help=True)
+app = application("Which nodes may join.")
 
 
 @app.command()
@@ -30,12 +31,12 @@ def add(
     resource: Annotated[
         list[str],
         typer.Option(
-            help="ceiling, NAME=AMOUNT; may be given again; what is not named may not "
-            "be claimed, * is any other; without any there is no ceiling"
+            help="Ceiling, NAME=AMOUNT; repeatable. What is not named may not be "
+            "claimed, * is any other; without any there is no ceiling."
         ),
     ] = [],  # noqa: B006 - typer copies it
     label: Annotated[
-        list[str], typer.Option(help="label it may claim, NAME=VALUE; may be repeated")
+        list[str], typer.Option(help="Label it may claim, NAME=VALUE; repeatable.")
     ] = [],  # noqa: B006 - typer copies it
 ) -> None:
     """Let a node join."""
@@ -85,7 +86,7 @@ def remove(name: str, cluster: Dir) -> None:
 
 
 @app.command("list")
-def list_(cluster: Dir, as_json: Json = False) -> None:
+def list_(cluster: Dir, as_json: AsJson = False) -> None:
     """List the nodes that may join."""
     directory = opened(cluster)
     try:
@@ -158,7 +159,7 @@ def release(
     name: str,
     cluster: Dir,
     out: Annotated[
-        Path, typer.Option(help="directory for its new certificates; a new one")
+        Path, typer.Option(help="Directory for its new certificates; a new one.")
     ],
 ) -> None:
     """Take a node out of quarantine and issue it new certificates."""

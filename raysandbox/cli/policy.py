@@ -10,20 +10,17 @@ from typing import Annotated, Any
 import typer
 
 from raysandbox import policy as policies
+from raysandbox.cli.look import AsJson, application
 from raysandbox.errors import ProfileError
 from raysandbox.observe.text import shown
 from raysandbox.profile import dump
 
 __all__ = ["app"]
 
-app = typer.Typer(
+app = application(
     help="What a node's operator allows: write, check, show and explain the policy.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
 )
 
-AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
 PolicyFile = Annotated[
     str,
     typer.Option(

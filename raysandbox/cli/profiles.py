@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from raysandbox import profile as profiles
+from raysandbox.cli.look import AsJson, application
 from raysandbox.errors import ProfileError
 
 if sys.version_info >= (3, 11):
@@ -21,14 +22,9 @@ else:
 
 __all__ = ["app"]
 
-app = typer.Typer(
+app = application(
     help="List, show and check profiles.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
 )
-
-AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
 
 
 def _file(name: str) -> Path:
@@ -57,10 +53,13 @@ def list_(as_json: AsJson = False) -> None:
     if as_json:
         print(json.dumps(rows, indent=2))
     else:
-        table = Table("profile", "boundary", "description", "file", box=None)
+        table = Table("profile", "boundary", "description", box=None)
+        table.add_column("file", overflow="fold")
         for row in rows:
             shown = "can't be used, see below" if "error" in row else row["description"]
-            table.add_row(row["name"], row["boundary"], shown, row["file"])
+            built_in = Path(row["file"]).parent == profiles.shipped_dir()
+            where = "built in" if built_in else row["file"]
+            table.add_row(row["name"], row["boundary"], shown, where)
         console = Console(highlight=False)
         console.print(table)
         for row in rows:

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from raysandbox import policy as policies
+from raysandbox.cli.look import AsJson, application
 from raysandbox.errors import ProfileError
 from raysandbox.observe import events as logs
 from raysandbox.observe import live, nodes
@@ -25,7 +26,6 @@ from raysandbox.profile.units import parse_duration
 
 __all__ = ["events_app", "kill_app", "ps_app", "top_app"]
 
-AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
 Job = Annotated[str, typer.Option(help="Only of this job (Ray's id, or its start).")]
 Node = Annotated[str, typer.Option(help="Only of this node (Ray's id, or its start).")]
 Profile = Annotated[str, typer.Option(help="Only jails of this profile.")]
@@ -33,11 +33,8 @@ Profile = Annotated[str, typer.Option(help="Only jails of this profile.")]
 _NO_RAY = "Ray is not running on this machine"
 
 
-def _app() -> typer.Typer:
-    return typer.Typer(add_completion=False, rich_markup_mode=None)
-
-
-ps_app, top_app, events_app, kill_app = _app(), _app(), _app(), _app()
+ps_app, top_app = application(), application()
+events_app, kill_app = application(), application()
 
 
 # --- ps and top --------------------------------------------------------------------

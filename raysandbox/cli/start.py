@@ -7,11 +7,12 @@ from typing import Annotated, Optional
 
 import typer
 
+from raysandbox.cli.look import application
 from raysandbox.errors import RaysandboxError
 
 __all__ = ["app"]
 
-app = typer.Typer()
+app = application()
 
 
 @app.command(
@@ -32,7 +33,15 @@ def start(
         typer.Option(help="Directory of a hardened cluster to be part of."),
     ] = None,
 ) -> None:
-    """Start a node: takes every argument of `ray start`."""
+    """Start a node; every other argument is `ray start`'s own.
+
+    Nothing is started without a policy (`raysandbox policy init`) that only its
+    owner can write, nor where Ray or the host lacks what the policy requires.
+
+    \b
+    raysandbox start --head --num-cpus=8
+    raysandbox start --address 10.0.0.1:6379 --policy ./policy.toml --block
+    """  # noqa: D301 - click's mark: keep the lines as they are
     from raysandbox.cli import fail
 
     opened = None

@@ -29,6 +29,51 @@ class Lost(Exception):  # noqa: N818 - an outcome
         self.how = how
 
 
+_VICTIM = """
+import sys
+import numpy, ray
+ray.init(address=sys.argv[1], namespace="victim", logging_level="ERROR",
+         log_to_driver=False)
+@ray.remote(num_cpus=0)
+class Service:
+    def ping(self):
+        return "pong"
+service = Service.options(name="service").remote()
+ray.get(service.ping.remote())
+secret = (sys.argv[2] + sys.argv[3]).encode()
+ref = ray.put(numpy.frombuffer(secret * 20000, dtype="uint8"))
+print("ready", flush=True)
+sys.stdin.readline()
+"""
+_MARKER = "raysandbox-demo-object:"
+
+
+class Victim:
+    """Another job in the cluster, which keeps an object and an actor.
+
+    Attributes:
+        secret: What the object says behind its marker.
+    """
+
+    def __init__(self, gcs_address: str) -> None:
+        self.secret = secrets.token_hex(16)
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _VICTIM, gcs_address, _MARKER, self.secret],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        assert self._process.stdout is not None
+        if self._process.stdout.readline() != b"ready\n":
+            _, errors = self._process.communicate()
+            raise RuntimeError(errors.decode(errors="replace")[-1000:])
+
+    def close(self) -> None:
+        """End it."""
+        self._process.kill()
+        self._process.communicate()
+
+
 @dataclass(slots=True)
 class Stage:
     """What an attack may use: a connected Ray, and the victims.
@@ -45,6 +90,18 @@ class Stage:
     gcs_address: str
     raylet_pid: int
     raylet_socket: str
+    _victim: Victim | None = None
+
+    def victim(self) -> Victim:
+        """Return the job that is attacked; it is started for the first attack."""
+        if self._victim is None:
+            self._victim = Victim(self.gcs_address)
+        return self._victim
+
+    def close(self) -> None:
+        """End what was started for attacks."""
+        if self._victim is not None:
+            self._victim.close()
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> str:
         """Send hostile code, and return what it won.
@@ -91,14 +148,14 @@ class Attack:
         title: For people.
         run: Returns what was won, or raises `Lost`.
         walls: What stops it, by the type of exception that it ends with.
-        fresh: It kills the node: it gets one of its own.
+        fatal: It kills the node where it succeeds: it comes last.
     """
 
     name: str
     title: str
     run: Callable[[Stage], str]
     walls: Mapping[str, str]
-    fresh: bool = False
+    fatal: bool = False
 
 
 def _read_token(stage: Stage) -> str:
@@ -167,59 +224,16 @@ def _junk(stage: Stage) -> str:
     raise Lost("Survived", _won(_get(ref)))
 
 
-_VICTIM = """
-import sys
-import numpy, ray
-ray.init(address=sys.argv[1], namespace="victim", logging_level="ERROR",
-         log_to_driver=False)
-@ray.remote(num_cpus=0)
-class Service:
-    def ping(self):
-        return "pong"
-service = Service.options(name="service").remote()
-ray.get(service.ping.remote())
-secret = (sys.argv[2] + sys.argv[3]).encode()
-ref = ray.put(numpy.frombuffer(secret * 20000, dtype="uint8"))
-print("ready", flush=True)
-sys.stdin.readline()
-"""
-_MARKER = "raysandbox-demo-object:"
-
-
-def _beside_victim(stage: Stage, attack: Callable[[str], str]) -> str:
-    """Attack while another job keeps an object and an actor in the cluster."""
-    secret = secrets.token_hex(16)
-    victim = subprocess.Popen(
-        [sys.executable, "-c", _VICTIM, stage.gcs_address, _MARKER, secret],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    try:
-        assert victim.stdout is not None
-        if victim.stdout.readline() != b"ready\n":
-            _, errors = victim.communicate()
-            raise RuntimeError(errors.decode(errors="replace")[-1000:])
-        return attack(secret)
-    finally:
-        victim.kill()
-        victim.communicate()
-
-
 def _steal(stage: Stage) -> str:
-    def attack(secret: str) -> str:
-        found = stage.run(hostile.steal_object, _MARKER.encode())
-        if found != secret:
-            raise Lost("LookupError", "another object was found")
-        return "the other job's object is read"
-
-    return _beside_victim(stage, attack)
+    secret = stage.victim().secret
+    if stage.run(hostile.steal_object, _MARKER.encode()) != secret:
+        raise Lost("LookupError", "another object was found")
+    return "the other job's object is read"
 
 
 def _kill_actor(stage: Stage) -> str:
-    return _beside_victim(
-        stage, lambda _: stage.run(hostile.kill_actor, "service", "victim")
-    )
+    stage.victim()
+    return stage.run(hostile.kill_actor, "service", "victim")
 
 
 def _argument(stage: Stage) -> str:
@@ -354,7 +368,7 @@ ATTACKS: tuple[Attack, ...] = (
         "kill raylet",
         _kill_raylet,
         {"ProcessLookupError": PIDS},
-        fresh=True,
+        fatal=True,
     ),
     Attack(
         "malformed-frame",
@@ -364,6 +378,6 @@ ATTACKS: tuple[Attack, ...] = (
             "LookupError": "closed descriptors",
             "JailProtocolError": "closed descriptors, strict reply protocol",
         },
-        fresh=True,
+        fatal=True,
     ),
 )

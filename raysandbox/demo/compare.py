@@ -84,21 +84,25 @@ def _lines(side: str, *arguments: str) -> Iterator[dict[str, Any]]:
 
 
 def attacks(chosen: Sequence[Attack], progress: Progress) -> list[Row]:
-    """Run attacks on both sides; those that kill a node get one each.
+    """Run attacks on both sides.
+
+    Stock Ray's node ends with the first attack that kills it: the others of that
+    kind get a node of their own there.
 
     Args:
         chosen: Which.
         progress: Called with a line before each step.
     """
-    groups = [[attack for attack in chosen if not attack.fresh]]
-    groups += [[attack] for attack in chosen if attack.fresh]
+    calm = [attack.name for attack in chosen if not attack.fatal]
+    fatal = [attack.name for attack in chosen if attack.fatal]
+    groups = {
+        "stock": [[*calm, *fatal[:1]], *([name] for name in fatal[1:])],
+        "sandbox": [[*calm, *fatal]],
+    }
     verdicts: dict[str, dict[str, dict[str, Any]]] = {"stock": {}, "sandbox": {}}
-    for group in groups:
-        if not group:
-            continue
-        names = [attack.name for attack in group]
-        for side, found in verdicts.items():
-            where = "stock Ray" if side == "stock" else "the sandbox"
+    for side, found in verdicts.items():
+        where = "stock Ray" if side == "stock" else "the sandbox"
+        for names in filter(None, groups[side]):
             what = names[0] if len(names) == 1 else f"{len(names)} attacks"
             progress(f"{what} on {where}")
             for verdict in _lines(side, "attacks", *names):

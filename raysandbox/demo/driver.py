@@ -11,6 +11,7 @@ Prints one JSON object a line.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -121,8 +122,9 @@ def main() -> None:
             return
         stage = _stage(profile, directory, token_path)
         chosen = [attack for attack in ATTACKS if attack.name in names]
-        for attack in chosen:
-            print(json.dumps(_verdict(attack, stage)), flush=True)
+        with contextlib.closing(stage):
+            for attack in chosen:
+                print(json.dumps(_verdict(attack, stage)), flush=True)
     finally:
         ray.shutdown()
         shutil.rmtree(directory, ignore_errors=True)

@@ -194,6 +194,7 @@ class Node:
     def processes(self) -> dict[int, str]:
         """Every living process of this node: pid to the start of its command."""
         found = {}
+        raylet = self.raylet
         for entry in os.listdir("/proc"):
             if not entry.isdigit() or int(entry) == os.getpid():
                 continue
@@ -209,7 +210,7 @@ class Node:
                 continue
             if (
                 str(self.temporary) in command
-                or parent == self.raylet
+                or (raylet and parent == raylet)
                 or self._is_ours(entry)
             ):
                 found[int(entry)] = command.replace("\0", " ")[:80]
@@ -245,7 +246,8 @@ class Node:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             try:
-                self.process.wait(30)
+                # It drains for half a minute if there is something to wait for.
+                self.process.wait(5)
             except subprocess.TimeoutExpired:
                 self.process.kill()
         left = self.processes()

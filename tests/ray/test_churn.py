@@ -27,6 +27,11 @@ def fine(number: int) -> int:
     return number + 1
 
 
+def rests(number: int) -> int:
+    time.sleep(0.2)
+    return number
+
+
 def fails() -> None:
     raise ValueError("on purpose")
 
@@ -208,10 +213,14 @@ def _snapshot() -> Snapshot:
 
 
 def _settle() -> Snapshot:
-    """End with the same tasks each time, and wait until nothing moves."""
+    """End with the same tasks each time, and wait until nothing moves.
+
+    They take long enough for each worker to get some: it keeps a parent of jails
+    for the profiles that it served last.
+    """
     for profile in ("standard", "strict"):
-        task = ray.remote(resources=raysandbox.tag(profile))(fine)
-        ray.get([task.remote(1) for _ in range(40)])
+        task = ray.remote(resources=raysandbox.tag(profile))(rests)
+        ray.get([task.remote(1) for _ in range(12)])
     gc.collect()
     last = _snapshot()
     until = time.monotonic() + 15
