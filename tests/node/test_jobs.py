@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import tarfile
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -104,6 +106,19 @@ def package(home: Home, tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(archive)
 
 
+def _refusers(server: str) -> list[tuple[int, str]]:
+    """Who stands in for that Ray Client server: uid and environment."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if b"no_client.py\0" + server.encode() in (entry / "cmdline").read_bytes():
+                variables = (entry / "environ").read_text()
+                found.append((entry.stat().st_uid, variables))
+        except OSError:
+            continue
+    return found
+
+
 class Outcome:
     """What the attacks came to on one node.
 
@@ -140,8 +155,14 @@ class Outcome:
             self.client = node.run(f"import ray\n{names}{code}{CLIENT}")
             self.heard = {word.split()[0] for word in home.heard[before:]}
             self.words = home.heard[before:]
+            server = f"{node.host}:{ports['CLIENT']}"
+            self.refusers = _refusers(server)
         finally:
             node.close()
+        until = time.monotonic() + 20
+        while _refusers(server) and time.monotonic() < until:
+            time.sleep(0.2)
+        self.left = _refusers(server)
 
 
 @pytest.fixture(scope="module")
@@ -198,3 +219,11 @@ def test_ray_client_is_refused_in_words(ours):
     """At once, and not as a timeout; nothing that the client sent was opened."""
     assert ours.client.returncode != 0
     assert REASON in ours.client.stderr
+
+
+def test_who_refuses_clients_has_nothing(ours):
+    """Nobody's process, without token or keys; it ends with the node."""
+    ((uid, variables),) = ours.refusers
+    assert uid == 65534
+    assert "RAY" not in variables
+    assert ours.left == []
