@@ -22,7 +22,12 @@ class Part:
 
 PARTS = {
     "surfaces": Part(
-        ("tests/attacks/test_surfaces.py", "tests/unit/test_cgroup.py"), 600
+        (
+            "tests/attacks/test_surfaces.py",
+            "tests/unit/test_cgroup.py",
+            "tests/unit/test_totals.py",
+        ),
+        606,
     ),
     # As root alone: an emulated jail takes four seconds to start.
     "own": Part(("tests/attacks/test_own.py", "-k", "root"), 20),
