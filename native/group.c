@@ -83,11 +83,34 @@ pass_on_controllers(const char *directory)
             rs_die("cgroup_controllers", directory);
 }
 
-void
-groups_enter(struct worker_groups *groups, const struct plan *plan, uid_t owner)
+/* Who started us, or should have: raylet may be gone by now. */
+static pid_t
+raylet_pid(void)
+{
+    const char *told = getenv(RAYLET_VARIABLE);
+
+    return told != NULL ? (pid_t)strtol(told, NULL, 10) : getppid();
+}
+
+/* A group that is there before raylet ends is removed by raylet's keeper.  One
+ * that is made later may be too late for it: so its maker looks afterwards. */
+static void
+leave_without_raylet(const struct worker_groups *groups, pid_t raylet)
+{
+    if (getppid() == raylet)
+        return;
+    for (size_t i = 0; i < groups->count; i++)
+        rmdir(groups->each[i].path);
+    errno = ESRCH;
+    rs_die("cgroup_create", "raylet has ended");
+}
+
+static void
+make_groups(struct worker_groups *groups, const struct plan *plan)
 {
     const struct record *record;
     unsigned long long start = start_time(getpid());
+    pid_t raylet = raylet_pid();
 
     groups->count = 0;
     for (size_t cursor = 0;
@@ -97,12 +120,13 @@ groups_enter(struct worker_groups *groups, const struct plan *plan, uid_t owner)
         if (groups->count == MAX_GROUPS ||
             (size_t)snprintf(group->path, sizeof group->path,
                              "%s/raysandbox-%llu-%d-%llu-w%d", base,
-                             pid_namespace(), getpid(), start, getppid()) >=
+                             pid_namespace(), getpid(), start, raylet) >=
                 sizeof group->path - sizeof "/inner") {
             errno = E2BIG;
             rs_die("cgroup_create", base);
         }
         group->version = field_u32(record, 0);
+        group->base = base;
         group->seen_at = field_str2(record, 4);
         groups->count++;
         /* The base goes with the last group in it. */
@@ -110,7 +134,16 @@ groups_enter(struct worker_groups *groups, const struct plan *plan, uid_t owner)
             (errno != ENOENT || mkdir(base, 0755) != 0 ||
              mkdir(group->path, 0755) != 0))
             rs_die("cgroup_create", group->path);
+    }
+    leave_without_raylet(groups, raylet);
+}
 
+void
+groups_enter(struct worker_groups *groups, const struct plan *plan, uid_t owner)
+{
+    make_groups(groups, plan);
+    for (size_t i = 0; i < groups->count; i++) {
+        struct worker_group *group = &groups->each[i];
         const struct record *limit;
         for (size_t at = 0; (limit = plan_next(plan, R_CGROUP_LIMIT, &at));) {
             const char *file = field_str2(limit, 0);
@@ -119,7 +152,7 @@ groups_enter(struct worker_groups *groups, const struct plan *plan, uid_t owner)
                 field_rest(limit,
                            strlen(field_str(limit, 0)) + strlen(file) + 2,
                            &length);
-            if (strcmp(field_str(limit, 0), base) == 0 &&
+            if (strcmp(field_str(limit, 0), group->base) == 0 &&
                 put(group->path, file, value, length) != 0)
                 rs_die("cgroup_limit", file);
         }
@@ -201,7 +234,7 @@ remove_tree(int parent, const char *name)
 }
 
 int
-groups_sweep(const struct plan *plan, pid_t raylet)
+groups_sweep(const struct plan *plan, pid_t raylet, int end)
 {
     const struct record *record;
     int left = 0;
@@ -215,17 +248,16 @@ groups_sweep(const struct plan *plan, pid_t raylet)
             continue;
         while ((entry = readdir(dir)) != NULL) {
             unsigned long long namespace, start;
-            int pid, owner, end = 0;
+            int pid, owner, length = 0;
             if (sscanf(entry->d_name, "raysandbox-%llu-%d-%llu-w%d%n",
-                       &namespace, &pid, &start, &owner, &end) != 4 ||
-                entry->d_name[end] != '\0' || namespace != pid_namespace())
+                       &namespace, &pid, &start, &owner, &length) != 4 ||
+                entry->d_name[length] != '\0' || namespace != pid_namespace())
                 continue;
-            if (start_time(pid) == start && owner != raylet) {
-                left++;
-                continue;
-            }
-            if (remove_tree(dirfd(dir), entry->d_name) != 0)
-                left++;
+            int lives = start_time(pid) == start;
+            if (lives && !(end && owner == raylet))
+                left += owner == raylet;
+            else if (remove_tree(dirfd(dir), entry->d_name) != 0)
+                left += owner == raylet;
         }
         closedir(dir);
     }

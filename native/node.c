@@ -2,21 +2,23 @@
  *
  *   raysandbox-node PLAN RAYLET [ARGUMENT]...
  *
- * Theory of operation.  A worker can't remove its own cgroup, and nobody else
- * is there when raylet is killed.  So before this process becomes raylet (same
- * pid: whoever started us watches it) it forks a keeper, which is nobody's
- * child.  The keeper removes the groups of workers that have ended; when raylet
- * ends, its workers have a few seconds to notice, then it kills what is left,
- * removes all and ends. */
+ * Theory of operation.  A worker can't remove its own cgroup and files, and
+ * nobody else is there when raylet is killed.  So before this process becomes
+ * raylet (same pid: whoever started us watches it) it forks a keeper, which is
+ * nobody's child.  The keeper removes what workers that have ended leave; when
+ * raylet ends, its workers have a few seconds to notice, then it kills what is
+ * left, removes all and ends: at once, where nothing is left. */
 #define _GNU_SOURCE
 #include "group.h"
 #include "jail.h"
+#include "litter.h"
 #include "step.h"
 
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/prctl.h>
@@ -25,7 +27,14 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { SWEEP_MS = 1000, GRACE_MS = 5000, END_MS = 30000, STEP_MS = 100 };
+enum {
+    SWEEP_MS = 1000,
+    LITTER_ROUNDS = 30, /* of these, from one look at files to the next */
+    STARTS_S = 120,     /* that a worker may need until it locks its file */
+    GRACE_MS = 5000,
+    END_MS = 30000,
+    STEP_MS = 100,
+};
 
 static _Noreturn void
 keep(const struct plan *plan, pid_t raylet, int raylet_fd)
@@ -40,13 +49,17 @@ keep(const struct plan *plan, pid_t raylet, int raylet_fd)
     prctl(PR_SET_NAME, "raysandbox-node", 0, 0, 0);
     if (chdir("/") != 0)
         rs_die("chdir", "/");
-    while (poll(&end, 1, SWEEP_MS) <= 0)
-        groups_sweep(plan, 0);
+    for (int rounds = 0; poll(&end, 1, SWEEP_MS) <= 0; rounds++) {
+        groups_sweep(plan, raylet, 0);
+        if (rounds % LITTER_ROUNDS == 0)
+            litter_sweep(plan, STARTS_S);
+    }
     for (int waited = 0; waited < END_MS; waited += STEP_MS) {
-        if (groups_sweep(plan, waited < GRACE_MS ? 0 : raylet) == 0)
+        if (groups_sweep(plan, raylet, waited >= GRACE_MS) == 0)
             break;
         nanosleep(&(struct timespec){.tv_nsec = STEP_MS * 1000000L}, NULL);
     }
+    litter_sweep(plan, 0);
     groups_remove_bases(plan);
     _exit(0);
 }
@@ -65,25 +78,27 @@ main(int argc, char **argv)
         rs_die("plan_open", argv[1]);
     plan_read(&plan, plan_fd);
     close(plan_fd);
-    if (plan_one(&plan, R_CGROUP_BASE) != NULL) {
-        pid_t raylet = getpid();
-        int raylet_fd = (int)syscall(SYS_pidfd_open, raylet, 0);
-        if (raylet_fd < 0)
-            rs_die("pidfd_open", NULL);
-        pid_t child = fork();
-        if (child < 0)
-            rs_die("fork", NULL);
-        if (child == 0) {
-            setsid();
-            if (fork() == 0)
-                keep(&plan, raylet, raylet_fd);
-            _exit(0);
-        }
-        int status;
-        while (waitpid(child, &status, 0) < 0 && errno == EINTR)
-            ;
-        close(raylet_fd);
+    pid_t raylet = getpid();
+    char pid[16];
+    int raylet_fd = (int)syscall(SYS_pidfd_open, raylet, 0);
+    if (raylet_fd < 0)
+        rs_die("pidfd_open", NULL);
+    pid_t child = fork();
+    if (child < 0)
+        rs_die("fork", NULL);
+    if (child == 0) {
+        setsid();
+        if (fork() == 0)
+            keep(&plan, raylet, raylet_fd);
+        _exit(0);
     }
+    int status;
+    while (waitpid(child, &status, 0) < 0 && errno == EINTR)
+        ;
+    close(raylet_fd);
+    snprintf(pid, sizeof pid, "%d", raylet);
+    if (setenv(RAYLET_VARIABLE, pid, 1) != 0)
+        rs_die("setenv", NULL);
     execv(argv[2], argv + 2);
     rs_die("exec", argv[2]);
 }

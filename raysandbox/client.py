@@ -5,6 +5,9 @@ resources, so two tags could meet in one worker. A variable in the runtime
 environment, named after the profile, keeps them apart: whoever submits puts it
 there, in one place each for tasks and actors. A client without it is served
 too, by workers that leave after each task.
+
+`import raysandbox` where tasks are submitted does it, and so does ``RAYSANDBOX=1``
+in the environment of a driver that never imports it (`raysandbox.node.autostart`).
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from typing import Any
 
 from raysandbox.errors import ProfileError, UnsupportedError
 
-__all__ = ["MARKER", "install", "marker_of", "remember"]
+__all__ = ["MARKER", "install", "mark", "marker_of", "remember"]
 
 #: Variable of the runtime environment that holds the profile's name.
 MARKER = "RAYSANDBOX_WORKER_PROFILE"
@@ -77,21 +80,38 @@ def install() -> None:
     Raises:
         UnsupportedError: This version of Ray submits in another way.
     """
-    import ray
-    from ray.actor import ActorClass
-    from ray.remote_function import RemoteFunction
+    from ray import actor, remote_function
 
-    for owner in (RemoteFunction, ActorClass):
+    mark(remote_function)
+    mark(actor)
+
+
+def mark(module: Any) -> None:
+    """Do that for functions (``ray.remote_function``) or actors (``ray.actor``).
+
+    Either may be all that there is of Ray so far.
+
+    Raises:
+        UnsupportedError: As in `install`.
+    """
+    for name in ("RemoteFunction", "ActorClass"):
+        owner = vars(module).get(name)
+        if owner is None or owner.__module__ != module.__name__:
+            continue
         original = getattr(owner, "_remote", None)
         if original is None:
-            raise UnsupportedError(
-                feature="Ray's submission seam",
-                need=f"{owner.__name__}._remote",
-                have=f"Ray {ray.__version__} without it",
-                remedy="install a Ray version that raysandbox supports",
-            )
+            break
         if not hasattr(original, "_raysandbox"):
-            _patch(owner, original, is_actor=owner is ActorClass)
+            _patch(owner, original, is_actor=name == "ActorClass")
+        return
+    import ray
+
+    raise UnsupportedError(
+        feature="Ray's submission seam",
+        need="RemoteFunction._remote and ActorClass._remote",
+        have=f"Ray {ray.__version__} without one of them in {module.__name__}",
+        remedy="install a Ray version that raysandbox supports",
+    )
 
 
 def _patch(owner: Any, original: Any, *, is_actor: bool) -> None:

@@ -38,6 +38,7 @@ __all__ = [
     "Record",
     "State",
     "compile",
+    "described",
     "python_paths",
     "survey",
     "system_paths",
@@ -165,6 +166,16 @@ class Protection:
     name: str
     state: State
     reason: str = ""
+
+
+def described(protections: Sequence[Protection]) -> dict[str, str]:
+    """Return each wall's state and reason in words, by its name: for events."""
+    return {
+        wall.name: wall.state.value
+        if not wall.reason
+        else f"{wall.state.value}: {wall.reason}"
+        for wall in protections
+    }
 
 
 @dataclass(frozen=True, slots=True)

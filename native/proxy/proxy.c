@@ -6,7 +6,8 @@
  *
  *   DIRECTORY/plasma_store   messages are checked, creations counted
  *   DIRECTORY/raylet         messages are checked
- *   DIRECTORY/bind           a worker says once which job it belongs to
+ *   DIRECTORY/bind           a worker says once which job it belongs to, and may
+ *                            ask what that job has in the store
  *   DIRECTORY/control        statistics, for the user that runs this
  *
  * A connection is a link of two sockets.  Whole messages are read, looked at
@@ -62,8 +63,10 @@ enum {
     RAYLET_MS = 120 * 1000, /* until raylet must be there */
     SWEEP_AHEAD = 64,       /* questions to the store without an answer */
     MOST_EVENTS = 64,
+    MOST_COUNTS = 512,      /* bytes of a line about a worker */
     MOST_ASKING = 4,        /* further connections of a worker to the store */
     LINES_PER_S = 50,       /* events that are written */
+    MOST_LOG = 16 << 20,    /* bytes of the log of these */
     NICE = -10,
     SLICE_NS = 100 * 1000,
 };
@@ -125,6 +128,29 @@ die(const char *step)
     _exit(125);
 }
 
+/* Cut the older half off a log that has grown: it is appended to by us alone,
+ * and read by who expects that. */
+static void
+bound_log(void)
+{
+    struct stat there;
+
+    if (fstat(STDOUT_FILENO, &there) != 0 || !S_ISREG(there.st_mode) ||
+        there.st_size < MOST_LOG)
+        return;
+    uint8_t *kept = malloc(MOST_LOG / 2);
+    ssize_t got = kept == NULL ? -1
+                               : pread(STDOUT_FILENO, kept, MOST_LOG / 2,
+                                       there.st_size - MOST_LOG / 2);
+    const uint8_t *line = got > 0 ? memchr(kept, '\n', (size_t)got) : NULL;
+    if (ftruncate(STDOUT_FILENO, 0) == 0 && line++ != NULL) {
+        ssize_t written =
+            write(STDOUT_FILENO, line, (size_t)(kept + got - line));
+        (void)written;
+    }
+    free(kept);
+}
+
 /* One line of JSON, whose first field is the time.  A reader that does not read
  * loses lines, and so does a flood; nobody waits. */
 static void
@@ -151,6 +177,7 @@ event(const char *format, ...)
                            args);
     va_end(args);
     if (length > 0 && (size_t)(start + length) < sizeof line) {
+        bound_log();
         ssize_t written =
             write(STDOUT_FILENO, line, (size_t)(start + length));
         (void)written;
@@ -464,20 +491,31 @@ set_interest(struct link *link)
     change_interest(&link->server, server);
 }
 
+/* What a worker and its job have, and may have, as members of a JSON object. */
+static void
+describe_counts(char *out, size_t size, const struct worker *worker)
+{
+    const struct job *job = worker->job;
+
+    snprintf(out, size,
+             "\"pid\": %d, \"job\": \"%s\", "
+             "\"job_bytes\": [%lld, %lld], \"job_objects\": [%lld, %lld], "
+             "\"worker_bytes\": [%lld, %lld], \"worker_objects\": [%lld, %lld]",
+             worker->pid, job_hex(job), job == NULL ? 0 : (long long)job->count.bytes,
+             shown(worker->job_limits.bytes),
+             job == NULL ? 0 : (long long)job->count.objects,
+             shown(worker->job_limits.objects), (long long)worker->count.bytes,
+             shown(worker->limits.bytes), (long long)worker->count.objects,
+             shown(worker->limits.objects));
+}
+
 static void
 refused(const struct link *link)
 {
-    const struct worker *worker = link->state.worker;
-    const struct job *job = worker->job;
+    char counts[MOST_COUNTS];
 
-    event("\"event\": \"quota_refused\", \"pid\": %d, \"job\": \"%s\", "
-          "\"job_bytes\": [%lld, %lld], \"job_objects\": [%lld, %lld], "
-          "\"worker_bytes\": [%lld, %lld], \"worker_objects\": [%lld, %lld]}\n",
-          worker->pid, job_hex(job), (long long)job->count.bytes,
-          shown(worker->job_limits.bytes), (long long)job->count.objects,
-          shown(worker->job_limits.objects), (long long)worker->count.bytes,
-          shown(worker->limits.bytes), (long long)worker->count.objects,
-          shown(worker->limits.objects));
+    describe_counts(counts, sizeof counts, link->state.worker);
+    event("\"event\": \"quota_refused\", %s}\n", counts);
 }
 
 static void
@@ -830,22 +868,31 @@ struct bind_message {
 };
 
 static const char BIND_MAGIC[8] = "RSXBIND1";
+/* At any time: what its job and itself have, and may have. */
+static const char USED_MAGIC[8] = "RSXUSED1";
+
+static struct worker *
+worker_at(int fd)
+{
+    struct ucred peer;
+    socklen_t size = sizeof peer;
+
+    if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &size) != 0)
+        return NULL;
+    for (struct worker *w = session.workers; w != NULL; w = w->next)
+        if (w->pid == peer.pid && w->connections > 0)
+            return w;
+    return NULL;
+}
 
 static const char *
 bind_worker(int fd, const struct bind_message *message, ssize_t size)
 {
-    struct ucred peer;
-    socklen_t peer_size = sizeof peer;
-    struct worker *worker = NULL;
+    struct worker *worker = worker_at(fd);
 
     if (size != sizeof *message ||
         memcmp(message->magic, BIND_MAGIC, sizeof BIND_MAGIC) != 0)
         return "not a bind message";
-    if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &peer_size) != 0)
-        return "no peer";
-    for (worker = session.workers; worker != NULL; worker = worker->next)
-        if (worker->pid == peer.pid && worker->connections > 0)
-            break;
     if (worker == NULL)
         return "not a worker";
     if (worker->bound) /* the same once more changes nothing */
@@ -902,7 +949,8 @@ print_stats(FILE *out)
                 (unsigned long long)w->fetched_bytes,
                 (unsigned long long)w->fetched_objects);
         print_count(out, &w->count, &w->limits);
-        fputs("}", out);
+        fprintf(out, ", \"job_most_bytes\": %lld, \"job_most_objects\": %lld}",
+                shown(w->job_limits.bytes), shown(w->job_limits.objects));
         comma = ", ";
     }
     fputs("]}\n", out);
@@ -956,9 +1004,18 @@ on_once(struct source *source)
 {
     if (source->kind == BINDER) {
         struct bind_message message;
+        char counts[MOST_COUNTS], used[MOST_COUNTS + 64];
         ssize_t got =
             recv(source->fd, &message, sizeof message, MSG_DONTWAIT);
-        const char *answer = bind_worker(source->fd, &message, got);
+        const struct worker *worker = worker_at(source->fd);
+        const char *answer = used;
+        if (worker != NULL && got == sizeof USED_MAGIC &&
+            memcmp(message.magic, USED_MAGIC, sizeof USED_MAGIC) == 0) {
+            describe_counts(counts, sizeof counts, worker);
+            snprintf(used, sizeof used, "{\"refused\": %llu, %s}",
+                     (unsigned long long)worker->refused, counts);
+        } else
+            answer = bind_worker(source->fd, &message, got);
         send(source->fd, answer, strlen(answer), MSG_NOSIGNAL | MSG_DONTWAIT);
     } else
         control(source->fd);

@@ -23,6 +23,7 @@ _COMMANDS = {
     "policy": ("policy", "app", "What this node's operator allows, and to whom."),
     "ps": ("ps", "ps_app", "Workers and jails of this machine's nodes."),
     "top": ("ps", "top_app", "The same, live."),
+    "metrics": ("metrics", "app", "The same, for Prometheus."),
     "events": ("ps", "events_app", "What became of jails; filter, follow."),
     "kill": ("ps", "kill_app", "End a jail or a worker."),
     "demo": ("demo", "app", "The same attacks on stock Ray and in the sandbox."),

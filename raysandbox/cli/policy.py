@@ -224,6 +224,8 @@ def _gets(node: policies.Node, name: str) -> dict[str, Any]:
     """Return what running under a profile of this node comes to."""
     profile = node.profiles[name]
     plain = profile.model_dump(mode="json", by_alias=True)
+    answers = node.policy.runtime_env.model_dump(exclude={"why"})
+    allowed = [key for key, answer in answers.items() if answer == "allow"]
     return {
         "boundary": profile.boundary,
         "results": profile.results.mode,
@@ -233,6 +235,10 @@ def _gets(node: policies.Node, name: str) -> dict[str, Any]:
         "lowered": [str(excess) for excess in node.lowered.get(name, [])],
         "at_once": node.policy.offer.get(name),
         "source": profile.source,
+        "runtime_env": {
+            "allows": ["env_vars", "working_dir", "py_modules", *allowed],
+            "refuses": [key for key, answer in answers.items() if answer == "refuse"],
+        },
     }
 
 
@@ -257,7 +263,10 @@ def _print(found: dict[str, Any]) -> None:
         row("to fix", found["remedy"])
     for key, value in found.get("gets", {}).items():
         if isinstance(value, dict):
-            value = ", ".join(f"{k} {v}" for k, v in value.items())
+            value = ", ".join(
+                f"{k} {' '.join(v) if isinstance(v, list) else v}"
+                for k, v in value.items()
+            )
         if isinstance(value, list):
             value = "; ".join(value)
         if value not in (None, ""):

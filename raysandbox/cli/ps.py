@@ -11,7 +11,7 @@ from datetime import datetime
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -60,6 +60,9 @@ def ps(
     "outside" is one of Ray's that is not in the sandbox. Memory is what is used
     now, of the limit. The id in the first column is what `kill` takes.
 
+    Above them is what each job has in the object store of its node, against its
+    quota, and how many objects that refused.
+
     The names of tasks are what their authors chose; what a terminal would act
     on is shown as \x1b and the like.
     """
@@ -70,7 +73,7 @@ def ps(
     if not rows:
         print(_nothing())
         return
-    _console().print(_table(rows, {}))
+    _console().print(_tables(rows, {}))
 
 
 def _console() -> Console:
@@ -116,7 +119,7 @@ def top(
             before = {row.id: (now, row.cpu_time_s or 0.0) for row in rows}
             rows.sort(key=lambda row: -rates.get(row.id, 0.0))
             if screen is not None:
-                screen.update(_table(rows, rates) if rows else Text(_nothing()))
+                screen.update(_tables(rows, rates) if rows else Text(_nothing()))
                 screen.refresh()
             else:
                 look = [
@@ -139,6 +142,43 @@ def _rate(row: live.Row, before: tuple[float, float], now: float) -> float:
     if row.cpu_time_s is None or now <= then:
         return 0.0
     return max(0.0, (row.cpu_time_s - used) / (now - then) * 100)
+
+
+def _tables(rows: list[live.Row], rates: dict[str, float]) -> Group:
+    jobs = [row for row in rows if row.kind == "job"]
+    others = [row for row in rows if row.kind != "job"]
+    parts: list[RenderableType] = []
+    if jobs:
+        parts += [_jobs_table(jobs), Text()]
+    if others or not jobs:
+        parts.append(_table(others, rates) if others else Text(_nothing()))
+    return Group(*parts)
+
+
+def _jobs_table(rows: list[live.Row]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for index, name in enumerate(
+        ("job", "node", "state", "stored", "of", "objects", "of", "refused")
+    ):
+        table.add_column(name, justify="left" if index < 3 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            *(
+                Text(cell)
+                for cell in (
+                    shown(row.job, 8),
+                    shown(row.node[:8], 8),
+                    row.state,
+                    _size(row.stored_bytes),
+                    _size(row.stored_limit_bytes),
+                    str(row.stored_objects),
+                    str(row.stored_limit_objects or "-"),
+                    str(row.refused),
+                )
+            ),
+            style="bold red" if row.refused else "",
+        )
+    return table
 
 
 def _table(rows: list[live.Row], rates: dict[str, float]) -> Table:
@@ -219,7 +259,7 @@ def events(
         list[str] | None,
         typer.Option(
             help="Kind: jail_ended, task_refused, quota_refused, worker_entered, "
-            "worker_ended; repeatable."
+            "worker_ended, node_started, link_ended, link_refused; repeatable."
         ),
     ] = None,
     profile: Annotated[

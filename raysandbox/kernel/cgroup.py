@@ -348,12 +348,24 @@ class Cgroups:
             for base in self._bases
         ]
 
-    def writes(self, limits: CgroupLimits) -> dict[str, list[tuple[str, bytes]]]:
-        """Return what to write into the files of a new group, by base."""
+    def writes(
+        self, limits: CgroupLimits
+    ) -> tuple[dict[str, list[tuple[str, bytes]]], dict[str, str]]:
+        """Return what to write into the files of a new group, by base.
+
+        Also, by limit, what is left out and why: version 1 refuses a CPU quota
+        above that of a group around the new one, whose lower one then holds.
+        """
         found: dict[str, list[tuple[str, bytes]]] = {}
+        lower: dict[str, str] = {}
         for step in self._plan(limits).writes:
+            if step.file == "cpu.cfs_quota_us":
+                why = _lower_parent_quota(step.base.path, int(step.value))
+                if why is not None:
+                    lower[step.limit] = why
+                    continue
             found.setdefault(step.base.path, []).append((step.file, step.value))
-        return found
+        return found, lower
 
     def _base_for(self, limit: str) -> Base | None:
         v1, v2 = _CONTROLLER[limit]

@@ -1,10 +1,11 @@
 """``RAYSANDBOX=1``: a plain `ray start` puts its workers behind the node's wall.
 
 Imported by the wheel's ``.pth`` file in every Python that has the variable, and
-only then. It waits for the module through which Ray starts its processes, and
-puts the launcher in front of it; nothing else of Ray is touched, and a Python
-that starts no Ray never notices. If the launcher can't be put there, Ray can't
-be imported: nothing is started without it.
+only then. It waits for three modules of Ray's: the one through which Ray starts its
+processes, to put the launcher in front of it, and the two from which a driver
+submits, to mark what it asks for (`raysandbox.client`). Nothing else of Ray is
+touched, and a Python without Ray never notices. If one of these can't be done, Ray
+can't be imported: nothing is started without it.
 """
 
 from __future__ import annotations
@@ -12,24 +13,28 @@ from __future__ import annotations
 import importlib.abc
 import importlib.machinery
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
-
-_MODULE = "ray._private.services"
 
 
 class _Loader(importlib.abc.Loader):
     """Ray's own loader, and one step after it."""
 
-    def __init__(self, loader: importlib.abc.Loader) -> None:
-        self._loader = loader
+    def __init__(
+        self, loader: importlib.abc.Loader, after: Callable[[ModuleType], None]
+    ) -> None:
+        self._loader, self._after = loader, after
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        module.start_ray_process = _armed(module)  # type: ignore[attr-defined]
+        self._after(module)
+
+
+def _arm(module: ModuleType) -> None:
+    module.start_ray_process = _armed(module)  # type: ignore[attr-defined]
 
 
 def _armed(module: ModuleType) -> object:
@@ -50,8 +55,21 @@ def _armed(module: ModuleType) -> object:
     return start_ray_process
 
 
+def _mark(module: ModuleType) -> None:
+    from raysandbox import client
+
+    client.mark(module)
+
+
+_AFTER = {
+    "ray._private.services": _arm,
+    "ray.remote_function": _mark,
+    "ray.actor": _mark,
+}
+
+
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds one module, once, and gets out of the way."""
+    """Finds each of these modules once, and gets out of the way."""
 
     def find_spec(
         self,
@@ -59,12 +77,14 @@ class _Finder(importlib.abc.MetaPathFinder):
         path: Sequence[str] | None,
         target: ModuleType | None = None,
     ) -> importlib.machinery.ModuleSpec | None:
-        if name != _MODULE:
+        if name not in _AFTER:
             return None
-        sys.meta_path.remove(self)
+        after = _AFTER.pop(name)
+        if not _AFTER:
+            sys.meta_path.remove(self)
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader)
+            spec.loader = _Loader(spec.loader, after)
         return spec
 
 

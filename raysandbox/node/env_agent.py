@@ -49,7 +49,7 @@ def guard(agent: type, refusals: Callable[[dict[str, Any]], list[str]]) -> None:
         return messages.GetOrCreateRuntimeEnvReply(
             status=messages.AGENT_RPC_STATUS_FAILED,
             error_message=f"raysandbox: {why}. Nothing of it was made. Leave it out "
-            "of the runtime_env, or have the operator allow it",
+            "of the runtime_env, or have the operator allow it, where the policy can",
         )
 
     agent.GetOrCreateRuntimeEnv = create  # type: ignore[attr-defined]

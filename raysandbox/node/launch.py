@@ -25,10 +25,11 @@ from raysandbox import policy as policies
 from raysandbox.errors import ProfileError, SetupError, UnsupportedError
 from raysandbox.kernel import cgroup
 from raysandbox.node import env_agent, no_client, seams, store_proxy, totals, wall
-from raysandbox.plan import Protection, State
+from raysandbox.plan import Protection, State, described
 from raysandbox.policy import TAG_PREFIX
 from raysandbox.probe import probe
 from raysandbox.worker import quota
+from raysandbox.worker.events import EventLog
 
 __all__ = ["Launcher", "current", "install", "uninstall"]
 
@@ -69,6 +70,7 @@ class Launcher:
         self.load, self.use_totals, self.ports = load, use_totals, ports
         self.wrapper, self.wrap = wrapper, wrap
         self.protections: tuple[Protection, ...] = ()
+        self._of_totals: tuple[Protection, ...] = ()
         self.proxy: store_proxy.StoreProxy | None = None
 
     def __call__(self, process: seams.Process) -> None:
@@ -125,7 +127,19 @@ class Launcher:
             f"{wrapper}.plan",
             *process.command,
         ]
-        self.protections = (*compiled.protections, _of_proxy(self.proxy))
+        self.protections = (
+            *compiled.protections,
+            *self._of_totals,
+            _of_proxy(self.proxy),
+        )
+        log = EventLog(_log_directory(node, session))
+        log.write(
+            "node_started",
+            node=session.node_id,
+            policy=node.policy.digest,
+            protections=described(self.protections),
+        )
+        log.close()
 
     def _store_proxy(
         self, node: policies.Node, session: wall.Session
@@ -150,7 +164,8 @@ class Launcher:
                 job_bytes=of_node.max_job_bytes,
                 job_objects=of_node.max_job_objects,
             ),
-            events=f"{session.log_dir}/raysandbox_store.jsonl",
+            events=f"{_log_directory(node, session)}/raysandbox_store-"
+            f"{session.node_id[:8]}.jsonl",
         )
         return self.proxy
 
@@ -162,6 +177,10 @@ class Launcher:
             return cgroup.discover()
         group = totals.enforce(policy.totals)
         process.env.update(group.variables())
+        self._of_totals = tuple(
+            Protection(f"totals.{name}", State(status.state.lower()), status.reason)
+            for name, status in group.group.report.items()
+        )
         return cgroup.discover(group.variables())
 
     def _bind_ports(self, process: seams.Process) -> tuple[int, int] | None:
@@ -193,6 +212,12 @@ def _refuse_clients(process: seams.Process) -> None:
     names = ("PATH", "LANG", "PYTHONPATH", "VIRTUAL_ENV")
     kept = [f"{name}={os.environ[name]}" for name in names if name in os.environ]
     process.command, process.env = ["/usr/bin/env", "-i", *kept, *program], {}
+
+
+def _log_directory(node: policies.Node, session: wall.Session) -> str:
+    """Return where events go."""
+    directory = node.policy.audit.directory
+    return session.log_dir if directory == "session" else directory
 
 
 def _of_proxy(proxy: store_proxy.StoreProxy | None) -> Protection:

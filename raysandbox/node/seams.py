@@ -233,9 +233,9 @@ def missing(*, gcs: bool = False) -> str:
         if name not in source:
             return f"default_worker.py: {name}"
     agent = Path(services.RAY_PATH) / "_private" / "runtime_env" / "agent"
-    for script, names in _AGENT.items():
+    for script, words in _AGENT.items():
         source = (agent / script).read_text() if (agent / script).exists() else ""
-        for name in names:
+        for name in words:
             if name not in source:
                 return f"runtime_env/agent/{script}: {name}"
     functions: dict[str, tuple[str, ...]] = {"start_raylet": _RAYLET_ARGUMENTS}

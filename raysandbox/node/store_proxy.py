@@ -34,6 +34,7 @@ __all__ = [
     "stats_of",
     "supported",
     "unsupported",
+    "used_by_job",
 ]
 
 #: Where the launcher puts the proxy's bind socket for a worker.
@@ -47,7 +48,8 @@ _ANSWER_S = 5.0
 _MOST_ANSWER = 1 << 20
 # Magic, job, flags, limits of the job and of the worker (bytes and objects).
 _BIND = struct.Struct("<8s4sIQQQQ")
-_BIND_MAGIC = b"RSXBIND1"
+_BIND_MAGIC, _USED_MAGIC = b"RSXBIND1", b"RSXUSED1"
+_MOST_USED = 4096
 _UNLIMITED = (1 << 64) - 1
 
 
@@ -140,7 +142,8 @@ def stats_of(directory: str) -> dict[str, Any]:
     left out of the log because there were too many), ``jobs`` and
     ``workers``, lists with ``bytes``, ``objects``, ``most_bytes``,
     ``most_objects`` (-1: no limit), ``refused``, and of a worker also
-    ``pid``, ``kind``, ``job``, ``fetched_bytes``, ``fetched_objects``.
+    ``pid``, ``kind``, ``job``, ``fetched_bytes``, ``fetched_objects``, and what
+    its profile leaves its job, ``job_most_bytes`` and ``job_most_objects``.
 
     Raises:
         SetupError: It does not answer.
@@ -208,7 +211,7 @@ def start(
         directory: Where the proxy's own sockets go; made if it is not there.
         limits: For each job and worker; a worker's `bind` can only lower them.
         events: File that refusals and ended connections are appended to, one
-            JSON object a line; None: nowhere.
+            JSON object a line; it is cut at 16 MiB; None: nowhere.
         bind_first_use: A worker that never called `bind` belongs to the job of
             the first object that it makes. Without it such a worker can store
             nothing. Only for workers that run no code of a user.
@@ -224,7 +227,7 @@ def start(
     ready, ready_inside = os.pipe()
     log = os.open(
         events or os.devnull,
-        os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW,
+        os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW,
         0o640,
     )
     command = [
@@ -308,6 +311,33 @@ def bind(path: str, job: bytes, *, actor: bool, limits: Limits | None = None) ->
         raise SetupError(
             step="store_proxy_bind", detail=answer.decode(errors="replace") or "ended"
         )
+
+
+def used_by_job(path: str) -> dict[str, Any]:
+    """Return what this worker's job and itself have in the store, and may have.
+
+    Args:
+        path: The proxy's bind socket.
+
+    Keys: ``job_bytes``, ``job_objects``, ``worker_bytes``, ``worker_objects``, each
+    with how much there is and how much is allowed (-1: no limit); ``job``, its id;
+    ``refused``, how many of this worker's objects were refused so far.
+
+    Raises:
+        SetupError: There is no proxy, or it does not know this process.
+    """
+    try:
+        directory, name = os.path.split(path)
+        with _connected(directory, name) as proxy:
+            proxy.send(_USED_MAGIC)
+            found: dict[str, Any] = json.loads(proxy.recv(_MOST_USED))
+    except (OSError, ValueError) as error:
+        raise SetupError(
+            step="store_proxy_used",
+            errno=getattr(error, "errno", None) or 0,
+            detail=f"{path}: {error}",
+        ) from error
+    return found
 
 
 @contextmanager

@@ -33,7 +33,7 @@ import os
 import pwd
 import resource
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from raysandbox import plan, profile
@@ -65,7 +65,7 @@ USER_PATH = "RAYSANDBOX_USER_PATH"
 HOOK_VARIABLE = "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR"
 
 _BIND_SOCKET = 8
-_NET_BIND, _NET_CONNECT = 1, 2
+_NET_BIND = 1
 _SCOPE_ABSTRACT, _SCOPE_SIGNAL = 1, 2
 _TMP_BYTES, _SHM_BYTES, _SESSION_BYTES, _INODES = 256 << 20, 64 << 20, 1 << 20, 65536
 # Host variables that a worker may see: nothing that steers the loader or
@@ -113,8 +113,6 @@ class Wall:
             make their jails.
         bind_ports: First and last TCP port that a worker may listen on; None
             where Ray lets the kernel choose.
-        connect_ports: TCP ports a worker may connect to; None is any.
-        connect_range: First and last of more such ports, or None.
         replace: Path that the worker sees to path on the host.
         sockets: The same, for sockets besides Ray's two.
         shared: The same, for directories that all workers write to.
@@ -124,8 +122,6 @@ class Wall:
 
     node: policies.Node
     bind_ports: tuple[int, int] | None = None
-    connect_ports: Sequence[int] | None = None
-    connect_range: tuple[int, int] | None = None
     replace: Mapping[str, str] = field(default_factory=dict)
     sockets: Mapping[str, str] = field(default_factory=dict)
     shared: Mapping[str, str] = field(default_factory=dict)
@@ -283,7 +279,7 @@ class _WorkerBuilder(plan.Builder):
         return ids.first + 1, ids.count - 1, registry
 
     def groups(self, groups: cgroup.Cgroups) -> None:
-        files = groups.writes(
+        files, lower = groups.writes(
             cgroup.CgroupLimits(
                 cpu_cores=self.worker.cpu_cores,
                 memory_bytes=self.worker.memory_bytes,
@@ -296,8 +292,10 @@ class _WorkerBuilder(plan.Builder):
             )
             for file, value in files.get(base, ()):
                 self.add(plan.Record.CGROUP_LIMIT, plan.text(base, file) + value)
-        if groups.missing:
-            reason = "; ".join(f"{m.controller}: {m.have}" for m in groups.missing)
+        short = [f"{m.controller}: {m.have}" for m in groups.missing]
+        short += [f"worker.{_POLICY_KEY[key]}: {why}" for key, why in lower.items()]
+        if short:
+            reason = "; ".join(short)
             state = State.DEGRADED if groups.places() else State.OFF
             self.protect("worker's control group", state, reason)
         else:
@@ -418,33 +416,23 @@ class _WorkerBuilder(plan.Builder):
         net = 0
         if governed.net and self.wall.bind_ports is not None:
             net |= _NET_BIND
-        if governed.net and self.wall.connect_ports is not None:
-            net |= _NET_CONNECT
         if not (net or governed.scoped):
             self.protect("ports and signals", State.OFF, f"Landlock ABI {abi}")
             return
         self.add(plan.Record.LANDLOCK, plan.u64(0, net, governed.scoped))
         if net & _NET_BIND and self.wall.bind_ports is not None:
             self._ports(_NET_BIND, *self.wall.bind_ports)
-        if net & _NET_CONNECT and self.wall.connect_ports is not None:
-            for port in sorted(set(self.wall.connect_ports)):
-                self._ports(_NET_CONNECT, port, port)
-            if self.wall.connect_range is not None:
-                self._ports(_NET_CONNECT, *self.wall.connect_range)
-        lacking = [
-            what
-            for what, have in (
-                ("listening on any port", net & _NET_BIND),
-                ("connecting to any port", net & _NET_CONNECT),
-                ("abstract sockets", governed.scoped & _SCOPE_ABSTRACT),
-            )
-            if not have
-        ]
-        if lacking:
-            why = f"not governed: {', '.join(lacking)}"
-            self.protect("ports and signals", State.DEGRADED, why)
-        else:
-            self.protect("ports and signals", State.ENFORCED)
+        # Never governed here: a worker connects to raylets and workers of nodes
+        # that join later, on ports that are not known when it starts, and a domain
+        # is for life; its jails, which may have the network, would inherit it. A
+        # profile with boundary = "worker" governs it when the job is known.
+        lacking = ["connecting to any port"]
+        if not net:
+            lacking.insert(0, "listening on any port")
+        if not governed.scoped & _SCOPE_ABSTRACT:
+            lacking.append("abstract sockets")
+        why = f"not governed: {', '.join(lacking)}"
+        self.protect("ports and signals", State.DEGRADED, why)
 
     def _ports(self, access: int, first: int, last: int) -> None:
         self.add(plan.Record.LANDLOCK_PORTS, plan.u64(access) + plan.u32(first, last))
@@ -520,4 +508,5 @@ class _WorkerBuilder(plan.Builder):
             self.add(plan.Record.PRELUDE, plan.text(argument))
 
 
+_POLICY_KEY = {"cpu_cores": "cpu", "memory_bytes": "memory", "pids": "pids"}
 _PLAIN_DEVICES = ("null", "zero", "full", "random", "urandom")

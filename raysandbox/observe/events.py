@@ -1,7 +1,8 @@
 """The event logs of this machine's nodes: read, filter, follow.
 
 Each worker writes lines of JSON into ``raysandbox_events*.jsonl``, in the
-session's log directory or where the policy says. A worker of
+session's log directory or where the policy says; the proxy in front of the object
+store writes ``raysandbox_store*.jsonl`` there. A worker of
 ``boundary = "worker"`` runs its users' code and may write any bytes there: a
 line that is no event is counted, not shown, and whatever is printed is escaped.
 """
@@ -18,9 +19,10 @@ from typing import Any
 
 __all__ = ["Filter", "Reader", "summary"]
 
-_PREFIX, _SUFFIX = "raysandbox_events", ".jsonl"
+_PREFIXES, _SUFFIX = ("raysandbox_events", "raysandbox_store"), ".jsonl"
 _MOST_LINE = 1 << 20
 _CHUNK = 1 << 20
+_HEAD = 64
 _YEAR_9999 = 250_000_000_000
 _REQUIRED = {"time": (int, float), "event": (str,)}
 
@@ -75,7 +77,8 @@ def _any(patterns: Sequence[str], values: Sequence[str]) -> bool:
 
 def _is_denied(event: dict[str, Any]) -> bool:
     return (
-        event["event"] in ("task_refused", "quota_refused")
+        event["event"]
+        in ("task_refused", "quota_refused", "link_ended", "link_refused")
         or bool(event.get("denied_count"))
         or str(event.get("outcome", "")) in ("TaskDenied", "TaskQuotaExceeded")
     )
@@ -83,12 +86,20 @@ def _is_denied(event: dict[str, Any]) -> bool:
 
 @dataclass(slots=True)
 class _File:
-    """A log that is being read: where we are, and a line not yet whole."""
+    """A log that is being read: where we are, and a line not yet whole.
 
-    inode: int = 0
+    Attributes:
+        head: Its first bytes: others are another log's, in the same place.
+        latest: Time of its latest event.
+        again: It was cut: events up to this time were there before.
+    """
+
     offset: int = 0
     rest: bytes = b""
     skipping: bool = False
+    head: bytes = b""
+    latest: float = 0.0
+    again: float = -1.0
 
 
 @dataclass(slots=True)
@@ -102,13 +113,16 @@ class Reader:
 
     directories: Sequence[str]
     malformed: int = 0
-    _files: dict[str, _File] = field(default_factory=dict)
+    # By device and inode: a log that is renamed goes on where it was.
+    _files: dict[tuple[int, int], _File] = field(default_factory=dict)
 
     def read(self) -> list[dict[str, Any]]:
         """Return the events that were added since the last call, oldest first."""
         found: list[dict[str, Any]] = []
+        seen: dict[tuple[int, int], _File] = {}
         for path in self._paths():
-            found += self._read(path, self._files.setdefault(path, _File()))
+            found += self._read(path, seen)
+        self._files = seen
         found.sort(key=lambda event: event["time"])
         return found
 
@@ -128,11 +142,13 @@ class Reader:
             paths += [
                 os.path.join(directory, name)
                 for name in sorted(names)
-                if name.startswith(_PREFIX) and name.endswith(_SUFFIX)
+                if name.startswith(_PREFIXES) and name.endswith(_SUFFIX)
             ]
         return paths
 
-    def _read(self, path: str, file: _File) -> list[dict[str, Any]]:
+    def _read(
+        self, path: str, seen: dict[tuple[int, int], _File]
+    ) -> list[dict[str, Any]]:
         flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         try:
             fd = os.open(path, flags)
@@ -141,9 +157,14 @@ class Reader:
         found: list[dict[str, Any]] = []
         try:
             there = os.fstat(fd)
-            if there.st_ino != file.inode or there.st_size < file.offset:
-                # Rotated, or cut: from its start.
-                file.inode, file.offset, file.rest = there.st_ino, 0, b""
+            key = (there.st_dev, there.st_ino)
+            if key in seen:
+                return []  # renamed while we looked
+            file = seen[key] = self._files.get(key) or _File()
+            head = os.pread(fd, _HEAD, 0)
+            if there.st_size < file.offset or not head.startswith(file.head):
+                file.offset, file.rest, file.again = 0, b"", file.latest
+            file.head = head
             while chunk := os.pread(fd, _CHUNK, file.offset):
                 file.offset += len(chunk)
                 *lines, file.rest = (file.rest + chunk).split(b"\n")
@@ -156,10 +177,14 @@ class Reader:
                     self.malformed += 1
                     file.rest, file.skipping = b"", True
         except OSError:
-            return found
+            pass
         finally:
             os.close(fd)
-        return found
+        if found:
+            latest = max(event["time"] for event in found)
+            # A clock that nobody has must not hide what comes later.
+            file.latest = max(file.latest, min(latest, time.time() + 1))
+        return [event for event in found if event["time"] > file.again]
 
     def _take(self, line: bytes, found: list[dict[str, Any]]) -> None:
         if not line.strip():
@@ -187,6 +212,10 @@ def summary(event: dict[str, Any]) -> str:
     for key in ("reason", "limit"):
         if event.get(key):
             parts.append(str(event[key]))
+    for key in ("job_bytes", "job_objects"):
+        value = event.get(key)
+        if isinstance(value, list) and len(value) == 2:
+            parts.append(f"{key} {value[0]} of {value[1]}")
     if event.get("ended_by"):
         parts.append(f"ended by {event['ended_by']}")
     for key, name, scale in (

@@ -25,7 +25,7 @@ from raysandbox.kernel.cgroup_find import (
     read,
     read_or_none,
 )
-from raysandbox.observe import nodes, state
+from raysandbox.observe import nodes, state, stores
 
 __all__ = ["Found", "Row", "end_jail", "end_worker", "find", "rows"]
 
@@ -42,11 +42,12 @@ _POLL_S = 0.05
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One jail or worker.
+    """One jail, worker or job.
 
     Attributes:
-        kind: ``"jail"`` or ``"worker"``.
-        id: ``PID.NUMBER`` of a jail, the pid of a worker.
+        kind: ``"jail"``, ``"worker"``, or ``"job"``: what a job has in the node's
+            object store.
+        id: ``PID.NUMBER`` of a jail, the pid of a worker, Ray's id of a job.
         node, worker, job, task, actor: Ray's ids, hexadecimal, or ``""``.
         name: Of the task; of a worker what Ray calls it. Not to be trusted.
         profile: The jail's; ``""`` for a worker.
@@ -60,6 +61,10 @@ class Row:
         denials: System calls denied so far.
         calls: How many calls it has had; of a worker, of the jails it has now.
         pid: The worker's process.
+        stored_bytes, stored_objects: What a job, or a worker of a node that
+            raysandbox started, made and has in the store; None: not known.
+        stored_limit_bytes, stored_limit_objects: Of how much; None is no limit.
+        refused: Objects that a quota refused.
     """
 
     kind: str
@@ -80,6 +85,11 @@ class Row:
     denials: int = 0
     calls: int = 0
     pid: int = 0
+    stored_bytes: int | None = None
+    stored_objects: int | None = None
+    stored_limit_bytes: int | None = None
+    stored_limit_objects: int | None = None
+    refused: int = 0
 
     def as_json(self) -> dict[str, Any]:
         """Return it as plain data."""
@@ -96,7 +106,10 @@ class Found:
 
 
 def rows() -> list[Row]:
-    """Return every worker of this machine's nodes, each before its jails."""
+    """Return every worker of this machine's nodes, each before its jails.
+
+    Those of a node come after its jobs.
+    """
     return [found.row for found in _look()]
 
 
@@ -105,9 +118,15 @@ def _look() -> list[Found]:
     now = time.time()
     for node in nodes.nodes():
         known = {each.pid: each for each in state.read(node.log_dir)}
+        store = stores.look(node)
+        for job, held in sorted(store.jobs.items()):
+            row = Row(kind="job", id=job, node=node.node, job=job)
+            row = replace(row, state="running" if held.workers else "idle")
+            found.append(Found(_with_store(row, held)))
         for process in nodes.workers(node):
             worker = known.get(process.pid)
             row = _worker_row(node, process, worker, now)
+            row = _with_store(row, store.workers.get(process.pid))
             found.append(Found(row, worker))
             if worker is None:
                 continue
@@ -151,6 +170,19 @@ def _worker_row(
         state="running" if busy else "idle",
         denials=sum(jail.denials for jail in worker.jails),
         calls=sum(jail.calls for jail in worker.jails),
+    )
+
+
+def _with_store(row: Row, held: stores.Held | None) -> Row:
+    if held is None:
+        return row
+    return replace(
+        row,
+        stored_bytes=held.bytes,
+        stored_objects=held.objects,
+        stored_limit_bytes=held.most_bytes,
+        stored_limit_objects=held.most_objects,
+        refused=held.refused,
     )
 
 

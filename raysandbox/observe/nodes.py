@@ -22,12 +22,14 @@ class RayNode:
     Attributes:
         pid: Its process.
         node: Ray's id of the node, hexadecimal.
-        log_dir: Where its session's logs are, as we see it.
+        session_dir: Where its session is, as we see it.
+        log_dir: Where that one's logs are.
         address: Of its GCS.
     """
 
     pid: int
     node: str
+    session_dir: str
     log_dir: str
     address: str
 
@@ -68,6 +70,7 @@ def nodes() -> list[RayNode]:
             RayNode(
                 pid=process.pid,
                 node=given.get("node_id", ""),
+                session_dir=_seen(process.pid, session or os.path.dirname(log_dir)),
                 log_dir=_seen(process.pid, log_dir),
                 address=given.get("gcs-address") or given.get("gcs_address", ""),
             )

@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from raysandbox.errors import ProfileError
-from raysandbox.policy.schema import STRICTEST, TAG_PREFIX, Policy, Rule
+from raysandbox.policy.schema import NEVER, STRICTEST, TAG_PREFIX, Policy, Rule
 
 __all__ = [
     "LOADER_VARIABLES",
@@ -220,15 +220,16 @@ def runtime_env_refusals(
         own_hook: The setup hook that is raysandbox's own.
 
     Returns:
-        One sentence each, with the policy's key that would allow it.
+        One sentence each, with the policy's key that would allow it, or with why
+        none does.
     """
     answers, found = policy.runtime_env, []
 
     def refuse(key: str, ours: str, allowing: str = "allow") -> None:
-        found.append(
-            f"runtime_env key {key!r}: refused by this node's policy "
-            f'(runtime_env.{ours} = "{allowing}" would allow it)'
-        )
+        why = f'runtime_env.{ours} = "{allowing}" would allow it'
+        if ours in NEVER:
+            why = f"no value of runtime_env.{ours} allows it: {NEVER[ours]}"
+        found.append(f"runtime_env key {key!r}: refused by this node's policy ({why})")
 
     for key, value in runtime_env.items():
         if value is None or value in ("", {}, []):

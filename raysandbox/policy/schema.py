@@ -42,6 +42,7 @@ from raysandbox.profile.schema import _Section as Section
 from raysandbox.profile.units import parse_size
 
 __all__ = [
+    "NEVER",
     "STRICTEST",
     "TAG_PREFIX",
     "Audit",
@@ -312,65 +313,110 @@ class Ceilings(Section):
 
 _Answer = Literal["refuse", "allow"]
 
+_OWN_INTERPRETER = (
+    "behind the node's wall a worker and its jails run the node's own interpreter, and "
+    "nothing is put in its place or around it; packages reach the jails by pip, uv, "
+    "py_modules and working_dir"
+)
+_PYTHON_ALONE = "the launcher has a wall for Python workers alone"
+#: Keys of a runtime_env that no policy can allow, and why.
+NEVER: Mapping[str, str] = {
+    **dict.fromkeys(
+        ("py_executable", "image_uri", "container", "nsight", "rocprof_sys", "conda"),
+        _OWN_INTERPRETER,
+    ),
+    **dict.fromkeys(("java_jars", "java_workers", "cpp_workers"), _PYTHON_ALONE),
+}
+
+
+def _never(key: str) -> BeforeValidator:
+    """Take "refuse" alone: a value without an effect would be a promise."""
+
+    def check(value: object) -> object:
+        if value != "refuse":
+            raise ValueError(f'must be "refuse": {NEVER[key]}')
+        return value
+
+    return BeforeValidator(check)
+
+
+_Refused = Literal["refuse"]
+
 
 class RuntimeEnv(Section):
-    """What happens to a runtime_env that would reach around the worker's wall."""
+    """What happens to a runtime_env that would reach around the worker's wall.
+
+    Keys that say "refused always" are here so that a policy can name them: no
+    value of theirs allows anything.
+    """
 
     weak: ClassVar[Mapping[str, tuple[object, ...]]] = dict.fromkeys(
-        (
-            "py_executable",
-            "image_uri",
-            "container",
-            "nsight",
-            "rocprof_sys",
-            "conda",
-            "pip",
-            "uv",
-            "java_jars",
-            "java_workers",
-            "cpp_workers",
-            "other",
-        ),
-        ("allow",),
+        ("pip", "uv", "other"), ("allow",)
     )
 
     py_executable: Annotated[
-        _Answer, Field(description="Another interpreter than the node's own.")
+        _Refused,
+        _never("py_executable"),
+        Field(description="Another interpreter than the node's own: refused always."),
     ] = "refuse"
-    image_uri: Annotated[_Answer, Field(description="The worker in a container.")] = (
-        "refuse"
-    )
-    container: Annotated[_Answer, Field(description="The same, by its old name.")] = (
-        "refuse"
-    )
-    nsight: Annotated[_Answer, Field(description="A profiler around the worker.")] = (
-        "refuse"
-    )
+    image_uri: Annotated[
+        _Refused,
+        _never("image_uri"),
+        Field(description="The worker in a container: refused always."),
+    ] = "refuse"
+    container: Annotated[
+        _Refused,
+        _never("container"),
+        Field(description="The same, by its old name: refused always."),
+    ] = "refuse"
+    nsight: Annotated[
+        _Refused,
+        _never("nsight"),
+        Field(description="A profiler around the worker: refused always."),
+    ] = "refuse"
     rocprof_sys: Annotated[
-        _Answer, Field(description="A profiler around the worker.")
+        _Refused,
+        _never("rocprof_sys"),
+        Field(description="A profiler around the worker: refused always."),
     ] = "refuse"
     conda: Annotated[
-        _Answer,
+        _Refused,
+        _never("conda"),
         Field(
             description="Another interpreter, and an installer that runs the job's "
-            "code on the node, outside of every wall."
+            "code on the node, outside of every wall: refused always."
         ),
     ] = "refuse"
     pip: Annotated[
         _Answer,
         Field(
             description="An installer that runs the job's code (setup.py) on the node, "
-            "outside of every wall."
+            "outside of every wall. What it installed is for the jails alone."
         ),
     ] = "refuse"
     uv: Annotated[_Answer, Field(description="As pip.")] = "refuse"
-    java_jars: Annotated[_Answer, Field(description="Code of a Java worker.")] = (
-        "refuse"
-    )
-    java_workers: Annotated[_Answer, Field(description="Workers in Java.")] = "refuse"
-    cpp_workers: Annotated[_Answer, Field(description="Workers in C++.")] = "refuse"
+    java_jars: Annotated[
+        _Refused,
+        _never("java_jars"),
+        Field(description="Code of a Java worker: refused always."),
+    ] = "refuse"
+    java_workers: Annotated[
+        _Refused,
+        _never("java_workers"),
+        Field(description="Workers in Java: refused always."),
+    ] = "refuse"
+    cpp_workers: Annotated[
+        _Refused,
+        _never("cpp_workers"),
+        Field(description="Workers in C++: refused always."),
+    ] = "refuse"
     other: Annotated[
-        _Answer, Field(description="Keys that raysandbox does not know.")
+        _Answer,
+        Field(
+            description="Keys that raysandbox does not know, of a plugin of Ray's "
+            "agent. Its code runs on the node, outside of every wall; what it puts "
+            "before the worker's command is left out."
+        ),
     ] = "refuse"
     setup_hook: Annotated[
         Literal["jail", "refuse"],
@@ -482,7 +528,10 @@ class Audit(Section):
     directory: Annotated[
         str,
         Field(
-            description='An absolute directory, or "session" for Ray\'s session logs.'
+            description='An absolute directory, or "session" for Ray\'s session logs. '
+            "Each worker has a file of its own there, of at most 16 MiB. Of workers "
+            "that are gone the session's logs keep the newest 512 and 64 MiB; from a "
+            "directory of the operator's nothing is removed."
         ),
     ] = "session"
 

@@ -79,6 +79,7 @@ class JailExecutor(seams.Executor):
         self._board = self._open_board()
         self._figures = Figures()
         self._bound = ""  # hex of the job that this worker is bound to
+        self._full = hints.FullStore()
         # The jail whose answer Ray has not taken in yet, and its pool.
         self._pending: tuple[Pool, Jail, bool] | None = None
         self._job_jail: tuple[str, Pool, Jail] | None = None
@@ -113,6 +114,8 @@ class JailExecutor(seams.Executor):
         }
         try:
             about["bases"] = groups_of_process().described()
+            if not self._gate.launched:  # behind the node's wall its keeper does it
+                state.sweep(seams.session_log_dir())
             return state.Board(seams.session_log_dir(), about["worker"], about)
         except (OSError, ValueError, RaysandboxError) as error:
             sys.stderr.write(f"raysandbox: ps can't see this worker: {error}\n")
@@ -287,7 +290,7 @@ class JailExecutor(seams.Executor):
             threads=entered.threads,
             took_s=round(entered.took_s, 4),
             leaves_after_task=self._leaves,
-            protections=_shown(entered.protections),
+            protections=plan.described(entered.protections),
         )
         log.close()
         seams.unseal()
@@ -327,6 +330,10 @@ class JailExecutor(seams.Executor):
             return original(*args, **kwargs)
 
         return seams.with_function(info, run, 1 if self._leaves else info.max_calls)
+
+    def why_full(self) -> str:
+        """See :class:`seams.Executor`."""
+        return self._full.explain(self._inside, self._gate.policy)
 
     def _check_inside(self, served: profiles.Profile) -> None:
         """Serve no other profile's task, even if raylet should send one."""
@@ -480,7 +487,7 @@ class JailExecutor(seams.Executor):
             denied=jail.denials,
             denied_count=jail.denied_count,
             **({"ended_by": jail.ended_by} if jail.ended_by else {}),
-            protections=_shown(pool.protections),
+            protections=plan.described(pool.protections),
         )
 
     def _log_directory(self) -> str:
@@ -913,15 +920,6 @@ class JailExecutor(seams.Executor):
             seen=what,
             remedy=remedy,
         )
-
-
-def _shown(protections: Sequence[plan.Protection]) -> dict[str, str]:
-    return {
-        wall.name: wall.state.value
-        if not wall.reason
-        else f"{wall.state.value}: {wall.reason}"
-        for wall in protections
-    }
 
 
 def _boundaries(node: policy.Node | None) -> dict[str, bool]:

@@ -158,7 +158,8 @@ class Gate:
                 profile=policies.tag_of(resources) or node.policy.untagged,
                 limit="policy runtime_env",
                 seen="; ".join(refused),
-                remedy="leave it out of the runtime_env, or have the operator allow it",
+                remedy="leave it out of the runtime_env, or have the operator allow "
+                "it, where the policy can",
             )
         self._runtime_env_seen = text
 

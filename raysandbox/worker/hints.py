@@ -8,12 +8,15 @@ import re
 import stat
 from collections.abc import Sequence
 
+from raysandbox.errors import SetupError
 from raysandbox.kernel import cgroup
+from raysandbox.node import store_proxy
 from raysandbox.plan import SCRATCH
+from raysandbox.policy import Policy
 from raysandbox.profile import Profile
 from raysandbox.worker.gate import SEALED
 
-__all__ = ["explain"]
+__all__ = ["FullStore", "explain"]
 
 _SHOWN = 3
 _DENIED = re.compile(r"Operation not permitted|Permission denied")
@@ -113,3 +116,67 @@ def _module(message: str, hidden: Sequence[str]) -> str:
                 'runtime_env={"working_dir": …} or {"py_modules": […]}'
             )
     return ""
+
+
+class FullStore:
+    """Tells a quota that is full from a store that is: Ray has one error for both."""
+
+    _UNITS = (
+        ("job_bytes", "bytes", "max_job", "max_job_bytes"),
+        ("job_objects", "objects", "max_job_objects", "max_job_objects"),
+        ("worker_bytes", "bytes", "max_put", "max_put_bytes"),
+        ("worker_objects", "objects", "max_put_objects", "max_put_objects"),
+    )
+
+    def __init__(self) -> None:
+        self._refused = 0
+
+    def explain(self, profile: Profile | None, policy: Policy | None) -> str:
+        """Return the hint, or ``""`` if no quota is to blame.
+
+        Args:
+            profile: What runs in this process; None where tasks run in jails.
+            policy: The node's.
+        """
+        if not os.path.lexists(store_proxy.BIND):
+            return ""
+        try:
+            used = store_proxy.used_by_job(store_proxy.BIND)
+        except SetupError:
+            # The profile's filter may have no sockets for that.
+            return (
+                "hint: this job's quota in the object store may be full: "
+                "`raysandbox ps` on the node says what it has"
+            )
+        refused, self._refused = self._refused, int(used["refused"])
+        if self._refused == refused:
+            return ""  # the store's own word
+        parts = []
+        for key, unit, written, field in self._UNITS:
+            have, allowed = used[key]
+            if allowed < 0:
+                continue
+            whose = f"job {used['job']}" if key.startswith("job") else "this worker"
+            by = _who_says(written, field, allowed, profile, policy)
+            parts.append(f"{whose} has {have} of {allowed} {unit} ({by})")
+        return (
+            "hint: a quota is full, not the node's memory: "
+            f"{'; '.join(parts)}; drop references to objects that are no longer needed"
+        )
+
+
+def _who_says(
+    written: str,
+    field: str,
+    allowed: int,
+    profile: Profile | None,
+    policy: Policy | None,
+) -> str:
+    """Return the key that a limit comes from."""
+    of_node = getattr(policy.object_store, field, None) if policy is not None else None
+    of_profile = getattr(profile.object_store, field) if profile is not None else None
+    if of_profile == allowed and profile is not None:
+        return f"object_store.{written} of profile {profile.name!r}"
+    if of_node == allowed:
+        return f"object_store.{written} of the node's policy"
+    return f"object_store.{written}"

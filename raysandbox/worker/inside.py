@@ -27,7 +27,7 @@ from raysandbox.probe import probe
 from raysandbox.profile import Profile
 from raysandbox.run import cgroup_limits
 from raysandbox.worker import janitor
-from raysandbox.worker.events import FILE_NAME
+from raysandbox.worker.events import FILE_NAME, OLD_NAME
 
 __all__ = ["Entered", "NotRestrictedError", "Worker", "enter"]
 
@@ -245,7 +245,10 @@ def _drop_foreign_logs(worker: Worker) -> None:
         except FileNotFoundError:
             continue  # the listing's own
         file = os.path.basename(target)
-        if not _is_below(target, worker.ray_log_dir) or file == FILE_NAME:
+        if not _is_below(target, worker.ray_log_dir) or file in (
+            FILE_NAME,
+            OLD_NAME,
+        ):
             continue
         if not any(mark in file for mark in own):
             os.dup2(null, int(name), inheritable=False)

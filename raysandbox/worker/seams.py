@@ -11,6 +11,7 @@ stock worker (Ray 2.60) would unpickle or import something a user controls:
 ``_raylet.ray_pickle``                       retry lists: the jail decides
 ``_raylet.traceback``                        errors show the jail's traceback
 ``sys.path``                                 user directories stay out of it
+``_raylet.ObjectStoreFullError``             says which quota is full, if one is
 ==========================================  ==================================
 
 :func:`unseal` takes them away again, in a worker that is its own boundary.
@@ -135,6 +136,10 @@ class Executor:
         """Return Ray's record of a function, with a look at each call's tag."""
         raise NotImplementedError
 
+    def why_full(self) -> str:
+        """Return which quota the object store refused for, or ``""``."""
+        raise NotImplementedError
+
 
 class FunctionBytes:
     """A function or class as it lies in the GCS, unopened."""
@@ -254,6 +259,7 @@ def install(executor: Executor) -> None:
         (function_manager.FunctionActorManager, "get_execution_info"),
         (serialization.SerializationContext, "_deserialize_object"),
         (serialization.SerializationContext, "serialize"),
+        (_raylet, "ObjectStoreFullError"),
         (_raylet, "ray_pickle"),
         (_raylet, "pickle"),
         (_raylet, "traceback"),
@@ -277,6 +283,7 @@ def install(executor: Executor) -> None:
                 remedy="install a Ray version that raysandbox supports",
             )
     _guard_functions(executor)
+    _explain_full_store(executor)
     _seal_functions(executor)
     _seal_arguments()
     _seal_results(executor)
@@ -292,6 +299,18 @@ def _guard_functions(executor: Executor) -> None:
         return executor.guarded(original(self, *args, **options))
 
     manager.get_execution_info = get_execution_info
+
+
+def _explain_full_store(executor: Executor) -> None:
+    """Stays for the worker's life: Ray raises what it finds under this name."""
+    original = exceptions.ObjectStoreFullError
+
+    class Explained(original):  # type: ignore[misc, valid-type]
+        def __new__(cls, message: str = "", *args: Any) -> Any:
+            why = executor.why_full()
+            return original(f"{message}\n{why}" if why else message, *args)
+
+    _raylet.ObjectStoreFullError = Explained
 
 
 def _seal_functions(executor: Executor) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -21,14 +20,21 @@ class Side:
 
     def __init__(self, kind: str, **options: Any) -> None:
         self._errors = tempfile.TemporaryFile()
+        # Not stdout: a thread of Ray's prints there what it hears of workers, and
+        # may do so in the middle of a line.
+        answers, answers_inside = os.pipe()
+        self._answers = open(answers)
+        options["answers"] = answers_inside
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.node.side", kind, json.dumps(options)],
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            stdout=self._errors,
             stderr=self._errors,
+            pass_fds=[answers_inside],
             text=True,
             env={**os.environ, "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"},
         )
+        os.close(answers_inside)
 
     def __call__(self, name: str, *arguments: Any) -> Any:
         """Have it do something and return its answer.
@@ -45,14 +51,12 @@ class Side:
             timer.cancel()
 
     def _ask(self, name: str, *arguments: Any) -> Any:
-        stdin, stdout = self.process.stdin, self.process.stdout
+        stdin = self.process.stdin
         assert stdin is not None
-        assert stdout is not None
         stdin.write(json.dumps([name, *arguments]) + "\n")
         stdin.flush()
-        while line := stdout.readline():
-            with contextlib.suppress(ValueError):
-                return json.loads(line)
+        if line := self._answers.readline():
+            return json.loads(line)
         self._errors.seek(0)
         raise RuntimeError(self._errors.read()[-3000:].decode(errors="replace"))
 
@@ -60,6 +64,7 @@ class Side:
         """End it, and its Ray."""
         if self.process.stdin is not None:
             self.process.stdin.close()
+        self._answers.close()
         try:
             self.process.wait(60)
         except subprocess.TimeoutExpired:

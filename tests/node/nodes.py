@@ -139,27 +139,28 @@ class Node:
                 raise AssertionError(f"did not start: {said[-3000:]}")
             time.sleep(0.1)
 
-    def drive(self, code: str, options: str = "") -> str:
+    def drive(self, code: str, options: str = "", **variables: str) -> str:
         """Run a driver's source on this node; its output is in the error if it fails.
 
         Args:
             code: What it does once it is connected, as `options` do before.
             options: Lines that set ``options``, more arguments of ray.init.
+            variables: More of its environment.
         """
         first = (
             f"import os, sys, time, ray\noptions = {{}}\n{textwrap.dedent(options)}\n"
             f"ray.init(address={self.address!r}, logging_level='ERROR', "
             "log_to_driver=False, **options)\n"
         )
-        done = self.run(first + textwrap.dedent(code))
+        done = self.run(first + textwrap.dedent(code), **variables)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
         return done.stdout
 
-    def run(self, code: str) -> subprocess.CompletedProcess[str]:
+    def run(self, code: str, **variables: str) -> subprocess.CompletedProcess[str]:
         """Run a program with what a driver of this node has in its environment."""
         process = self._start(
             [sys.executable, "-c", code],
-            env=self.environment,
+            env={**self.environment, **variables},
             cwd="/",
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

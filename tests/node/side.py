@@ -3,8 +3,8 @@
     python -m tests.node.side stock|proxy [OPTIONS AS JSON]
 
 Reads one JSON list a line (a function's name here and its arguments) and answers
-with one JSON value a line. With the proxy each worker runs in a mount namespace in
-which the proxy's sockets lie over the real ones.
+with one JSON value a line, to the descriptor in the options. With the proxy each
+worker runs in a mount namespace in which the proxy's sockets lie over the real ones.
 """
 
 from __future__ import annotations
@@ -125,6 +125,29 @@ def call(name: str, *arguments: Any) -> Any:
         return _get(getattr(hostile, name), *arguments)
     except ray.exceptions.RayError as error:
         return type(error).__name__
+
+
+def slowest_put_during(name: str, *arguments: Any) -> list[float]:
+    """Run a function of `hostile`.
+
+    Returns:
+        What a put and get of ours took at most meanwhile, in seconds, and how many
+        objects the proxy counted for the worker.
+    """
+
+    def run() -> Any:
+        if path:
+            _bind(path, actor=False)
+        return getattr(hostile, name)(*arguments)
+
+    path = _proxies[0].bind_socket if _proxies else ""
+    running, slowest, most = ray.remote(max_retries=0)(run).remote(), 0.0, 0
+    while not ray.wait([running], timeout=0.05)[0]:
+        begun = time.monotonic()
+        ray.get(ray.put(np.ones(1 << 17)))
+        slowest = max(slowest, time.monotonic() - begun)
+        most = max([most, *(each["objects"] for each in stats()["workers"])])
+    return [slowest, most]
 
 
 _kept: list[Any] = []
@@ -277,6 +300,9 @@ def _has_plasma(pid: str) -> bool:
 def main() -> None:
     """Serve until stdin ends."""
     faulthandler.enable()
+    # No process of Ray's keeps it open when this one has ended.
+    os.set_inheritable(_OPTIONS["answers"], False)
+    answers = open(_OPTIONS["answers"], "w")
     ray.cloudpickle.register_pickle_by_value(hostile)
     ray.cloudpickle.register_pickle_by_value(sys.modules["__main__"])
     seams.install(_wrap)
@@ -292,7 +318,7 @@ def main() -> None:
     try:
         for line in sys.stdin:
             name, *arguments = json.loads(line)
-            print(json.dumps(globals()[name](*arguments)), flush=True)
+            print(json.dumps(globals()[name](*arguments)), file=answers, flush=True)
     finally:
         ray.shutdown()
         for proxy in _proxies:

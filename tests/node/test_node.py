@@ -160,7 +160,7 @@ def test_no_code_of_a_client_ran_in_a_worker(attempts, home):
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_other_interpreters_are_refused_by_name(attempts, name):
-    """The error names the runtime_env's key and the policy's that would allow it."""
+    """The error names the runtime_env's key and says what is possible instead."""
     said = str(attempts[name])
     assert REFUSED[name] in said
     assert "runtime_env.py_executable" in said

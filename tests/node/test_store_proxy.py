@@ -122,6 +122,18 @@ def test_a_put_bomb_past_rays_client_ends_at_the_quota(proxied):
     assert proxied("honest") == 1 << 18
 
 
+def test_answers_that_nobody_reads_hold_up_nobody(proxied):
+    """The store answers others while a worker asks, reads nothing, and leaves.
+
+    Guards against a proxy that waits for one of its clients: the store spins on a
+    descriptor that it can't send.
+    """
+    slowest, objects = proxied("slowest_put_during", "unread", 3)
+    assert objects > 1000
+    assert slowest < 2
+    assert proxied("honest") == 1 << 18
+
+
 def test_more_than_fits_is_spilled_and_restored(start):
     """Spill and restore workers go through the proxy as well."""
     side = start("proxy", store=100 << 20)

@@ -790,6 +790,12 @@ def test_lower_quota_of_the_parent_is_reported_as_degraded(groups: Cgroups) -> N
         group = below.create("less", CgroupLimits(cpu_cores=0.25))
         assert group.supported == ("cpu_cores",)
         assert group.remove()
+        # Whoever makes groups itself is told before: its write would be EINVAL.
+        files, lower = below.writes(CgroupLimits(cpu_cores=1))
+        assert (files, list(lower)) == ({}, ["cpu_cores"])
+        assert "0.5 cores" in lower["cpu_cores"]
+        files, lower = below.writes(CgroupLimits(cpu_cores=0.25))
+        assert (files, lower) == ({path: [("cpu.cfs_quota_us", b"25000")]}, {})
     finally:
         os.rmdir(path)
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from raysandbox.observe import events, live, state
 from raysandbox.observe.text import shown
+from raysandbox.worker.events import FILE_NAME, OLD_NAME, EventLog
 from raysandbox.worker.figures import outcome_label
 
 SIZE = 4096 + 16 * 512
@@ -266,7 +268,7 @@ def test_lines_that_are_no_events_are_counted_and_skipped(tmp_path):
 
 
 def test_a_log_is_read_on_where_it_was_left(tmp_path):
-    """Half lines wait for their rest; a cut or replaced file is read anew."""
+    """Half lines wait for their rest; of a cut file what is later is read."""
     log = tmp_path / "raysandbox_events-1.jsonl"
     reader = events.Reader([str(tmp_path)])
     assert reader.read() == []
@@ -276,7 +278,7 @@ def test_a_log_is_read_on_where_it_was_left(tmp_path):
         file.write(_line(n=2)[10:])
     (tmp_path / "raysandbox_events-2.jsonl").write_bytes(_line(n=3, time=9.0))
     assert [event["n"] for event in reader.read()] == [3, 2]
-    log.write_bytes(_line(n=4))
+    log.write_bytes(_line(n=4, time=11.0))
     assert [event["n"] for event in reader.read()] == [4]
     assert reader.malformed == 0
 
@@ -288,6 +290,69 @@ def test_a_line_without_end_takes_no_memory(tmp_path):
     reader = events.Reader([str(tmp_path)])
     assert [event["n"] for event in reader.read()] == [1]
     assert reader.malformed == 1
+
+
+WRITER = """
+import sys
+from raysandbox.worker.events import EventLog
+log = EventLog(sys.argv[1], most_bytes=20_000)
+log.open()
+print("open", flush=True)
+sys.stdin.readline()
+for number in range(150):
+    log.write("jail_ended", writer=sys.argv[2], number=number, padding="x" * 50)
+"""
+
+
+def test_a_log_of_many_writers_takes_bounded_space(tmp_path):
+    """Full, it is set aside once, and whoever writes goes on in the new one."""
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(tmp_path), str(name)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        for name in range(4)
+    ]
+    for writer in writers:
+        assert writer.stdout.readline() == b"open\n"
+    reader, found = events.Reader([str(tmp_path)]), []
+    for writer in writers:
+        writer.stdin.write(b"go\n")
+        writer.stdin.flush()
+    while any(writer.poll() is None for writer in writers):
+        found += reader.read()
+    found += reader.read()
+    for writer in writers:
+        writer.communicate()
+    assert {p.name for p in tmp_path.iterdir()} == {OLD_NAME, FILE_NAME}
+    # A line of each writer may come on top: each looked before it wrote.
+    assert all(p.stat().st_size <= 20_000 + 4 * 200 for p in tmp_path.iterdir())
+    # Who follows sees no event twice, and the last one was kept.
+    seen = [(event["writer"], event["number"]) for event in found]
+    assert len(seen) == len(set(seen))
+    assert len(seen) > 100  # one file full at least, however slow we read
+    assert 149 in {number for _, number in seen[-20:]}
+    assert reader.malformed == 0
+
+
+def test_a_log_that_can_not_be_renamed_loses_its_older_half(tmp_path):
+    """Behind the wall a worker's log is bound over its name: it is cut in place."""
+    (tmp_path / OLD_NAME / "in the way").mkdir(parents=True)
+    log = EventLog(str(tmp_path), most_bytes=20_000)
+    reader, found = events.Reader([str(tmp_path)]), []
+    for number in range(1000):
+        if number % 20 == 0 or number == 999:
+            found += reader.read()
+            time.sleep(0.002)  # times are in milliseconds
+        log.write("jail_ended", number=number, padding="x" * 50)
+    found += reader.read()
+    assert Path(log.path).stat().st_size <= 20_000
+    numbers = [event["number"] for event in found]
+    assert len(numbers) == len(set(numbers))
+    assert numbers[-1] == 999
+    assert len(events.Reader([str(tmp_path)]).read()) > 50
+    assert reader.malformed == 0
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from raysandbox import policy as policies
 from raysandbox import profile as profiles
 from raysandbox.errors import ProfileError
 from raysandbox.policy import Percent, Policy, Request, Rule, decide
+from raysandbox.policy.schema import NEVER
 from raysandbox.profile import dump
 
 
@@ -326,16 +327,8 @@ def test_two_tags_are_refused():
 @pytest.mark.parametrize(
     ("runtime_env", "key"),
     [
-        ({"py_executable": "sh -c evil"}, "py_executable"),
-        ({"image_uri": "x"}, "image_uri"),
-        ({"container": {"image": "x"}}, "container"),
-        ({"nsight": "default"}, "nsight"),
-        ({"_nsight": {"t": "cuda"}}, "nsight"),
-        ({"_rocprof_sys": {}, "rocprof_sys": "default"}, "rocprof_sys"),
         ({"pip": ["./evil"]}, "pip"),
         ({"uv": ["x"]}, "uv"),
-        ({"conda": "env"}, "conda"),
-        ({"java_jars": ["x.jar"]}, "java_jars"),
         ({"my_plugin": {"a": 1}}, "other"),
     ],
 )
@@ -345,6 +338,40 @@ def test_keys_that_reach_around_the_wall_are_refused_by_name(runtime_env, key):
     assert f'runtime_env.{key} = "allow"' in text
     allowing = Policy.model_validate({"runtime_env": {key: "allow", "why": "a test"}})
     assert policies.runtime_env_refusals(allowing, runtime_env) == []
+
+
+@pytest.mark.parametrize(
+    ("runtime_env", "key"),
+    [
+        ({"py_executable": "sh -c evil"}, "py_executable"),
+        ({"image_uri": "x"}, "image_uri"),
+        ({"container": {"image": "x"}}, "container"),
+        ({"nsight": "default"}, "nsight"),
+        ({"_nsight": {"t": "cuda"}}, "nsight"),
+        ({"_rocprof_sys": {}, "rocprof_sys": "default"}, "rocprof_sys"),
+        ({"conda": "env"}, "conda"),
+        ({"java_jars": ["x.jar"]}, "java_jars"),
+    ],
+)
+def test_keys_that_no_policy_allows_are_refused_by_name(runtime_env, key):
+    """The error says that there is no such permission and what does work."""
+    (text,) = policies.runtime_env_refusals(Policy(), runtime_env)
+    assert f"no value of runtime_env.{key} allows it" in text
+    assert "Python workers alone" in text or "pip, uv, py_modules" in text
+
+
+@pytest.mark.parametrize("key", sorted(NEVER))
+def test_a_permission_that_would_have_no_effect_is_an_error(home, key):
+    """Guards against a policy that reads as if it allowed what nobody gets."""
+    text = f'[runtime_env]\n{key} = "allow"\nwhy = "a test"'
+    with pytest.raises(ProfileError) as caught:
+        policies.load(write(home, text))
+    message = str(caught.value)
+    assert f'runtime_env.{key} = "allow": must be "refuse": ' in message
+    assert NEVER[key] in message
+    assert policies.load(write(home, text.replace("allow", "refuse")))
+    schema = policies.json_schema()["$defs"]["RuntimeEnv"]["properties"][key]
+    assert schema["const"] == "refuse"
 
 
 def test_harmless_keys_are_not_refused():

@@ -1,0 +1,191 @@
+"""The keeper that a node leaves behind, with something else in raylet's place."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from raysandbox import launch, plan
+from raysandbox.kernel import cgroup
+from raysandbox.plan import Plan, Record
+
+pytestmark = pytest.mark.root
+
+# What may pass between an end and what follows from it: far below the 30 seconds
+# that the keeper may take where something is left.
+_SOON_S = 4.0
+
+
+@pytest.fixture
+def base() -> Iterator[tuple[int, str]]:
+    """A control group in which workers make theirs: version and directory."""
+    groups = cgroup.discover()
+    version, path, _ = groups.places()[0]
+    own = os.path.join(path, f"raysandbox-keeper-{os.getpid()}")
+    os.makedirs(own)
+    yield version, own
+    subprocess.run(["find", own, "-depth", "-type", "d", "-delete"], check=False)
+
+
+def write_plan(path: Path, *records: tuple[Record, bytes]) -> str:
+    """Write a plan of these records."""
+    path.write_bytes(Plan("worker", tuple(records), ()).encode())
+    return str(path)
+
+
+def base_record(base: tuple[int, str]) -> tuple[Record, bytes]:
+    """Say where groups are made."""
+    return (Record.CGROUP_BASE, plan.u32(base[0]) + plan.text(base[1], base[1]))
+
+
+def group_name(pid: int, raylet: int) -> str:
+    """A worker's group, as the launcher names it."""
+    stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    namespace = os.stat("/proc/self/ns/pid").st_ino
+    return f"raysandbox-{namespace}-{pid}-{stat[19]}-w{raylet}"
+
+
+@contextlib.contextmanager
+def raylet(plan_file: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Start what stands for raylet, by the way that raylet is started."""
+    command = [launch.program_path("node"), plan_file, "/bin/cat"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+        try:
+            exe = f"/proc/{process.pid}/exe"
+            assert is_soon(lambda: os.path.samefile(exe, "/bin/cat"))
+            yield process
+        finally:
+            process.kill()
+
+
+def keepers(plan_file: str) -> list[int]:
+    """Return the keepers of this plan: who waits for its raylet's end."""
+    found = []
+    for entry in os.listdir("/proc"):
+        with contextlib.suppress(OSError):
+            if (
+                entry.isdigit()
+                and plan_file.encode() in Path(f"/proc/{entry}/cmdline").read_bytes()
+            ):
+                found.append(int(entry))
+    return found
+
+
+def is_soon(check) -> bool:
+    """Whether something comes true in the time that it may take."""
+    end = time.monotonic() + _SOON_S
+    while not check():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def test_the_keeper_ends_with_its_raylet(tmp_path, base):
+    """Nothing of this raylet's is left: it does not wait for other nodes' workers.
+
+    Guards against counting every group in a directory that nodes share.
+    """
+    plan_file = write_plan(tmp_path / "plan", base_record(base))
+    other = Path(base[1], group_name(os.getpid(), 1))
+    other.mkdir()
+    with raylet(plan_file) as process:
+        mine = Path(base[1], group_name(os.getpid(), process.pid))
+        mine.mkdir()
+        gone = subprocess.Popen(["true"])
+        left = Path(base[1], group_name(gone.pid, process.pid))
+        gone.wait()
+        left.mkdir()
+        assert is_soon(lambda: not left.exists())
+        mine.rmdir()
+        assert keepers(plan_file)
+        process.kill()
+        process.wait()
+        assert is_soon(lambda: not keepers(plan_file))
+    assert other.exists()
+    other.rmdir()
+
+
+def test_no_group_is_made_after_raylet(tmp_path, base):
+    """A worker that starts as raylet ends leaves nothing: nobody would remove it."""
+    records = (
+        base_record(base),
+        (Record.PROGRAM, plan.text("/bin/true", "worker.py")),
+        (Record.USER, plan.u32(os.geteuid(), 1) + plan.text("")),
+        (Record.INNER_ID, plan.u32(1000, 1000)),
+    )
+    wrapper = tmp_path / "worker"
+    write_plan(tmp_path / "worker.plan", *records)
+    command = [launch.program_path("worker"), str(wrapper), "worker.py"]
+    command.append(f"--worker-id={'a' * 56}")
+
+    def start(parent: int) -> str:
+        done = subprocess.run(
+            command,
+            env={"__RAYSANDBOX_RAYLET": str(parent)},
+            capture_output=True,
+            text=True,
+        )
+        return done.stderr
+
+    # The control dies later, of what such a small plan lacks, and in its group.
+    assert "raylet has ended" not in start(os.getpid())
+    assert len(os.listdir(base[1])) > len(_files_of(base[1]))
+    subprocess.run(
+        ["find", base[1], "-mindepth", "1", "-depth", "-type", "d", "-delete"]
+    )
+    assert "raylet has ended" in start(1)
+    assert len(os.listdir(base[1])) == len(_files_of(base[1]))
+
+
+def _files_of(directory: str) -> list[str]:
+    return [each for each in os.scandir(directory) if not each.is_dir()]
+
+
+def test_files_of_workers_that_are_gone_are_swept(tmp_path):
+    """A state file without its worker goes; of old event logs the newest stay."""
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    state = str(logs / "raysandbox_state-%w.bin")
+    plan_file = write_plan(
+        tmp_path / "plan", (Record.LOG, plan.u32(0) + plan.text(state, state))
+    )
+    alive, dead = "a" * 56, "b" * 56
+    for worker in (alive, dead):
+        (logs / f"raysandbox_state-{worker}.bin").write_bytes(b"x")
+        (logs / f"raysandbox_events-{worker}.jsonl").write_bytes(b"{}\n")
+    for number in range(520):
+        old = logs / f"raysandbox_events-{number:056x}.jsonl"
+        old.write_bytes(b"{}\n")
+        os.utime(old, (number, number))
+    os.utime(logs / f"raysandbox_events-{alive}.jsonl", (1, 1))
+    others = ["raysandbox_state-.bin", "raysandbox_state-../x.bin", "worker-1.out"]
+    kept = [logs / name for name in others if "/" not in name]
+    (tmp_path / "target").write_bytes(b"x")
+    link = logs / f"raysandbox_state-{'c' * 56}.bin"
+    link.symlink_to(tmp_path / "target")
+    for each in kept:
+        each.write_bytes(b"x")
+    with open(logs / f"raysandbox_state-{alive}.bin", "r+b") as held:
+        fcntl.lockf(held, fcntl.LOCK_EX)
+        with raylet(plan_file) as process:
+            process.kill()
+            process.wait()
+            assert is_soon(lambda: not keepers(plan_file))
+        assert (logs / f"raysandbox_state-{alive}.bin").exists()
+    assert (logs / f"raysandbox_events-{alive}.jsonl").exists()
+    assert not (logs / f"raysandbox_state-{dead}.bin").exists()
+    assert (logs / f"raysandbox_events-{dead}.jsonl").exists()
+    left = sorted(logs.glob("raysandbox_events-0*.jsonl"))
+    assert len(left) == 511  # the dead worker's is the newest
+    assert left[0].name == f"raysandbox_events-{9:056x}.jsonl"
+    assert all(each.exists() for each in kept)
+    assert link.is_symlink()
+    assert (tmp_path / "target").exists()

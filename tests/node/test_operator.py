@@ -1,0 +1,314 @@
+"""What a node's operator wrote holds, is said, and is seen: one node for all of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.node.nodes import ROOT, Node
+
+pytestmark = [pytest.mark.ray, pytest.mark.root]
+
+# CPU limits of the profiles and of the worker are above the totals on purpose.
+POLICY = """
+untagged = "trusted"
+
+[offer]
+strict = 3
+standard = 3
+trusted = 6
+
+[[rules]]
+name = "everybody"
+profiles = ["standard", "trusted"]
+
+[runtime_env]
+pip = "allow"
+why = "The operator's own users."
+
+[worker]
+pids = 1024
+cpu = 64
+
+[totals]
+cpu = "60%"
+memory = "80%"
+pids = "90%"
+
+[object_store]
+max_job = "60MiB"
+
+[audit]
+directory = "AUDIT"
+"""
+
+
+@pytest.fixture(scope="module")
+def audit() -> Iterator[Path]:
+    """The operator's directory for events."""
+    with tempfile.TemporaryDirectory(prefix="rsn-", dir=Path.home()) as directory:
+        yield Path(directory) / "audit"
+
+
+@pytest.fixture(scope="module")
+def node(audit: Path) -> Iterator[Node]:
+    made = Node(policy=POLICY.replace("AUDIT", str(audit)))
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def read_events(directory: Path) -> list[dict[str, Any]]:
+    """Return every event in a directory."""
+    return [
+        json.loads(line)
+        for path in directory.glob("raysandbox_*.jsonl")
+        for line in path.read_text().splitlines()
+    ]
+
+
+def command(*words: str) -> str:
+    """Return what one of our commands prints."""
+    done = subprocess.run(
+        [sys.executable, "-m", "raysandbox", *words],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    return done.stdout
+
+
+def test_untagged_tasks_run_in_the_worker_where_the_policy_says_so(node, audit):
+    """A limit above the node's totals is in force as the totals have it, and said.
+
+    Guards against EINVAL, with which version 1 answers a quota above its parent's.
+    """
+    out = node.drive(
+        """
+        import json
+        def look():
+            return [os.getpid(), len(os.sched_getaffinity(0))]
+        print(json.dumps(ray.get(ray.remote(look).remote(), timeout=60)))
+        """
+    )
+    pid, _ = json.loads(out.splitlines()[-1])
+    events = read_events(audit)
+    (entered,) = [e for e in events if e["event"] == "worker_entered"]
+    assert (entered["pid"], entered["profile"]) == (pid, "trusted")
+    (started,) = [e for e in events if e["event"] == "node_started"]
+    if os.path.exists("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"):
+        said = entered["protections"]["limits.cpu_cores"]
+        assert said.startswith("degraded: ")
+        said = started["protections"]["worker's control group"]
+        assert said.startswith("degraded: worker.cpu: ")
+        assert "and that holds" in said
+    for limit in ("cpu_cores", "memory_bytes", "pids"):
+        assert started["protections"][f"totals.{limit}"] == "enforced"
+    assert "connecting to any port" in started["protections"]["ports and signals"]
+
+
+def test_events_of_walled_workers_arrive_where_the_policy_says(node, audit):
+    """Jails' and workers' own, in the operator's directory and in no other."""
+    node.drive(
+        """
+        from raysandbox import tag
+        jailed = ray.remote(resources=tag("strict"))(lambda: os.getpid())
+        assert ray.get(jailed.remote(), timeout=60) == 1
+        """
+    )
+    end = time.monotonic() + 30
+    wanted = {"node_started", "worker_entered", "worker_ended", "jail_ended"}
+    while not wanted <= {e["event"] for e in read_events(audit)}:
+        assert time.monotonic() < end, {e["event"] for e in read_events(audit)}
+        time.sleep(0.2)
+    assert read_events(node.session / "logs") == []
+    # Each worker has a file of its own, which nobody else may read.
+    for path in audit.glob("raysandbox_events-*.jsonl"):
+        assert path.stat().st_mode & 0o007 == 0
+    shown = command("events", "--directory", str(audit), "--event", "jail_ended")
+    assert "strict" in shown
+
+
+FULL = """
+import json, subprocess
+from raysandbox import tag
+
+@ray.remote(resources=tag("trusted"), num_cpus=0)
+class Holder:
+    def fill(self):
+        self.kept = []
+        for _ in range(10):
+            try:
+                self.kept.append(ray.put(bytes(10 << 20)))
+            except Exception as error:
+                return [len(self.kept), type(error).__name__, str(error)]
+
+    def result(self):
+        return bytes(20 << 20)
+
+holder = Holder.remote()
+found = {"put": ray.get(holder.fill.remote(), timeout=60)}
+try:
+    ray.get(holder.result.remote(), timeout=60)
+except Exception as error:
+    found["result"] = [type(error).__name__, str(error)]
+for name in ("ps", "metrics"):
+    words = [sys.executable, "-m", "raysandbox", name] + ["--json"] * (name == "ps")
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found[name] = done.stdout
+words[-1:] = ["ps"]
+found["text"] = subprocess.run(words, capture_output=True, text=True).stdout
+found["job"] = ray.get_runtime_context().get_job_id()
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def full(node: Node) -> dict[str, Any]:
+    """What a job at its quota is told, and what its operator sees meanwhile."""
+    return json.loads(node.drive(FULL).splitlines()[-1])  # type: ignore[no-any-return]
+
+
+def test_a_full_quota_is_named_in_the_tasks_error(full, audit):
+    """Ray's own error, with what is full, how full, and the key that says so."""
+    count, name, text = full["put"]
+    assert (count, name) == (5, "ObjectStoreFullError")
+    assert "hint: a quota is full, not the node's memory" in text
+    assert f"job {full['job']} has " in text
+    assert f"of {60 << 20} bytes (object_store.max_job of the node's policy)" in text
+    refusals = command("events", "--directory", str(audit), "--event", "quota_refused")
+    assert full["job"] in refusals
+    assert f"of {60 << 20}" in refusals
+    name, text = full["result"]
+    assert "ObjectStoreFullError" in text
+    assert "object_store.max_job of the node's policy" in text
+
+
+def test_a_jobs_share_of_the_store_is_seen(node, full):
+    """In ``ps``, by job and by worker, and on the page for Prometheus."""
+    rows = json.loads(full["ps"])
+    (job,) = [r for r in rows if r["kind"] == "job" and r["id"] == full["job"]]
+    assert 50 << 20 <= job["stored_bytes"] <= 60 << 20
+    assert job["stored_limit_bytes"] == 60 << 20
+    assert job["stored_objects"] >= 5
+    assert job["refused"] >= 2
+    workers = [r for r in rows if r["kind"] == "worker" and r["stored_bytes"]]
+    assert [r["refused"] >= 2 for r in workers] == [True]
+    labels = f'job="{full["job"]}",node="{job["node"]}"'
+    page = full["metrics"].replace(f'node="{job["node"]}",job="{full["job"]}"', labels)
+    assert f"raysandbox_job_store_limit_bytes{{{labels}}} 6.291456e+07" in page
+    (refusals,) = [
+        line
+        for line in page.splitlines()
+        if line.startswith(f"raysandbox_job_store_refusals_total{{{labels}}}")
+    ]
+    assert float(refusals.split()[-1]) >= 2
+    line = next(each for each in full["text"].splitlines() if full["job"] in each)
+    assert "60M" in line
+
+
+def test_packages_that_the_policy_allows_reach_the_jails(node, tmp_path):
+    """What pip installed is there in the jail, and in no job without it."""
+    package = tmp_path / "rsx_extra"
+    package.mkdir()
+    (package / "rsx_extra.py").write_text("NAME = 'installed by pip'\n")
+    (package / "pyproject.toml").write_text(
+        "[build-system]\nrequires = []\n"
+        'build-backend = "setuptools.build_meta"\n'
+        '[project]\nname = "rsx-extra"\nversion = "1.0"\n'
+        '[tool.setuptools]\npy-modules = ["rsx_extra"]\n'
+    )
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-index"]
+    build += ["--no-build-isolation", "-w", str(tmp_path), str(package)]
+    subprocess.run(build, check=True)
+    wheel = next(tmp_path.glob("rsx_extra-*.whl"))
+    out = node.drive(
+        f"""
+        import json
+        from raysandbox import tag
+
+        def look():
+            try:
+                import rsx_extra
+            except ImportError:
+                return None
+            return rsx_extra.NAME, os.getpid()
+
+        task = ray.remote(resources=tag("strict"))(look)
+        pip = {{"packages": [{str(wheel)!r}],
+               "pip_install_options": ["--no-index", "--no-deps"]}}
+        there = task.options(runtime_env={{"pip": pip}})
+        found = [ray.get(each.remote(), timeout=90) for each in (there, task)]
+        try:
+            ray.get(task.options(runtime_env={{"uv": ["x"]}}).remote(), timeout=60)
+        except Exception as error:
+            found.append(str(error))
+        print(json.dumps(found))
+        """
+    )
+    there, without, refused = json.loads(out.splitlines()[-1])
+    assert there == ["installed by pip", 1]
+    assert without is None
+    assert 'runtime_env.uv = "allow" would allow it' in refused
+
+
+KEEPS = """
+import json
+look = ray.remote(resources={"sandbox:trusted": 1})(lambda: os.getpid())
+pids = [ray.get(look.remote(), timeout=60) for _ in range(3)]
+print(json.dumps([pids, "raysandbox" in sys.modules]))
+"""
+
+
+def test_a_driver_that_never_heard_of_us_keeps_its_workers(node):
+    """``RAYSANDBOX=1`` is enough where tasks are submitted.
+
+    Without it a worker of ``boundary = "worker"`` leaves after its task.
+    """
+    pids, imported = json.loads(node.drive(KEEPS).splitlines()[-1])
+    assert len(set(pids)) == 3
+    assert not imported
+    pids, _ = json.loads(node.drive(KEEPS, RAYSANDBOX="1").splitlines()[-1])
+    assert len(set(pids)) == 1
+
+
+def test_nothing_is_left_of_a_node_that_was_killed(node):
+    """Its keeper ends with its last worker's group, not at the end of its patience."""
+    raylet = node.raylet
+    plan = str(node.session / "raysandbox" / "worker.plan")
+    assert raylet
+    assert keepers(plan)
+    os.kill(raylet, signal.SIGKILL)
+    end = time.monotonic() + 12
+    while keepers(plan):
+        assert time.monotonic() < end, "the keeper lingers"
+        time.sleep(0.1)
+    assert node.groups(raylet) == []
+    assert list((node.session / "logs").glob("raysandbox_state-*.bin")) == []
+
+
+def keepers(plan: str) -> list[int]:
+    """Return the processes that wait for the end of this plan's raylet."""
+    found = []
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            words = Path(f"/proc/{entry}/cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if os.path.basename(words[0]) == b"raysandbox-node" and plan.encode() in words:
+            found.append(int(entry))
+    return found
