@@ -88,7 +88,7 @@ class Evil:
 evil = Evil()
 ray.init(f"ray://{HOST}:{CLIENT}")
 try:
-    print(ray.get(ray.remote(lambda: evil and 7).remote(), timeout=30))
+    print(ray.get(ray.remote(lambda: evil and 7).remote(), timeout=60))
 except ray.exceptions.RayError as error:
     print(type(error).__name__)
 """
@@ -187,7 +187,8 @@ REFUSED = {
 
 def test_control_all_of_it_works_on_stock_ray(stock):
     """Entrypoints as root, with the token; setup.py, an interpreter, a client."""
-    assert stock.heard == {*JOBS, "job_py_executable", "setup.py", "client"}
+    everything = {*JOBS, "job_py_executable", "setup.py", "client"}
+    assert stock.heard == everything, stock.client.stderr
     assert any("0 0123456789abcdef" in word for word in stock.words)
 
 
@@ -207,11 +208,12 @@ def test_an_entrypoint_is_refused_in_words(ours, name):
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_what_the_agent_would_run_is_refused_before_it_does(ours, name):
-    """The error names the runtime_env's key and the policy's that would allow it."""
+    """The error names the runtime_env's key, and the policy's if one would allow it."""
     found, key = ours.found[name], REFUSED[name]
     said = found if isinstance(found, str) else found[1]
     assert f"runtime_env key '{key}': refused by this node's policy" in said
-    assert f'runtime_env.{key} = "allow"' in said
+    if key != "py_executable":  # which no policy can allow
+        assert f'runtime_env.{key} = "allow"' in said
 
 
 def test_ray_client_is_refused_in_words(ours):
