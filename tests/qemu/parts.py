@@ -27,8 +27,10 @@ PARTS = {
             "tests/unit/test_cgroup.py",
             "tests/unit/test_totals.py",
             # Half a gigabyte, page by page, takes emulation minutes.
-            "--deselect=tests/unit/test_totals.py"
-            "::test_one_that_takes_all_memory_is_not_the_end_of_the_others",
+            (
+                "--deselect=tests/unit/test_totals.py"
+                "::test_one_that_takes_all_memory_is_not_the_end_of_the_others"
+            ),
         ),
         605,
     ),
