@@ -36,6 +36,8 @@ __all__ = ["Launcher", "current", "install", "uninstall"]
 _DIRECTORY = "raysandbox"
 # What the kernel reads of a #! line, less what is not the path.
 _INTERPRETER_BYTES = 250
+# By this word `ray stop` finds the server of Ray Client, or what stands for it.
+_CLIENT_SERVER = "ray.util.client.server"
 
 
 class Launcher:
@@ -204,7 +206,8 @@ def _refuse_clients(process: seams.Process) -> None:
     """Start what says that Ray Client is off in the place of its server."""
     host, port = process.argument("--host"), process.argument("--port")
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    program = [sys.executable, "-u", _beside(no_client), address]
+    gcs = process.argument("--address")
+    program = [sys.executable, "-u", _beside(no_client), address, gcs, _CLIENT_SERVER]
     # It is anybody's to talk to: no token, no key, no policy for it.
     names = ("PATH", "LANG", "PYTHONPATH", "VIRTUAL_ENV")
     kept = [f"{name}={os.environ[name]}" for name in names if name in os.environ]

@@ -1,20 +1,22 @@
 """Stands where Ray Client's server would, and says why there is none.
 
-``python no_client.py ADDRESS``
+``python no_client.py ADDRESS GCS_ADDRESS NAME``, the name being one by which
+`ray stop` knows it.
 
 The server of ``ray://`` unpickles what its clients send, and runs it, in processes
 of the head node that stand behind no wall and have the cluster's token. A node of
 ours does not start it. `ray start` takes its processes' ends for failures, and a
 client that finds nobody waits half a minute to say "timeout": so this answers each
 client's first request with the reason, as nobody, without the token, and reads
-nothing else.
+nothing else. It ends when the GCS has ended.
 """
 
 from __future__ import annotations
 
 import os
+import socket
 import sys
-import threading
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -29,10 +31,29 @@ REASON = (
 _NOBODY = 65534
 _MOST_AT_ONCE = 8
 _MOST_BYTES = 1 << 20
+_LOOK_S, _MISSES = 1.0, 5
 
 
-def main(address: str) -> None:
-    """Serve until the process that started this one ends it."""
+def _wait_for_end(gcs: str) -> None:
+    """Return when nobody has listened at the GCS's address for some seconds."""
+    host, _, port = gcs.rpartition(":")
+    missed = 0
+    while missed < _MISSES:
+        time.sleep(_LOOK_S)
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), 5).close()
+            missed = 0
+        except OSError:
+            missed += 1
+
+
+def main(address: str, gcs: str) -> None:
+    """Serve until this process is ended, or the GCS has.
+
+    Args:
+        address: Where to listen, as host:port.
+        gcs: The GCS's.
+    """
     # From the node's packages, not from this file's directory.
     sys.path[0] = __file__.rpartition("/raysandbox/")[0]
     import grpc
@@ -68,8 +89,9 @@ def main(address: str) -> None:
         os.setresgid(_NOBODY, _NOBODY, _NOBODY)
         os.setresuid(_NOBODY, _NOBODY, _NOBODY)
     server.start()
-    threading.Event().wait()
+    _wait_for_end(gcs)
+    server.stop(0)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], sys.argv[2])

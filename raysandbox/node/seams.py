@@ -76,7 +76,7 @@ _RAYLET_ARGUMENTS = (
 # Named by raylet: a worker's log files are made before it starts.
 _WORKER_ARGUMENTS = ("--worker-id", "--object-spilling-config")
 # Where the policy is asked before an environment is made; see `env_agent`.
-_AGENT = {
+_AGENT: Mapping[str, tuple[str, ...]] = {
     "main.py": (
         "from runtime_env_agent import RuntimeEnvAgent",
         "await agent.GetOrCreateRuntimeEnv(request)",

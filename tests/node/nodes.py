@@ -251,16 +251,14 @@ class Node:
                 self.process.wait(5)
             except subprocess.TimeoutExpired:
                 self.process.kill()
-        left = self.processes()
-        for pid in left:
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
         end = time.monotonic() + 10
-        while any(os.path.exists(f"/proc/{pid}") for pid in left):
-            if time.monotonic() > end:
-                break
+        # Again and again: one of them may be about to start another.
+        while (left := self.processes()) and time.monotonic() < end:
+            for pid in left:
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    continue
             time.sleep(0.05)
         shutil.rmtree(self.temporary, ignore_errors=True)
         shutil.rmtree(self.site, ignore_errors=True)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import tarfile
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from raysandbox.node.no_client import REASON
 from tests.node.home import CALL, SAFE, Home
 from tests.node.nodes import PLAIN, Node, free_port
 
-pytestmark = [pytest.mark.ray, pytest.mark.root]
+pytestmark = [pytest.mark.ray, pytest.mark.root, pytest.mark.timeout(240)]
 
 ATTACKS = """
 import json, threading
@@ -43,10 +45,10 @@ def shell(name):
     return (f"echo {name} $(id -u) $(cat $RAY_AUTH_TOKEN_PATH) > "
             f"/dev/tcp/127.0.0.1/{HOME}")
 
-def job(name, **options):
+def job(name, limit_s=80, **options):
     def start():
         made = client.submit_job(entrypoint=f"bash -c '{shell(name)}'", **options)
-        until = time.monotonic() + JOB_S
+        until = time.monotonic() + limit_s
         while not (status := client.get_job_status(made)).is_terminal():
             if time.monotonic() > until:
                 client.stop_job(made)
@@ -67,7 +69,8 @@ attempt("entrypoint_tagged", job("entrypoint_tagged", entrypoint_resources=TAG))
 attempt("job_variables", job("job_variables", runtime_env={"env_vars": {
     "LD_PRELOAD": "/nonexistent/evil.so", "PYTHONPATH": "/tmp"}}))
 attempt("job_pip", job("job_pip", runtime_env={"pip": pip}))
-attempt("job_py_executable", job("job_py_executable", runtime_env={
+# On stock Ray that interpreter has made its call by then, and serves no job.
+attempt("job_py_executable", job("job_py_executable", 15 if STOCK else 80, runtime_env={
     "py_executable": "bash -c '" + shell("job_py_executable") + "' "}))
 if not STOCK:
     # There a job's is enough.
@@ -85,7 +88,7 @@ class Evil:
 evil = Evil()
 ray.init(f"ray://{HOST}:{CLIENT}")
 try:
-    print(ray.get(ray.remote(lambda: evil and 7).remote(), timeout=30))
+    print(ray.get(ray.remote(lambda: evil and 7).remote(), timeout=60))
 except ray.exceptions.RayError as error:
     print(type(error).__name__)
 """
@@ -102,6 +105,19 @@ def package(home: Home, tmp_path_factory: pytest.TempPathFactory) -> str:
     with tarfile.open(archive, "w:gz") as file:
         file.add(setup, "evil-1.0/setup.py")
     return str(archive)
+
+
+def _refusers(server: str) -> list[tuple[int, str]]:
+    """Who stands in for that Ray Client server: uid and environment."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if b"no_client.py\0" + server.encode() in (entry / "cmdline").read_bytes():
+                variables = (entry / "environ").read_text()
+                found.append((entry.stat().st_uid, variables))
+        except OSError:
+            continue
+    return found
 
 
 class Outcome:
@@ -127,21 +143,25 @@ class Outcome:
         )
         before = len(home.heard)
         try:
-            # On stock Ray another interpreter has made its call and serves no job.
             values: dict[str, Any] = {
-                **ports, "PACKAGE": package, "TAG": {}, "JOB_S": 15,
-                "STOCK": kind == "stock", "HOST": node.host,
+                **ports, "PACKAGE": package, "STOCK": kind == "stock",
+                "TAG": {} if kind == "stock" else {"sandbox:standard": 1},
+                "HOST": node.host,
             }  # fmt: skip
-            if kind == "ours":
-                values |= {"TAG": {"sandbox:standard": 1}, "JOB_S": 40}
             names = "".join(f"{name} = {value!r}\n" for name, value in values.items())
             self.found = json.loads(node.drive(names + ATTACKS).splitlines()[-1])
             code = (CALL + SAFE).format(port=home.port)
             self.client = node.run(f"import ray\n{names}{code}{CLIENT}")
             self.heard = {word.split()[0] for word in home.heard[before:]}
             self.words = home.heard[before:]
+            server = f"{node.host}:{ports['CLIENT']}"
+            self.refusers = _refusers(server)
         finally:
             node.close()
+        until = time.monotonic() + 20
+        while _refusers(server) and time.monotonic() < until:
+            time.sleep(0.2)
+        self.left = _refusers(server)
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +187,8 @@ REFUSED = {
 
 def test_control_all_of_it_works_on_stock_ray(stock):
     """Entrypoints as root, with the token; setup.py, an interpreter, a client."""
-    assert stock.heard == {*JOBS, "job_py_executable", "setup.py", "client"}
+    everything = {*JOBS, "job_py_executable", "setup.py", "client"}
+    assert stock.heard == everything, stock.client.stderr
     assert any("0 0123456789abcdef" in word for word in stock.words)
 
 
@@ -187,14 +208,23 @@ def test_an_entrypoint_is_refused_in_words(ours, name):
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_what_the_agent_would_run_is_refused_before_it_does(ours, name):
-    """The error names the runtime_env's key and the policy's that would allow it."""
+    """The error names the runtime_env's key, and the policy's if one would allow it."""
     found, key = ours.found[name], REFUSED[name]
     said = found if isinstance(found, str) else found[1]
     assert f"runtime_env key '{key}': refused by this node's policy" in said
-    assert f'runtime_env.{key} = "allow"' in said
+    if key != "py_executable":  # which no policy can allow
+        assert f'runtime_env.{key} = "allow"' in said
 
 
 def test_ray_client_is_refused_in_words(ours):
     """At once, and not as a timeout; nothing that the client sent was opened."""
     assert ours.client.returncode != 0
     assert REASON in ours.client.stderr
+
+
+def test_who_refuses_clients_has_nothing(ours):
+    """Nobody's process, without token or keys; it ends with the node."""
+    ((uid, variables),) = ours.refusers
+    assert uid == 65534
+    assert "RAY" not in variables
+    assert ours.left == []

@@ -18,7 +18,7 @@ import pytest
 
 from tests.node.nodes import Node
 
-pytestmark = [pytest.mark.ray, pytest.mark.root]
+pytestmark = [pytest.mark.ray, pytest.mark.root, pytest.mark.timeout(240)]
 
 _FIRST, _REST = 20, 28
 POLICY = """

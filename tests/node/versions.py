@@ -63,6 +63,7 @@ def attempt(version: str) -> dict[str, Any]:
     # Not in /tmp: workers have one of their own.
     where = tempfile.mkdtemp(prefix="rsv-", dir=Path.home())
     try:
+        os.chmod(where, 0o755)  # workers are other users
         subprocess.run([sys.executable, "-m", "venv", where], check=True)
         python = f"{where}/bin/python"
         pip = [python, "-m", "pip", "-qq", "--disable-pip-version-check", "install"]

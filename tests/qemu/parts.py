@@ -22,7 +22,17 @@ class Part:
 
 PARTS = {
     "surfaces": Part(
-        ("tests/attacks/test_surfaces.py", "tests/unit/test_cgroup.py"), 600
+        (
+            "tests/attacks/test_surfaces.py",
+            "tests/unit/test_cgroup.py",
+            "tests/unit/test_totals.py",
+            # Half a gigabyte, page by page, takes emulation minutes.
+            (
+                "--deselect=tests/unit/test_totals.py"
+                "::test_one_that_takes_all_memory_is_not_the_end_of_the_others"
+            ),
+        ),
+        605,
     ),
     # As root alone: an emulated jail takes four seconds to start.
     "own": Part(("tests/attacks/test_own.py", "-k", "root"), 20),
