@@ -320,7 +320,7 @@ _ROWS: tuple[tuple[object, ...], ...] = (
     ("processes.getsid_of_host_process", "same", "ESRCH", PIDS, "Nor asking."),
     ("processes.priority_of_host_process", "same", "ESRCH", PIDS,
      "No priority of others."),
-    ("processes.priority_of_host_user", "same", "blocked", PIDS,
+    ("processes.priority_of_host_user", "user", "blocked", PIDS,
      "PRIO_USER names a uid that other jails may share."),
     ("processes.affinity_of_host_process", "same", "ESRCH", PIDS, "No affinity."),
     ("processes.realtime_self", "root", "EPERM", NO_CAPS,

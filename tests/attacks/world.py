@@ -292,7 +292,6 @@ class World:
             "victim_group": pid,
             "victim_fd": fd,
             "victim_address": address,
-            "victim_nice": os.getpriority(os.PRIO_PROCESS, pid),
             # What pid 1 is to the jail, the victim is to the control.
             "init_pid": pid,
         }

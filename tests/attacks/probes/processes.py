@@ -244,11 +244,13 @@ def priority_of_host_process(context: Context) -> object:
 
 @probe
 def priority_of_host_user(context: Context) -> object:
-    """PRIO_USER names a uid, not a pid: it must stay in the pid namespace."""
+    """PRIO_USER names a uid, not a pid: it must stay in the pid namespace.
+
+    The control is never root's: all of the machine's services would be nicer.
+    """
     uid = os.getuid()
-    # Only root may raise what another probe lowered.
-    before = 19 if uid else context["victim_nice"]
-    os.setpriority(os.PRIO_USER, uid, before)
+    assert uid != 0
+    os.setpriority(os.PRIO_USER, uid, 19)
     try:
         now = os.getpriority(os.PRIO_PROCESS, context["victim"])
     except ProcessLookupError:
