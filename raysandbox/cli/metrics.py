@@ -10,12 +10,13 @@ from typing import Annotated
 
 import typer
 
+from raysandbox.cli.look import application
 from raysandbox.errors import ProfileError
 from raysandbox.observe import page
 
 __all__ = ["app"]
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None)
+app = application()
 
 
 @app.command()
