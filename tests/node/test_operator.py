@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests import wheel
 from tests.node.nodes import ROOT, Node
 
 pytestmark = [pytest.mark.ray, pytest.mark.root]
@@ -223,19 +224,7 @@ def test_a_jobs_share_of_the_store_is_seen(node, full):
 
 def test_packages_that_the_policy_allows_reach_the_jails(node, tmp_path):
     """What pip installed is there in the jail, and in no job without it."""
-    package = tmp_path / "rsx_extra"
-    package.mkdir()
-    (package / "rsx_extra.py").write_text("NAME = 'installed by pip'\n")
-    (package / "pyproject.toml").write_text(
-        "[build-system]\nrequires = []\n"
-        'build-backend = "setuptools.build_meta"\n'
-        '[project]\nname = "rsx-extra"\nversion = "1.0"\n'
-        '[tool.setuptools]\npy-modules = ["rsx_extra"]\n'
-    )
-    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-index"]
-    build += ["--no-build-isolation", "-w", str(tmp_path), str(package)]
-    subprocess.run(build, check=True)
-    wheel = next(tmp_path.glob("rsx_extra-*.whl"))
+    made = wheel.build(tmp_path)
     out = node.drive(
         f"""
         import json
@@ -249,7 +238,7 @@ def test_packages_that_the_policy_allows_reach_the_jails(node, tmp_path):
             return rsx_extra.NAME, os.getpid()
 
         task = ray.remote(resources=tag("strict"))(look)
-        pip = {{"packages": [{str(wheel)!r}],
+        pip = {{"packages": [{str(made)!r}],
                "pip_install_options": ["--no-index", "--no-deps"]}}
         there = task.options(runtime_env={{"pip": pip}})
         found = [ray.get(each.remote(), timeout=90) for each in (there, task)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import time
 import zipfile
@@ -16,6 +15,7 @@ import pytest
 import ray
 
 import raysandbox
+from tests import wheel
 from tests.ray.events import ended
 
 STRICT = raysandbox.tag("strict")
@@ -422,19 +422,7 @@ def test_runtime_env_variables_directories_and_modules(tmp_path):
 
 def test_pip_packages_are_seen_by_the_task(tmp_path):
     """What ``runtime_env`` installs is there in the jail, and in no other."""
-    package = tmp_path / "rsx_extra"
-    package.mkdir()
-    (package / "rsx_extra.py").write_text("NAME = 'installed by pip'\n")
-    (package / "pyproject.toml").write_text(
-        "[build-system]\nrequires = []\n"
-        'build-backend = "setuptools.build_meta"\n'
-        '[project]\nname = "rsx-extra"\nversion = "1.0"\n'
-        '[tool.setuptools]\npy-modules = ["rsx_extra"]\n'
-    )
-    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-index"]
-    build += ["--no-build-isolation", "-w", str(tmp_path), str(package)]
-    subprocess.run(build, check=True)
-    wheel = next(tmp_path.glob("rsx_extra-*.whl"))
+    made = wheel.build(tmp_path)
 
     def look():
         try:
@@ -447,7 +435,7 @@ def test_pip_packages_are_seen_by_the_task(tmp_path):
     there = task.options(
         runtime_env={
             "pip": {
-                "packages": [str(wheel)],
+                "packages": [str(made)],
                 "pip_install_options": ["--no-index", "--no-deps"],
             }
         }
