@@ -796,10 +796,11 @@ class JailExecutor(seams.Executor):
         method: str = "",
     ) -> seams.SealedResult:
         present = self._present(operation, info, layout, method)
+        if jail.told != info.number:
+            # Reads the runtime_env, which also says what comes first.
+            jail.fixed, jail.told = self._fixed(pool.profile, info), info.number
         if not jail.tasks:
             present.update(self._first())
-        if jail.told != info.number:
-            jail.fixed, jail.told = self._fixed(pool.profile, info), info.number
         if operation != "method":
             parts.insert(0, b"" if info.number in jail.functions else info.code)
         jail.tasks.append(task)
