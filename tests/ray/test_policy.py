@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from raysandbox.node import totals
-from raysandbox.policy import Totals
 from tests.ray.policed import Policed
-from tests.require import require
 
 POLICY = """
 [offer]
@@ -331,40 +326,3 @@ def test_explain_says_what_the_worker_decided(node):
     assert str(refused["why"]) in got[1]["text"]
     assert explain(actor)["tag"] == "small"
     assert explain(job)["profile"] == "strict"
-
-
-def test_all_jails_together_stay_below_the_node_s_totals():
-    """Busy jails get what the policy leaves them, and raylet is not in their group.
-
-    Guards against many tasks that, each within its limits, starve raylet.
-    """
-    require("cgroup:cpu", "cgroup:pids", "cgroup:memory")
-    group = totals.enforce(Totals.model_validate({"cpu": 0.5, "pids": 2000}))
-    node = None
-    try:
-        node = Policed(POLICY, TAGS, PROFILES, group.variables())
-        body = """
-        @ray.remote(resources={"sandbox:strict": 1}, num_cpus=0.5, max_retries=0)
-        def spin(seconds):
-            import time
-            end = time.monotonic() + seconds
-            while time.monotonic() < end:
-                pass
-            return time.process_time()
-        ray.get([spin.remote(0.1) for _ in range(3)])
-        started = time.monotonic()
-        used = ray.get([spin.remote(4) for _ in range(3)])
-        result = [sum(used), time.monotonic() - started]
-        """
-        used, took = node.drive(body)
-        # A period more or less, and jails that start one after the other.
-        assert 0.1 < used / took < 0.65
-        inside = group.group.pids()
-        assert all("raylet" not in Path(f"/proc/{p}/comm").read_text() for p in inside)
-    finally:
-        if node is not None:
-            node.close()
-        until = time.monotonic() + 10
-        while not group.remove() and time.monotonic() < until:
-            time.sleep(0.1)
-    assert not any(Path(path).exists() for path in group.group.paths)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -242,15 +243,23 @@ def run(side: str) -> dict[str, dict]:
 
 
 @pytest.fixture(scope="module")
-def stock() -> dict[str, dict]:
+def both() -> dict[str, dict[str, dict]]:
+    """What happened on stock Ray, and beside it in the sandbox, under ``strict``."""
+    sides = ("stock", "strict")
+    with ThreadPoolExecutor(len(sides)) as pool:
+        return dict(zip(sides, pool.map(run, sides)))
+
+
+@pytest.fixture
+def stock(both: dict[str, dict[str, dict]]) -> dict[str, dict]:
     """What happened on stock Ray."""
-    return run("stock")
+    return both["stock"]
 
 
-@pytest.fixture(scope="module")
-def ours() -> dict[str, dict]:
-    """What happened in the sandbox, under ``strict``."""
-    return run("strict")
+@pytest.fixture
+def ours(both: dict[str, dict[str, dict]]) -> dict[str, dict]:
+    """What happened in the sandbox."""
+    return both["strict"]
 
 
 @pytest.mark.parametrize("place", PLACES)
