@@ -113,18 +113,21 @@ def main() -> None:
     }
     os.environ.pop("RAY_AUTH_TOKEN", None)
     os.environ.pop("RAY_ADDRESS", None)
+    # A thread of Ray's prints into sys.stdout, also in the middle of our lines.
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    sys.stdout = sys.stderr
     import ray
 
     try:
         _start(profile, directory)
         if what == "honest":
-            print(json.dumps(honest.measure(_remote(profile))), flush=True)
+            print(json.dumps(honest.measure(_remote(profile))), file=answers)
             return
         stage = _stage(profile, directory, token_path)
         chosen = [attack for attack in ATTACKS if attack.name in names]
         with contextlib.closing(stage):
             for attack in chosen:
-                print(json.dumps(_verdict(attack, stage)), flush=True)
+                print(json.dumps(_verdict(attack, stage)), file=answers)
     finally:
         ray.shutdown()
         shutil.rmtree(directory, ignore_errors=True)

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.answers import ALONE
+
 ROOT = Path(__file__).parents[2]
 POLICY = """
 [offer]
@@ -148,7 +150,7 @@ class Node:
             variables: More of its environment.
         """
         first = (
-            f"import os, sys, time, ray\noptions = {{}}\n{textwrap.dedent(options)}\n"
+            f"{ALONE}\nimport time, ray\noptions = {{}}\n{textwrap.dedent(options)}\n"
             f"ray.init(address={self.address!r}, logging_level='ERROR', "
             "log_to_driver=False, **options)\n"
         )

