@@ -153,18 +153,6 @@ set_rlimits(const struct plan *plan)
     }
 }
 
-static void
-write_map(int proc_fd, const char *name, const char *text)
-{
-    int fd = openat(proc_fd, name, O_WRONLY | O_CLOEXEC);
-
-    if (fd < 0)
-        rs_die("open_map", name);
-    if (write(fd, text, strlen(text)) != (ssize_t)strlen(text))
-        rs_die("write_map", name);
-    close(fd);
-}
-
 /* Become the jail's own host id, then nobody's root: a nested user namespace
  * maps that one id only.  All mounts made so far become locked in it, and no
  * capability that could be won there reaches them. */
@@ -193,11 +181,11 @@ become_user(const struct jail_entry *entry)
         rs_die("dumpable", NULL);
     if (unshare(CLONE_NEWUSER) != 0)
         rs_die("unshare_user", NULL);
-    write_map(entry->proc_fd, "self/setgroups", "deny");
+    rs_write_map(entry->proc_fd, "self/setgroups", "deny");
     snprintf(text, sizeof text, "%u %u 1", field_u32(inner, 0), entry->slot);
-    write_map(entry->proc_fd, "self/uid_map", text);
+    rs_write_map(entry->proc_fd, "self/uid_map", text);
     snprintf(text, sizeof text, "%u %u 1", field_u32(inner, 4), entry->slot);
-    write_map(entry->proc_fd, "self/gid_map", text);
+    rs_write_map(entry->proc_fd, "self/gid_map", text);
 }
 
 static void

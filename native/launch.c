@@ -341,12 +341,7 @@ write_id_map(pid_t pid, const char *name, const char *text)
     char path[64];
 
     snprintf(path, sizeof path, "/proc/%d/%s", pid, name);
-    int fd = open(path, O_WRONLY | O_CLOEXEC);
-    if (fd < 0)
-        rs_die("open_map", path);
-    if (write(fd, text, strlen(text)) != (ssize_t)strlen(text))
-        rs_die("write_map", path);
-    close(fd);
+    rs_write_map(AT_FDCWD, path, text);
 }
 
 static void

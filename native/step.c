@@ -2,6 +2,7 @@
 #include "step.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
@@ -41,4 +42,16 @@ rs_die(const char *step, const char *detail)
         dprintf(STDERR_FILENO, "raysandbox-launch: %s: %s [%s]\n", step,
                 strerror(error), detail ? detail : "");
     _exit(EXIT_SETUP);
+}
+
+void
+rs_write_map(int directory, const char *path, const char *text)
+{
+    int fd = openat(directory, path, O_WRONLY | O_CLOEXEC);
+
+    if (fd < 0)
+        rs_die("open_map", path);
+    if (write(fd, text, strlen(text)) != (ssize_t)strlen(text))
+        rs_die("write_map", path);
+    close(fd);
 }

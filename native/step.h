@@ -22,4 +22,8 @@ _Noreturn void rs_die(const char *step, const char *detail);
  * exit status still says that the set-up failed. */
 void rs_report(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
+/* Write an id map, or what must be said before one, in the one write that the
+ * kernel takes; die if it refuses.  Paths as in openat(2). */
+void rs_write_map(int directory, const char *path, const char *text);
+
 #endif

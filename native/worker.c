@@ -396,27 +396,15 @@ fill_root(int root, void *argument)
 }
 
 static void
-write_file(const char *path, const char *text)
-{
-    int fd = open(path, O_WRONLY | O_CLOEXEC);
-
-    if (fd < 0)
-        rs_die("open_map", path);
-    if (write(fd, text, strlen(text)) != (ssize_t)strlen(text))
-        rs_die("write_map", path);
-    close(fd);
-}
-
-static void
 map_one_id(const struct worker *worker, gid_t gid)
 {
     char text[64];
 
-    write_file("/proc/self/setgroups", "deny");
+    rs_write_map(AT_FDCWD, "/proc/self/setgroups", "deny");
     snprintf(text, sizeof text, "%u %u 1", worker->inside, worker->uid);
-    write_file("/proc/self/uid_map", text);
+    rs_write_map(AT_FDCWD, "/proc/self/uid_map", text);
     snprintf(text, sizeof text, "%u %u 1", worker->inside, gid);
-    write_file("/proc/self/gid_map", text);
+    rs_write_map(AT_FDCWD, "/proc/self/gid_map", text);
 }
 
 static void
