@@ -39,6 +39,7 @@ __all__ = [
     "State",
     "compile",
     "described",
+    "is_below",
     "python_paths",
     "survey",
     "system_paths",
@@ -529,7 +530,7 @@ class Builder:
                 self.add(Record.FILE, u32(0o444) + text(path) + content.encode())
 
     def _is_bound(self, path: str) -> bool:
-        return any(_is_below(path, bound) for bound in self.readable)
+        return any(is_below(path, bound) for bound in self.readable)
 
     def limits(self) -> None:
         limits = self.profile.limits
@@ -585,7 +586,7 @@ class Builder:
         for path, access in rules.items():
             # What a rule further up allows anyway needs none of its own.
             if any(
-                path != above and _is_below(path, above) and access & ~allowed == 0
+                path != above and is_below(path, above) and access & ~allowed == 0
                 for above, allowed in rules.items()
             ):
                 continue
@@ -672,7 +673,8 @@ def _small_file(path: str) -> bytes | None:
     return content if len(content) <= _ETC_FILE_BYTES else None
 
 
-def _is_below(path: str, directory: str) -> bool:
+def is_below(path: str, directory: str) -> bool:
+    """Whether a path is a directory's own or leads below it; both as written."""
     return path == directory or path.startswith(directory.rstrip("/") + "/")
 
 
@@ -680,6 +682,6 @@ def _outermost(paths: Iterable[str]) -> list[str]:
     """Drop duplicates and paths that lie below another one; parents first."""
     kept: list[str] = []
     for path in sorted({os.path.normpath(path) for path in paths}):
-        if not any(_is_below(path, outer) for outer in kept):
+        if not any(is_below(path, outer) for outer in kept):
             kept.append(path)
     return kept

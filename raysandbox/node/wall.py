@@ -33,7 +33,7 @@ import os
 import pwd
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from raysandbox import plan, profile
@@ -215,6 +215,37 @@ def _search_path() -> list[str]:
         if path
         and (path in chosen or any(path.startswith(root + "/") for root in roots))
     ]
+
+
+def _require_reachable(interpreter: str, roots: Sequence[str]) -> None:
+    """Refuse a Python that a worker could not start: raylet would try for ever.
+
+    Args:
+        interpreter: As it is started, or what that leads to.
+        roots: What workers see of Python; they get to each of these.
+
+    Raises:
+        UnsupportedError: It is hidden by a worker's own directories, or there is a
+            directory on the way that only its owner may enter.
+    """
+    hidden = next((at for at in _OWN_PLACES if plan.is_below(interpreter, at)), "")
+    have, remedy = f"it is in {hidden}, of which each worker has its own", ""
+    if not hidden:
+        above = [root for root in roots if plan.is_below(interpreter, root)]
+        at, stop = interpreter, os.path.dirname(min(above, key=len, default="/"))
+        while at not in (stop, "/"):
+            if not os.stat(at).st_mode & 0o001:
+                have, remedy = f"{at} is its owner's alone", f"chmod o+rx {at}, or "
+                break
+            at = os.path.dirname(at)
+        else:
+            return
+    raise UnsupportedError(
+        feature=f"the worker's Python, {interpreter}",
+        need="a path that the workers' user may walk",
+        have=have,
+        remedy=f"{remedy}install it elsewhere, such as below /opt",
+    )
 
 
 class _WorkerBuilder(plan.Builder):
@@ -494,6 +525,9 @@ class _WorkerBuilder(plan.Builder):
         session = self.session
         # Without "..": a worker does not see all directories of the way.
         interpreter = os.path.abspath(session.interpreter)
+        if self.host.is_root:
+            for path in (interpreter, os.path.realpath(interpreter)):
+                _require_reachable(path, self.context.python)
         self.add(plan.Record.PROGRAM, plan.text(interpreter, session.worker_script))
         script = os.path.join(os.path.dirname(__file__), "prelude.py")
         for argument in (
@@ -508,5 +542,6 @@ class _WorkerBuilder(plan.Builder):
             self.add(plan.Record.PRELUDE, plan.text(argument))
 
 
+_OWN_PLACES = ("/tmp", "/dev/shm", "/proc", "/run")
 _POLICY_KEY = {"cpu_cores": "cpu", "memory_bytes": "memory", "pids": "pids"}
 _PLAIN_DEVICES = ("null", "zero", "full", "random", "urandom")

@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from tests.node.home import CALL, SAFE, Home
-from tests.node.nodes import PLAIN, ROOT, Node
+from tests.node.nodes import PLAIN, ROOT, Node, free_port
 
 pytestmark = [pytest.mark.ray, pytest.mark.root]
 
@@ -403,13 +404,18 @@ def test_a_plain_ray_start_is_walled_by_the_variable():
         node.close()
 
 
-def _refusal(*arguments: str, policy: Path | None) -> str:
+def _refusal(
+    *arguments: str,
+    policy: Path | None,
+    python: str = sys.executable,
+    modules: str = str(ROOT),
+) -> str:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY")}
-    environment["PYTHONPATH"] = str(ROOT)
+    environment["PYTHONPATH"] = modules
     if policy is not None:
         environment["RAYSANDBOX_POLICY"] = str(policy)
     done = subprocess.run(
-        [sys.executable, "-m", "raysandbox", "start", "--head", *arguments],
+        [python, "-m", "raysandbox", "start", "--head", *arguments],
         env=environment,
         capture_output=True,
         text=True,
@@ -426,3 +432,24 @@ def test_start_refuses_without_a_policy_that_only_its_owner_can_write(node):
     loose.write_text("")
     loose.chmod(0o666)
     assert "group or others" in _refusal(policy=loose)
+
+
+@pytest.mark.parametrize(
+    ("place", "why"),
+    [(None, "is its owner's alone"), ("/tmp", "of which each worker has its own")],
+)
+def test_start_refuses_a_python_that_workers_can_t_start(node, place, why):
+    """Named, with the remedy: raylet would start one worker after the other."""
+    with tempfile.TemporaryDirectory(prefix="rsn-", dir=place or Path.home()) as home:
+        venv = [sys.executable, "-m", "venv", "--without-pip", f"{home}/python"]
+        subprocess.run(venv, check=True)
+        modules = ":".join([str(ROOT), *(p for p in sys.path if "site-packages" in p)])
+        said = _refusal(
+            f"--temp-dir={home}/r",
+            f"--port={free_port()}",
+            policy=node.site / "policy.toml",
+            python=f"{home}/python/bin/python",
+            modules=modules,
+        )
+    assert "the worker's Python" in said, said
+    assert why in said
