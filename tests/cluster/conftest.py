@@ -236,7 +236,7 @@ class Hardened:
 
     def expect_event(self, since: float, **wanted: str) -> dict[str, Any]:
         """Wait for an audit record; return the first."""
-        wait_for(f"event {wanted}", lambda: self.events(since, **wanted), 10)
+        wait_for(f"event {wanted}", lambda: self.events(since, **wanted), 30)
         return self.events(since, **wanted)[0]
 
     def alive(self) -> int:
