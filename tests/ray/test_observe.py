@@ -64,7 +64,7 @@ result = {
 def node() -> Iterator[Policed]:
     """A node with a policy."""
     tags = {f"sandbox:{name}": 8.0 for name in ("strict", "standard", "trusted")}
-    made = Policed(POLICY, tags, {})
+    made = Policed(POLICY, tags, {}, {"RAY_metrics_report_interval_ms": "1000"})
     yield made
     made.close()
 
