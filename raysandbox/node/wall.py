@@ -225,27 +225,19 @@ def _require_reachable(interpreter: str, roots: Sequence[str]) -> None:
         roots: What workers see of Python; they get to each of these.
 
     Raises:
-        UnsupportedError: It is hidden by a worker's own directories, or there is a
-            directory on the way that only its owner may enter.
+        UnsupportedError: Something on the way is its owner's alone.
     """
-    hidden = next((at for at in _OWN_PLACES if plan.is_below(interpreter, at)), "")
-    have, remedy = f"it is in {hidden}, of which each worker has its own", ""
-    if not hidden:
-        above = [root for root in roots if plan.is_below(interpreter, root)]
-        at, stop = interpreter, os.path.dirname(min(above, key=len, default="/"))
-        while at not in (stop, "/"):
-            if not os.stat(at).st_mode & 0o001:
-                have, remedy = f"{at} is its owner's alone", f"chmod o+rx {at}, or "
-                break
-            at = os.path.dirname(at)
-        else:
-            return
-    raise UnsupportedError(
-        feature=f"the worker's Python, {interpreter}",
-        need="a path that the workers' user may walk",
-        have=have,
-        remedy=f"{remedy}install it elsewhere, such as below /opt",
-    )
+    above = [root for root in roots if plan.is_below(interpreter, root)]
+    at, stop = interpreter, os.path.dirname(min(above, key=len, default="/"))
+    while at not in (stop, "/"):
+        if not os.stat(at).st_mode & 0o001:
+            raise UnsupportedError(
+                feature=f"the worker's Python, {interpreter}",
+                need="a path that the workers' user may walk",
+                have=f"{at} is its owner's alone",
+                remedy=f"chmod o+rx {at}, or install it elsewhere, such as below /opt",
+            )
+        at = os.path.dirname(at)
 
 
 class _WorkerBuilder(plan.Builder):
@@ -542,6 +534,5 @@ class _WorkerBuilder(plan.Builder):
             self.add(plan.Record.PRELUDE, plan.text(argument))
 
 
-_OWN_PLACES = ("/tmp", "/dev/shm", "/proc", "/run")
 _POLICY_KEY = {"cpu_cores": "cpu", "memory_bytes": "memory", "pids": "pids"}
 _PLAIN_DEVICES = ("null", "zero", "full", "random", "urandom")
