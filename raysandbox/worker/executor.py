@@ -507,6 +507,7 @@ class JailExecutor(seams.Executor):
             "jail_ended",
             profile=pool.profile.name,
             tasks=jail.tasks,
+            calls=jail.served,
             outcome=jail.outcome,
             memory_peak_bytes=usage.memory_peak_bytes,
             cpu_time_s=usage.cpu_time_s,
@@ -799,11 +800,11 @@ class JailExecutor(seams.Executor):
         if jail.told != info.number:
             # Reads the runtime_env, which also says what comes first.
             jail.fixed, jail.told = self._fixed(pool.profile, info), info.number
-        if not jail.tasks:
+        if not jail.served:
             present.update(self._first())
         if operation != "method":
             parts.insert(0, b"" if info.number in jail.functions else info.code)
-        jail.tasks.append(task)
+        jail.serves(task)
         self._show(pool, jail, task)
         try:
             # The next jail is forked while this one works.
@@ -835,7 +836,7 @@ class JailExecutor(seams.Executor):
             jail.about = self._about(pool, jail)
         jail.place.write(
             running=True,
-            calls=len(jail.tasks),
+            calls=jail.served,
             denials=jail.denied_count,
             task=self._worker.current_task_id.binary(),
             name=task,

@@ -50,6 +50,8 @@ _READY_S = 30.0
 _SLICE_S = 0.1
 _TIMEVAL = struct.Struct("@ll")
 _CHECK_S = 0.25
+# Of tasks, in the event of a jail's end: one may serve for days.
+_MOST_NAMES = 64
 # Between the end of a dying jail's socket and the word of its end: the kernel takes
 # its mounts down in between, which on a busy host takes its time.
 _DYING_S = 3.0
@@ -117,6 +119,8 @@ class Jail:
     place: state.Place | None = None
     about: dict[str, Any] = field(default_factory=dict)
     ended_by: str = ""
+    # How many tasks it was given, and the first different names among them.
+    served: int = 0
     tasks: list[str] = field(default_factory=list)
     # The functions it has; what it was told with each call of one, and of which.
     functions: set[int] = field(default_factory=set)
@@ -128,6 +132,12 @@ class Jail:
     usage: cgroup.Usage = field(default_factory=cgroup.Usage)
     output_bytes: int = 0
     first_call: float = 0.0
+
+    def serves(self, task: str) -> None:
+        """Note that it is given a task of this name."""
+        self.served += 1
+        if len(self.tasks) < _MOST_NAMES and task not in self.tasks:
+            self.tasks.append(task)
 
     @property
     def running_s(self) -> float:
