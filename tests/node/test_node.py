@@ -37,7 +37,11 @@ def node() -> Iterator[Node]:
 
 def _wait(what: str, check, timeout_s: float = 30) -> None:
     end = time.monotonic() + timeout_s
-    while not check():
+    while True:
+        # A group may go while it is looked at.
+        with contextlib.suppress(FileNotFoundError):
+            if check():
+                return
         assert time.monotonic() < end, f"not seen in time: {what}"
         time.sleep(0.1)
 
