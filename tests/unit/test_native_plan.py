@@ -232,7 +232,7 @@ def launch(
     )  # fmt: skip
     os.close(plan_fd)
     os.close(status_write)
-    with os.fdopen(status_read) as pipe:
+    with os.fdopen(status_read, errors="replace") as pipe:
         lines = pipe.read().splitlines()
     _, errors = process.communicate(timeout=60)
     return process.returncode, lines, errors.decode(errors="replace")
