@@ -48,9 +48,8 @@ def node() -> Iterator[Node]:
         except AssertionError as error:
             # Seen once: raylet ended as the first driver came. Why stands here.
             said = (made.session / "logs" / "raylet.out").read_text()[-3000:]
-            print(f"started again: {error}\n{said}")
             made.close()
-            made = Node(policy=POLICY, uid=USER, RAYSANDBOX_CGROUP=":".join(given))
+            raise AssertionError(f"{error}\n{said}") from None
         yield made
         made.close()
     finally:
