@@ -16,6 +16,8 @@ SOURCES := pyproject.toml setup.py MANIFEST.in $(wildcard profiles/*.toml) \
         -not -path 'raysandbox/_*/*')
 # Arguments for pytest: make test ARGS='-k seccomp'
 ARGS ?=
+# Side by side: what keeps a processor busy, and what waits. LANES= runs one by one.
+LANES ?= -n 2 --dist loadgroup
 
 help:  ## list the targets
 	@grep -E '^[a-z.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | \
@@ -39,7 +41,7 @@ lint: .venv/.installed  ## ruff, formatting, types
 test: setup .venv/.installed build/check/tests  ## everything, lint and types included
 	@status=0; $(MAKE) lint || status=1; \
 	$(MAKE) -C native sanitize || status=1; \
-	cd build/check && ../../.venv/bin/python -m pytest $(ARGS) || status=1; \
+	cd build/check && ../../.venv/bin/python -m pytest $(LANES) $(ARGS) || status=1; \
 	if [ $$status -ne 0 ]; then echo 'make test: FAILED (see above)' >&2; fi; exit $$status
 
 quick: .venv/.installed build/check/tests  ## tests without Ray, machines, images, other kernels

@@ -1,9 +1,14 @@
 """Order, marks and time limits of all tests, and what they may leave behind.
 
-A directory under tests/ gives its tests their mark and their time limit. Quick
-ones run first, so that a broken wall shows in seconds.
+A directory under tests/ gives its tests their mark, their time limit and their
+lane. Quick ones run first, so that a broken wall shows in seconds.
 
-Nothing may stay when the session ends: no process, and on a machine where
+There are two lanes, which run side by side under ``pytest -n 2 --dist loadgroup``:
+what keeps a processor busy, and what mostly waits for nodes to start. A test that
+measures, or looks at the whole machine, is marked ``alone``: the other lane waits
+between two tests of its own meanwhile.
+
+Nothing may stay when the last lane ends: no process, and on a machine where
 nobody else works (``CI`` or ``RAYSANDBOX_TEST_ALONE`` is set) no mount, cgroup
 or network namespace either.
 """
@@ -11,6 +16,7 @@ or network namespace either.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
 import time
@@ -21,18 +27,21 @@ import pytest
 
 from tests.require import require
 
-# Directory: its mark, and seconds for one test.
-_KINDS: dict[str, tuple[str, int]] = {
-    "unit": ("", 120),
-    "attacks": ("", 300),
-    "image": ("image", 600),
-    "ray": ("ray", 300),
-    "node": ("ray", 300),
-    "cluster": ("cluster", 300),
-    "qemu": ("qemu", 1500),
+# Directory: its mark, seconds for one test, and its lane.
+_KINDS: dict[str, tuple[str, int, str]] = {
+    "unit": ("", 120, "busy"),
+    "attacks": ("", 300, "busy"),
+    "ray": ("ray", 300, "busy"),
+    "node": ("ray", 300, "waiting"),
+    "cluster": ("cluster", 300, "waiting"),
+    "image": ("image", 600, "waiting"),
+    "qemu": ("qemu", 1500, "waiting"),
 }
 _LAST = list(_KINDS)
 
+# Ordinary users, one for each lane: a signal to all of one's processes is an attack.
+_LANE = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+os.environ.setdefault("RAYSANDBOX_TEST_UID", str(54321 + _LANE))
 # In the environment of every process that the tests start, directly or not.
 _TOKEN = f"RSX_TEST_SESSION={os.getpid()}-{time.monotonic_ns()}"
 # What is ours by its name, whatever its environment.
@@ -51,13 +60,41 @@ def _kind(item: pytest.Item) -> str:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark by directory, and sort by what a test costs."""
     for item in items:
-        mark, limit_s = _KINDS[_kind(item)]
+        mark, limit_s, lane = _KINDS[_kind(item)]
+        item.add_marker(pytest.mark.xdist_group(lane))
         if mark:
             item.add_marker(mark)
         if item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(limit_s))
     # Stable: the order within a directory stays.
     items.sort(key=lambda item: _LAST.index(_kind(item)))
+
+
+def _shared(config: pytest.Config, name: str) -> int:
+    """Open a file that all lanes of this session have in common."""
+    directory = Path(config._tmp_path_factory.getbasetemp())  # type: ignore[attr-defined]
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        directory = directory.parent
+    return os.open(directory / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Keep the other lane out while a test wants to be alone.
+
+    Its time limit begins when it has its turn.
+    """
+    alone = item.get_closest_marker("alone") is not None
+    turn, running = (_shared(item.config, name) for name in ("turn", "running"))
+    try:
+        # Who waits for the others to end keeps them from beginning anew.
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        fcntl.flock(running, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        fcntl.flock(turn, fcntl.LOCK_UN)
+        return (yield)
+    finally:
+        os.close(turn)
+        os.close(running)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -73,8 +110,12 @@ def _read(path: Path) -> str:
         return ""
 
 
-def _processes() -> dict[tuple[int, str], str]:
-    """Map (pid, start time) to a description, for all that may be ours."""
+def _processes(everything: bool) -> dict[tuple[int, str], str]:
+    """Map (pid, start time) to a description, for what is ours.
+
+    Args:
+        everything: What has our names, too, whoever started it.
+    """
     found = {}
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
@@ -84,7 +125,7 @@ def _processes() -> dict[tuple[int, str], str]:
             continue
         command = _read(entry / "cmdline").replace("\0", " ").strip()
         marked = _TOKEN in _read(entry / "environ").split("\0")
-        if marked or (_alone() and _OURS.search(command)):
+        if marked or (everything and _OURS.search(command)):
             found[int(entry.name), after_name[19]] = command or "?"
     return found
 
@@ -111,25 +152,34 @@ def _ours_by_name(name: str) -> bool:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def nothing_stays_behind() -> Iterator[None]:
+def nothing_stays_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     """The session leaves the machine as it was.
+
+    Each lane looks for processes of its own, the last one for everything.
 
     Guards against jails, launchers and groups that outlive their task in a way
     that no single test looks at.
     """
     name, _, value = _TOKEN.partition("=")
     os.environ[name] = value
-    before, things_before = _processes(), _things() if _alone() else set()
+    lanes = _shared(request.config, "lanes")
+    fcntl.flock(lanes, fcntl.LOCK_SH)
+    before, things_before = _processes(_alone()), _things() if _alone() else set()
     yield
+    everything = _alone()
+    try:
+        fcntl.flock(lanes, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        everything = False
     # What was told to end is given a moment to have ended.
     until = time.monotonic() + 10
     while True:
         left = [
             f"process {pid}: {command[:200]}"
-            for (pid, start), command in _processes().items()
+            for (pid, start), command in _processes(everything).items()
             if (pid, start) not in before
         ]
-        if _alone():
+        if everything:
             left += sorted(_things() - things_before)
         if not left or time.monotonic() > until:
             break

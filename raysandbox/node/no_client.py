@@ -8,7 +8,8 @@ of the head node that stand behind no wall and have the cluster's token. A node 
 ours does not start it. `ray start` takes its processes' ends for failures, and a
 client that finds nobody waits half a minute to say "timeout": so this answers each
 client's first request with the reason, as nobody, without the token, and reads
-nothing else. It ends when the GCS has ended.
+nothing else. Where somebody else has the port it waits until that is free, since
+its end would be the node's. It ends when the GCS has ended.
 """
 
 from __future__ import annotations
@@ -34,17 +35,46 @@ _MOST_BYTES = 1 << 20
 _LOOK_S, _MISSES = 1.0, 5
 
 
-def _wait_for_end(gcs: str) -> None:
-    """Return when nobody has listened at the GCS's address for some seconds."""
-    host, _, port = gcs.rpartition(":")
-    missed = 0
-    while missed < _MISSES:
+class _Gcs:
+    """Tells whether a GCS has ended: nobody has listened there for some looks."""
+
+    def __init__(self, address: str) -> None:
+        host, _, port = address.rpartition(":")
+        self._address = host.strip("[]"), int(port)
+        self._missed = 0
+
+    def ended(self) -> bool:
+        """Wait for a moment, then look."""
         time.sleep(_LOOK_S)
         try:
-            socket.create_connection((host.strip("[]"), int(port)), 5).close()
-            missed = 0
+            socket.create_connection(self._address, 5).close()
+            self._missed = 0
         except OSError:
-            missed += 1
+            self._missed += 1
+        return self._missed >= _MISSES
+
+
+def _is_free(address: str) -> bool:
+    """Whether one could listen there; gRPC's own attempt would fill the log."""
+    host, _, port = address.rpartition(":")
+    family, kind, protocol, _, where = socket.getaddrinfo(
+        host.strip("[]"), int(port), type=socket.SOCK_STREAM
+    )[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(where)
+            probe.listen(1)
+        except OSError:
+            return False
+    return True
+
+
+def _listens(server: Any, address: str) -> bool:
+    try:
+        return _is_free(address) and server.add_insecure_port(address) != 0
+    except RuntimeError:  # somebody was faster
+        return False
 
 
 def main(address: str, gcs: str) -> None:
@@ -75,21 +105,38 @@ def main(address: str, gcs: str) -> None:
                 )
                 return
 
+    its_gcs = _Gcs(gcs)
     server = grpc.server(
         ThreadPoolExecutor(_MOST_AT_ONCE),
         maximum_concurrent_rpcs=_MOST_AT_ONCE,
-        options=[("grpc.max_receive_message_length", _MOST_BYTES)],
+        # Nobody shares the port, be it as nobody.
+        options=[
+            ("grpc.max_receive_message_length", _MOST_BYTES),
+            ("grpc.so_reuseport", 0),
+        ],
     )
     ray_client_pb2_grpc.add_RayletDriverServicer_to_server(Refusal(), server)
     ray_client_pb2_grpc.add_RayletDataStreamerServicer_to_server(Stream(), server)
-    if server.add_insecure_port(address) == 0:
-        raise SystemExit(f"raysandbox: can't listen on {address}")
+    said = False
+    while not _listens(server, address):
+        if not said:
+            sys.stderr.write(
+                f"raysandbox: {address}, where clients of ray:// would be told why "
+                "they are not served, is another process's. The node goes on; what "
+                "answers there is not this node's. Choose a free port with "
+                "--ray-client-server-port\n"
+            )
+            sys.stderr.flush()
+            said = True
+        if its_gcs.ended():
+            return
     if os.geteuid() == 0:
         os.setgroups([])
         os.setresgid(_NOBODY, _NOBODY, _NOBODY)
         os.setresuid(_NOBODY, _NOBODY, _NOBODY)
     server.start()
-    _wait_for_end(gcs)
+    while not its_gcs.ended():
+        pass
     server.stop(0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -105,7 +106,8 @@ class Node:
             "PYTHONPATH": str(ROOT),
         }
         self.environment |= {k: v for k, v in variables.items() if k.startswith("RAY_")}
-        first = 20_000 + os.getpid() % 40 * 256
+        # Between what Ray Client's servers take and what the kernel gives out.
+        first = 24_100 + os.getpid() % 32 * 256
         command = command or [sys.executable, "-m", "raysandbox"]
         first_words = [
             "start", "--head", "--block", "--num-cpus=2", f"--port={self.port}",
@@ -113,6 +115,7 @@ class Node:
             f"--temp-dir={self.temporary}/r", f"--min-worker-port={first}",
             f"--max-worker-port={first + 255}",
             "--object-store-memory=200000000",
+            f"--ray-client-server-port={free_port()}",
         ]  # fmt: skip
         if uid:
             self.environment["HOME"] = str(self.site)
@@ -154,9 +157,26 @@ class Node:
             f"ray.init(address={self.address!r}, logging_level='ERROR', "
             "log_to_driver=False, **options)\n"
         )
-        done = self.run(first + textwrap.dedent(code), **variables)
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        try:
+            done = self.run(first + textwrap.dedent(code), **variables)
+        except subprocess.TimeoutExpired as expired:
+            raise AssertionError(f"{expired}\n{self._last_words()}") from None
+        assert done.returncode == 0, (
+            done.stdout[-2000:] + done.stderr[-4000:] + self._last_words()
+        )
         return done.stdout
+
+    def _last_words(self) -> str:
+        """What a node said that has ended, in which case its driver can't tell why."""
+        if self.process.poll() is None and self.raylet:
+            return ""
+        said = f"\nThe node ended ({self.process.returncode}):\n"
+        logs = self.session / "logs"
+        names = ("raylet.out", "raylet.err", "gcs_server.out", "dashboard_agent.log")
+        for path in (self.log, *(logs / name for name in names)):
+            with contextlib.suppress(OSError):
+                said += f"--- {path.name}\n{path.read_text()[-3000:]}\n"
+        return said
 
     def run(self, code: str, **variables: str) -> subprocess.CompletedProcess[str]:
         """Run a program with what a driver of this node has in its environment."""

@@ -7,6 +7,9 @@ every jail.
 from __future__ import annotations
 
 import json
+import socket
+import subprocess
+import sys
 import tarfile
 import time
 from pathlib import Path
@@ -14,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from raysandbox.node import no_client
 from raysandbox.node.no_client import REASON
 from tests.node.home import CALL, SAFE, Home
 from tests.node.nodes import PLAIN, Node, free_port
@@ -228,3 +232,52 @@ def test_who_refuses_clients_has_nothing(ours):
     assert uid == 65534
     assert "RAY" not in variables
     assert ours.left == []
+
+
+def _ask(port: int) -> str:
+    """What the Ray Client server at that port answers to a client's first request."""
+    import grpc
+    from ray.core.generated import ray_client_pb2 as messages
+    from ray.core.generated import ray_client_pb2_grpc
+
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        stub = ray_client_pb2_grpc.RayletDataStreamerStub(channel)
+        first = iter([messages.DataRequest(req_id=1, init=messages.InitRequest())])
+        answers = stub.Datapath(
+            first, metadata=[("client_id", "1")], wait_for_ready=True, timeout=30
+        )
+        return str(next(answers).init.msg)
+
+
+def test_who_has_its_port_does_not_end_the_node(tmp_path):
+    """Whoever may listen there could; `ray start` ends with the first of its own.
+
+    Seen where a node followed on one that was killed, whose refuser still listened.
+    """
+    said = tmp_path / "err"
+    with (
+        socket.create_server(("127.0.0.1", 0)) as gcs,
+        socket.create_server(("127.0.0.1", 0)) as other,
+        said.open("wb") as err,
+    ):
+        addresses = [f"127.0.0.1:{each.getsockname()[1]}" for each in (other, gcs)]
+        process = subprocess.Popen(
+            [sys.executable, no_client.__file__, *addresses], stderr=err
+        )
+        try:
+            until = time.monotonic() + 30
+            while "is another process's" not in said.read_text():
+                assert process.poll() is None, said.read_text()
+                assert time.monotonic() < until
+                time.sleep(0.1)
+            time.sleep(1.5)
+            assert process.poll() is None
+            port = other.getsockname()[1]
+            other.close()
+            assert _ask(port) == REASON
+            gcs.close()
+            assert process.wait(20) == 0
+        finally:
+            process.kill()
+            process.wait()
+    assert said.read_text().count("\n") == 1

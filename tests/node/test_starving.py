@@ -15,7 +15,9 @@ import pytest
 
 from tests.node.nodes import PLAIN, Node
 
-pytestmark = [pytest.mark.ray, pytest.mark.root, pytest.mark.timeout(300)]
+pytestmark = [
+    pytest.mark.alone, pytest.mark.ray, pytest.mark.root, pytest.mark.timeout(300)
+]  # fmt: skip
 
 # Thirty-two for each of two cores, and so on up to what strict lets a jail have.
 WORKERS, EACH, SECONDS = 4, min(48, 8 * len(os.sched_getaffinity(0))), 12

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,20 +16,37 @@ _MACHINES = pytest.StashKey[dict[str, Future[run.Result]]]()
 _POOL = pytest.StashKey[ThreadPoolExecutor]()
 
 
+class _Starter:
+    """Starts the machines when the first test of their lane does."""
+
+    def __init__(self, session: pytest.Session, items: list[pytest.Function]) -> None:
+        self._session, self._items = session, items
+
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        lane = item.get_closest_marker("xdist_group")
+        lanes = [each.get_closest_marker("xdist_group") for each in self._items]
+        if "PYTEST_XDIST_WORKER" in os.environ and lane not in lanes:
+            return
+        config = self._session.config
+        config.pluginmanager.unregister(self)
+        # One thread for all: a machine is killed when the thread that started it ends.
+        pool = config.stash[_POOL] = ThreadPoolExecutor(1)
+        parts = [item.callspec.params["part"] for item in self._items]
+        config.stash[_MACHINES] = {
+            part: pool.submit(run.pytest_inside, PARTS[part].arguments)
+            for part in parts
+        }
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Start, one after the other, the machines that selected tests will ask for."""
-    wanted = [
-        item.callspec.params["part"]
+    """Have the machines started, one after the other, that tests will ask for."""
+    items = [
+        item
         for item in session.items
         if isinstance(item, pytest.Function) and item.path.parent == HERE
     ]
-    if session.config.option.collectonly or not wanted or run.lacks():
-        return
-    # One thread for all: a machine is killed when the thread that started it ends.
-    pool = session.config.stash[_POOL] = ThreadPoolExecutor(1)
-    session.config.stash[_MACHINES] = {
-        part: pool.submit(run.pytest_inside, PARTS[part].arguments) for part in wanted
-    }
+    if items and not session.config.option.collectonly and not run.lacks():
+        session.config.pluginmanager.register(_Starter(session, items))
 
 
 @pytest.fixture(scope="session")

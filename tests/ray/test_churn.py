@@ -233,6 +233,7 @@ def _settle() -> Snapshot:
     return last
 
 
+@pytest.mark.alone
 @pytest.mark.timeout(420)
 def test_two_thousand_tasks_leave_nothing() -> None:
     """Processes, descriptors, mounts, groups, memory and files are as before."""
