@@ -1,12 +1,7 @@
 """Order, marks and time limits of all tests, and what they may leave behind.
 
 A directory under tests/ gives its tests their mark, their time limit and their
-lane. Quick ones run first, so that a broken wall shows in seconds.
-
-There are two lanes, which run side by side under ``pytest -n 2 --dist loadgroup``:
-what keeps a processor busy, and what mostly waits for nodes to start. A test that
-measures, or looks at the whole machine, is marked ``alone``: the other lane waits
-between two tests of its own meanwhile.
+lane, see `tests.lanes`. Quick ones run first, so that a broken wall shows in seconds.
 
 Nothing may stay when the last lane ends: no process, and on a machine where
 nobody else works (``CI`` or ``RAYSANDBOX_TEST_ALONE`` is set) no mount, cgroup
@@ -20,28 +15,17 @@ import fcntl
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.lanes import KINDS, LANE, kind_of, open_shared, turn
 from tests.require import require
 
-# Directory: its mark, seconds for one test, and its lane.
-_KINDS: dict[str, tuple[str, int, str]] = {
-    "unit": ("", 120, "busy"),
-    "attacks": ("", 300, "busy"),
-    "ray": ("ray", 300, "busy"),
-    "node": ("ray", 300, "waiting"),
-    "cluster": ("cluster", 300, "waiting"),
-    "image": ("image", 600, "waiting"),
-    "qemu": ("qemu", 1500, "waiting"),
-}
-_LAST = list(_KINDS)
-
 # Ordinary users, one for each lane: a signal to all of one's processes is an attack.
-_LANE = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-os.environ.setdefault("RAYSANDBOX_TEST_UID", str(54321 + _LANE))
+os.environ.setdefault("RAYSANDBOX_TEST_UID", str(54321 + LANE))
 # In the environment of every process that the tests start, directly or not.
 _TOKEN = f"RSX_TEST_SESSION={os.getpid()}-{time.monotonic_ns()}"
 # What is ours by its name, whatever its environment.
@@ -52,49 +36,36 @@ _OURS = re.compile(
 _MOUNT = re.compile(r"raysandbox|/rsx-|/rsb-|/netns/")
 
 
-def _kind(item: pytest.Item) -> str:
-    parts = item.nodeid.split("/")
-    return parts[1] if len(parts) > 2 and parts[1] in _KINDS else "unit"
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark by directory, and sort by what a test costs."""
     for item in items:
-        mark, limit_s, lane = _KINDS[_kind(item)]
-        item.add_marker(pytest.mark.xdist_group(lane))
-        if mark:
-            item.add_marker(mark)
+        kind = KINDS[kind_of(item.nodeid)]
+        if kind.mark:
+            item.add_marker(kind.mark)
         if item.get_closest_marker("timeout") is None:
-            item.add_marker(pytest.mark.timeout(limit_s))
+            item.add_marker(pytest.mark.timeout(kind.limit_s))
     # Stable: the order within a directory stays.
-    items.sort(key=lambda item: _LAST.index(_kind(item)))
+    order = list(KINDS)
+    items.sort(key=lambda item: order.index(kind_of(item.nodeid)))
 
 
-def _shared(config: pytest.Config, name: str) -> int:
-    """Open a file that all lanes of this session have in common."""
-    directory = Path(config._tmp_path_factory.getbasetemp())  # type: ignore[attr-defined]
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        directory = directory.parent
-    return os.open(directory / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give each process one lane."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Lanes(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            return KINDS[kind_of(nodeid)].lane
+
+    return Lanes(config, log)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Keep the other lane out while a test wants to be alone.
-
-    Its time limit begins when it has its turn.
-    """
-    alone = item.get_closest_marker("alone") is not None
-    turn, running = (_shared(item.config, name) for name in ("turn", "running"))
-    try:
-        # Who waits for the others to end keeps them from beginning anew.
-        fcntl.flock(turn, fcntl.LOCK_EX)
-        fcntl.flock(running, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
-        fcntl.flock(turn, fcntl.LOCK_UN)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
+    """Wait for the test's turn; its time limit begins then."""
+    with turn(item.config, item.get_closest_marker("alone") is not None):
         return (yield)
-    finally:
-        os.close(turn)
-        os.close(running)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -162,7 +133,7 @@ def nothing_stays_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     """
     name, _, value = _TOKEN.partition("=")
     os.environ[name] = value
-    lanes = _shared(request.config, "lanes")
+    lanes = open_shared(request.config, "lanes")
     fcntl.flock(lanes, fcntl.LOCK_SH)
     before, things_before = _processes(_alone()), _things() if _alone() else set()
     yield

@@ -33,6 +33,7 @@ _NOBODY = 65534
 _MOST_AT_ONCE = 8
 _MOST_BYTES = 1 << 20
 _LOOK_S, _MISSES = 1.0, 5
+_LINGER_S = 3.0
 
 
 class _Gcs:
@@ -103,6 +104,10 @@ def main(address: str, gcs: str) -> None:
                     req_id=request.req_id,
                     init=messages.InitResponse(ok=False, msg=REASON),
                 )
+                # A client whose stream ends with the answer may not see the answer.
+                until = time.monotonic() + _LINGER_S
+                while context.is_active() and time.monotonic() < until:
+                    time.sleep(0.05)
                 return
 
     its_gcs = _Gcs(gcs)

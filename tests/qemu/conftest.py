@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from tests.lanes import KINDS, kind_of, side_by_side
 from tests.qemu import run
 from tests.qemu.parts import PARTS
 
@@ -23,9 +23,8 @@ class _Starter:
         self._session, self._items = session, items
 
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
-        lane = item.get_closest_marker("xdist_group")
-        lanes = [each.get_closest_marker("xdist_group") for each in self._items]
-        if "PYTEST_XDIST_WORKER" in os.environ and lane not in lanes:
+        lane = KINDS[kind_of(item.nodeid)].lane
+        if side_by_side() and lane != KINDS["qemu"].lane:
             return
         config = self._session.config
         config.pluginmanager.unregister(self)
