@@ -365,6 +365,7 @@ _SPIN = (
 )
 
 
+@pytest.mark.alone
 def test_cpu_quota(limited: Bench) -> None:
     """A quarter of a core is a quarter of a core."""
     code = _SPIN.format(s=2)

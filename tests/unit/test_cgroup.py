@@ -176,6 +176,7 @@ def test_fork_bomb_is_bounded_and_counted(groups: Cgroups) -> None:
         assert group.remove()
 
 
+@pytest.mark.alone
 def test_cpu_quota_holds_in_cpu_time(groups: Cgroups) -> None:
     """A quota of 0.2 cores gives at most that much CPU time per wall second.
 
