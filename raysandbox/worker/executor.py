@@ -287,7 +287,6 @@ class JailExecutor(seams.Executor):
             "job": self._worker.current_job_id.hex(),
             "pid": os.getpid(),
         }
-        self._bind(inside=profile)
         entered = inside.enter(
             profile,
             inside.Worker(
