@@ -11,7 +11,14 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <time.h>
 #include <unistd.h>
+
+enum {
+    JANITOR_MS = 2000, /* for a worker's janitor, from the worker's end */
+    FORGET_MS = 60000, /* the end of a worker whose group has long been removed */
+    MOST_GONE = 256,   /* workers that have ended, and are still known */
+};
 
 unsigned long long
 start_time(pid_t pid)
@@ -233,6 +240,35 @@ remove_tree(int parent, const char *name)
     return unlinkat(parent, name, AT_REMOVEDIR) == 0 || errno == ENOENT ? 0 : -1;
 }
 
+/* Whether an owner has been gone for long enough: a worker's janitor ends what
+ * is left in its group, writes down the end, and is itself in there. */
+static int
+is_over(int pid, unsigned long long start)
+{
+    static struct {
+        int pid;
+        unsigned long long start;
+        long long seen_ms;
+    } gone[MOST_GONE];
+    struct timespec time;
+    size_t at = MOST_GONE;
+
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    long long now_ms = time.tv_sec * 1000LL + time.tv_nsec / 1000000;
+    for (size_t i = 0; i < MOST_GONE; i++) {
+        if (gone[i].pid == pid && gone[i].start == start)
+            return now_ms - gone[i].seen_ms >= JANITOR_MS;
+        if (gone[i].pid == 0 || now_ms - gone[i].seen_ms >= FORGET_MS)
+            at = i;
+    }
+    if (at == MOST_GONE)
+        return 1;
+    gone[at].pid = pid;
+    gone[at].start = start;
+    gone[at].seen_ms = now_ms;
+    return 0;
+}
+
 int
 groups_sweep(const struct plan *plan, pid_t raylet, int end)
 {
@@ -253,8 +289,8 @@ groups_sweep(const struct plan *plan, pid_t raylet, int end)
                        &namespace, &pid, &start, &owner, &length) != 4 ||
                 entry->d_name[length] != '\0' || namespace != pid_namespace())
                 continue;
-            int lives = start_time(pid) == start;
-            if (lives && !(end && owner == raylet))
+            int stays = start_time(pid) == start || !is_over(pid, start);
+            if (stays && !(end && owner == raylet))
                 left += owner == raylet;
             else if (remove_tree(dirfd(dir), entry->d_name) != 0)
                 left += owner == raylet;

@@ -43,8 +43,8 @@ void groups_enter(struct worker_groups *groups, const struct plan *plan, uid_t o
  * After the cgroup namespace, whose root is to be the group. */
 void groups_enter_leaf(const struct worker_groups *groups);
 
-/* Remove groups of workers that are gone, and kill what is left in them; with
- * `end` those of this raylet's workers too, living or not.  How many groups of
+/* Remove groups of workers that have been gone for a moment, and kill what is left
+ * in them; with `end` all of this raylet's workers at once, living or not.  How many groups of
  * this raylet's workers stay. */
 int groups_sweep(const struct plan *plan, pid_t raylet, int end);
 
