@@ -230,6 +230,7 @@ def _gets(node: policies.Node, name: str) -> dict[str, Any]:
         "boundary": profile.boundary,
         "results": profile.results.mode,
         "network": profile.network.mode,
+        "worker_connects": _connects(node.policy),
         "limits": {k: plain["limits"][k] for k in ("cpu", "memory", "pids")}
         | {"wall_time_s": profile.limits.wall_time_s},
         "lowered": [str(excess) for excess in node.lowered.get(name, [])],
@@ -240,6 +241,13 @@ def _gets(node: policies.Node, name: str) -> dict[str, Any]:
             "refuses": [key for key, answer in answers.items() if answer == "refuse"],
         },
     }
+
+
+def _connects(policy: policies.Policy) -> list[str]:
+    """Return the TCP ports that the worker may connect to, whatever its profile."""
+    if policy.worker.connect is None:
+        return ["any port"]
+    return ["this node's own ports", *map(str, policy.worker.connect)]
 
 
 def _print(found: dict[str, Any]) -> None:

@@ -95,6 +95,7 @@ class Launcher:
             wall.Wall(
                 node=node,
                 bind_ports=self._bind_ports(process),
+                own_ports=_own_ports(process),
                 raylet_ports=_raylet_ports(process),
                 replace=sockets.mounts() if sockets else {},
                 sockets={store_proxy.BIND: sockets.bind_socket} if sockets else {},
@@ -264,6 +265,18 @@ def _raylet_ports(process: seams.Process) -> dict[str, str]:
         for name in (*names, "node_manager_port")
         if item.startswith(f"--{name}=")
     }
+
+
+def _own_ports(process: seams.Process) -> dict[str, int]:
+    """Return what a worker of this node connects to besides other workers."""
+    words = shlex.split(process.argument("--python_worker_command"))
+    told = dict(word.split("=", 1) for word in words if "=" in word)
+    ports = {
+        "--port": told.get("--gcs-address", "").rpartition(":")[2],
+        "--node-manager-port": process.argument("--node_manager_port"),
+        "--dashboard-agent-grpc-port": told.get("--metrics-agent-port", ""),
+    }
+    return {name: int(port) if port.isdigit() else 0 for name, port in ports.items()}
 
 
 def _session(process: seams.Process) -> wall.Session:

@@ -71,6 +71,7 @@ _RAYLET_ARGUMENTS = (
     "--static_resource_list",
     "--min_worker_port",
     "--max_worker_port",
+    "--node_manager_port",
     "--node_id",
 )
 # Named by raylet: a worker's log files are made before it starts.

@@ -113,6 +113,8 @@ class Wall:
             make their jails.
         bind_ports: First and last TCP port that a worker may listen on; None
             where Ray lets the kernel choose.
+        own_ports: Option of `ray start` to the port of this node that it sets and
+            workers connect to; 0 where Ray lets the kernel choose.
         replace: Path that the worker sees to path on the host.
         sockets: The same, for sockets besides Ray's two.
         shared: The same, for directories that all workers write to.
@@ -122,6 +124,7 @@ class Wall:
 
     node: policies.Node
     bind_ports: tuple[int, int] | None = None
+    own_ports: Mapping[str, int] = field(default_factory=dict)
     replace: Mapping[str, str] = field(default_factory=dict)
     sockets: Mapping[str, str] = field(default_factory=dict)
     shared: Mapping[str, str] = field(default_factory=dict)
@@ -436,7 +439,8 @@ class _WorkerBuilder(plan.Builder):
                 have=f"ABI {abi}" if abi else "none",
                 remedy="run raylet as root: each worker then gets a user of its own",
             )
-        net = 0
+        connect = self._connect(abi, governed.net)
+        net = landlock.CONNECT_TCP if connect is not None else 0
         if governed.net and self.wall.bind_ports is not None:
             net |= _NET_BIND
         if not (net or governed.scoped):
@@ -445,17 +449,51 @@ class _WorkerBuilder(plan.Builder):
         self.add(plan.Record.LANDLOCK, plan.u64(0, net, governed.scoped))
         if net & _NET_BIND and self.wall.bind_ports is not None:
             self._ports(_NET_BIND, *self.wall.bind_ports)
-        # Never governed here: a worker connects to raylets and workers of nodes
-        # that join later, on ports that are not known when it starts, and a domain
-        # is for life; its jails, which may have the network, would inherit it. A
-        # profile with boundary = "worker" governs it when the job is known.
-        lacking = ["connecting to any port"]
-        if not net:
-            lacking.insert(0, "listening on any port")
+        for first, last in connect or ():
+            self._ports(landlock.CONNECT_TCP, first, last)
+        lacking = []
+        if not net & _NET_BIND:
+            lacking.append("listening on any port")
+        if connect is None:
+            lacking.append("connecting to any port (worker.connect says which)")
         if not governed.scoped & _SCOPE_ABSTRACT:
             lacking.append("abstract sockets")
-        why = f"not governed: {', '.join(lacking)}"
-        self.protect("ports and signals", State.DEGRADED, why)
+        if lacking:
+            why = f"not governed: {', '.join(lacking)}"
+            self.protect("ports and signals", State.DEGRADED, why)
+        else:
+            self.protect("ports and signals", State.ENFORCED)
+
+    def _connect(self, abi: int, net: int) -> list[tuple[int, int]] | None:
+        """Return the ports that a worker may connect to; None for any.
+
+        Only the operator knows those of nodes that join later, and a domain is
+        for life. A profile with boundary = "worker" governs them when the job is
+        known.
+        """
+        ranges = self.worker.connect_ranges
+        if ranges is None:
+            return None
+        feature, or_not = "worker.connect", "or take worker.connect out of the policy"
+        if not net:
+            raise UnsupportedError(
+                feature=feature,
+                need="Landlock ABI 4",
+                have=f"ABI {abi}" if abi else "none",
+                remedy=f"boot Linux 6.7 or later with landlock in lsm=, {or_not}",
+            )
+        unknown = [name for name, port in self.wall.own_ports.items() if not port]
+        if self.wall.bind_ports is None:
+            unknown += ["--min-worker-port", "--max-worker-port"]
+        if unknown or self.wall.bind_ports is None:
+            raise UnsupportedError(
+                feature=feature,
+                need="the ports of this node's own Ray, before its workers start",
+                have=f"ports that the kernel is to choose: {', '.join(unknown)}",
+                remedy=f"give these to `raysandbox start`, {or_not}",
+            )
+        own = [(port, port) for port in self.wall.own_ports.values()]
+        return [*ranges, *own, self.wall.bind_ports]
 
     def _ports(self, access: int, first: int, last: int) -> None:
         self.add(plan.Record.LANDLOCK_PORTS, plan.u64(access) + plan.u32(first, last))

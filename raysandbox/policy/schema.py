@@ -65,6 +65,7 @@ TAG_PREFIX = "sandbox:"
 _RULE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,62}")
 _USER = re.compile(r"[a-z_][a-z0-9_-]{0,31}|[0-9]{1,10}")
 _PERCENT = re.compile(r"([1-9][0-9]?|100)%")
+_PORTS = re.compile(r"([1-9][0-9]{0,4})-([1-9][0-9]{0,4})")
 _PERCENT_SCHEMA = {"type": "string", "pattern": r"^([1-9][0-9]?|100)%$"}
 # Ray counts resources in ten-thousandths in a 64-bit number.
 _MOST_AT_ONCE = 1_000_000
@@ -200,6 +201,40 @@ def _time_of_at_least_100ms(value: float | None) -> float | None:
 
 
 _Time = Annotated[OptionalDuration, AfterValidator(_time_of_at_least_100ms)]
+
+
+def _port_range(value: int | str) -> tuple[int, int]:
+    """Return the first and last of the ports that a policy writes as one item."""
+    if isinstance(value, int):
+        return value, value
+    first, _, last = value.partition("-")
+    return int(first), int(last)
+
+
+def _ports(value: object) -> object:
+    written = type(value) is int or (
+        isinstance(value, str) and _PORTS.fullmatch(value) is not None
+    )
+    first, last = _port_range(value) if written else (0, 0)  # type: ignore[arg-type]
+    if not 1 <= first <= last <= 65535:
+        raise ValueError(
+            'must be a TCP port from 1 to 65535, or a range such as "20000-20200"'
+        )
+    return value
+
+
+PortRange = Annotated[
+    int | str,
+    BeforeValidator(_ports),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "integer", "minimum": 1, "maximum": 65535},
+                {"type": "string", "pattern": f"^(?:{_PORTS.pattern})$"},
+            ]
+        }
+    ),
+]
 
 
 def _profile_name(value: str) -> str:
@@ -463,6 +498,21 @@ class Worker(Section):
     ] = None
     pids: Pids = 4096
     open_files: Annotated[int, Field(ge=1024, le=1 << 20)] = 65536
+    connect: Annotated[
+        tuple[PortRange, ...] | None,
+        Field(
+            description="TCP ports that Ray uses on the cluster's other nodes (GCS, "
+            "raylets, workers, drivers); those of this node are added, and a worker "
+            "connects to no others. [] for a cluster of one node; left out: to any. "
+            "Needs --node-manager-port, --dashboard-agent-grpc-port and worker ports "
+            "at the node's start, and Landlock ABI 4. UDP is not governed."
+        ),
+    ] = None
+
+    @property
+    def connect_ranges(self) -> list[tuple[int, int]] | None:
+        """First and last port of each item of ``connect``; None for any port."""
+        return None if self.connect is None else [_port_range(p) for p in self.connect]
 
     @model_validator(mode="after")
     def _unprivileged(self) -> Worker:

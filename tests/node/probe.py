@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 libc = ctypes.CDLL(None, use_errno=True)
+IPPROTO_MPTCP = 262
 ATTACKS: dict[str, Callable[[dict[str, Any]], object]] = {}
 
 
@@ -158,6 +159,45 @@ def abstract_socket(world: dict[str, Any]) -> object:
 def listen_outside_the_range(world: dict[str, Any]) -> object:
     with socket.socket() as server:
         server.bind(("127.0.0.1", world["port_outside"]))
+
+
+@attack
+def listen_outside_the_range_by_multipath(world: dict[str, Any]) -> object:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM, IPPROTO_MPTCP) as server:
+        server.bind(("127.0.0.1", world["port_outside"]))
+
+
+@attack
+def connect_to_a_foreign_port(world: dict[str, Any]) -> object:
+    socket.create_connection(("127.0.0.1", world["foreign_port"]), 5).close()
+
+
+@attack
+def connect_to_a_foreign_port_by_ipv6(world: dict[str, Any]) -> object:
+    with socket.socket(socket.AF_INET6) as client:
+        client.connect(("::ffff:127.0.0.1", world["foreign_port"]))
+
+
+@attack
+def connect_to_a_foreign_port_by_multipath(world: dict[str, Any]) -> object:
+    """Landlock's rules are for TCP alone."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM, IPPROTO_MPTCP) as client:
+        client.connect(("127.0.0.1", world["foreign_port"]))
+
+
+@attack
+def connect_to_a_foreign_port_with_data(world: dict[str, Any]) -> object:
+    """TCP Fast Open: a connection without connect(2), which Landlock looks at."""
+    with socket.socket() as client:
+        at = ("127.0.0.1", world["foreign_port"])
+        client.sendto(b"x", socket.MSG_FASTOPEN, at)
+
+
+@attack
+def connect_to_a_foreign_port_with_data_in_parts(world: dict[str, Any]) -> object:
+    with socket.socket() as client:
+        at = ("127.0.0.1", world["foreign_port"])
+        client.sendmsg([b"x"], [], socket.MSG_FASTOPEN, at)
 
 
 @attack
@@ -321,6 +361,8 @@ def works(world: dict[str, Any]) -> dict[str, object]:
         client.sendall(b"hello")
     with socket.socket() as server:
         server.bind(("127.0.0.1", world["port_inside"]))
+    for port in world["ports_of_ray"]:
+        socket.create_connection(("127.0.0.1", port), 5).close()
     with open(os.environ["RAY_AUTH_TOKEN_PATH"]) as file:
         token = file.read()
     with open("/tmp/mine", "w") as file, open("/dev/shm/mine", "w") as shared:
@@ -347,6 +389,8 @@ def main() -> None:
     world = json.loads(sys.argv[1])
     found: dict[str, object] = {}
     for name, function in ATTACKS.items():
+        if not name.startswith(world["only"]):
+            continue
         pid = os.fork()
         if pid == 0:
             code = 0

@@ -16,15 +16,17 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 from raysandbox import launch, policy
 from raysandbox.kernel import cgroup
 from raysandbox.node import wall
 from raysandbox.node.launch import _write_wrapper
+from raysandbox.plan import Plan, described
 from raysandbox.probe import probe
 
 PROBE = str(Path(__file__).resolve().with_name("probe.py"))
-WORKER, OTHER, JAILER = "aa" * 28, "bb" * 28, "cc" * 28
+WORKER, OTHER, JAILER, OPEN = "aa" * 28, "bb" * 28, "cc" * 28, "dd" * 28
 
 
 def _listen(path: str) -> socket.socket:
@@ -33,6 +35,12 @@ def _listen(path: str) -> socket.socket:
     server.listen(8)
     threading.Thread(target=_serve, args=(server,), daemon=True).start()
     return server
+
+
+def _listen_tcp() -> tuple[socket.socket, int]:
+    server = socket.create_server(("127.0.0.1", 0))
+    threading.Thread(target=_serve, args=(server,), daemon=True).start()
+    return server, int(server.getsockname()[1])
 
 
 def _serve(server: socket.socket) -> None:
@@ -80,28 +88,40 @@ def main() -> None:
     foreign = str(base / "foreign")
     servers += [_listen(foreign), _listen(f"\0rsn-{os.getpid()}")]
     os.chmod(foreign, 0o777)
-    node = policy.resolve(policy.Policy(worker=policy.Worker(pids=100)))
+    tcp = [_listen_tcp() for _ in range(4)]
+    ports = [port for _, port in tcp]
     groups = cgroup.discover()
-    compiled = wall.compile(
-        wall.Wall(node=node, bind_ports=(20100, 20109)),
-        wall.Session(
-            directory=str(session),
-            log_dir=str(logs),
-            resource_dir=str(resources),
-            raylet_socket=str(sockets / "raylet"),
-            plasma_socket=str(sockets / "plasma_store"),
-            worker_script=PROBE,
-            interpreter=sys.executable,
-            node_id="n" * 8,
-        ),
-        probe(),
-        groups,
-        launch.program_path("worker"),
-    )
+
+    def wall_of(connect: tuple[int | str, ...] | None) -> Plan:
+        node = policy.Policy(worker=policy.Worker(pids=100, connect=connect))
+        return wall.compile(
+            wall.Wall(
+                node=policy.resolve(node),
+                bind_ports=(20100, 20109),
+                own_ports={"--port": ports[1]},
+            ),
+            wall.Session(
+                directory=str(session),
+                log_dir=str(logs),
+                resource_dir=str(resources),
+                raylet_socket=str(sockets / "raylet"),
+                plasma_socket=str(sockets / "plasma_store"),
+                worker_script=PROBE,
+                interpreter=sys.executable,
+                node_id="n" * 8,
+            ),
+            probe(),
+            groups,
+            launch.program_path("worker"),
+        )
+
+    compiled = wall_of((ports[2], f"{ports[3]}-{ports[3]}"))
+    open_to_all = wall_of(None)
     if os.geteuid() == 0:
         sockets.chmod(0o700)
     wrapper = str(session / "raysandbox" / "worker")
     _write_wrapper(wrapper, compiled.encode())
+    _write_wrapper(f"{wrapper}-open", open_to_all.encode())
 
     _pipe_read, pipe_write = os.pipe()
     leaked_log = os.open(raylet_log, os.O_WRONLY | os.O_APPEND)
@@ -148,6 +168,9 @@ def main() -> None:
         "raylet_socket": str(sockets / "raylet"),
         "port_inside": 20105,
         "port_outside": 20110,
+        "foreign_port": ports[0],
+        "ports_of_ray": ports[1:],
+        "only": "",
         "shm": str(shm),
         "tmp": str(resource),
         "home": str(base),
@@ -174,21 +197,29 @@ def main() -> None:
     found = {"control": json.loads(out.splitlines()[-1])}
     note_planted(found["control"])
     inside = {**world, "control": False}
-    worker = start(
-        [wrapper, PROBE, json.dumps(inside)], WORKER, LD_PRELOAD="/nonexistent/evil.so"
-    )
-    log = logs / f"worker-{WORKER}-ffffffff-{worker.pid}.out"
-    worker.communicate(timeout=60)
-    said = log.read_text() if log.exists() else ""
-    if worker.returncode:
-        err = log.with_suffix(".err")
-        raise SystemExit(
-            f"worker: {worker.returncode} {said} "
-            f"{err.read_text() if err.exists() else raylet_log.read_text()}"
+
+    def attempt(program: str, name: str) -> tuple[dict[str, Any], int, Path]:
+        """Return what a worker found behind a wall, its pid and its log."""
+        worker = start(
+            [program, PROBE, json.dumps(inside)], name, LD_PRELOAD="/nonexistent/x.so"
         )
-    found["inside"] = json.loads(said.splitlines()[-1])
+        log = logs / f"worker-{name}-ffffffff-{worker.pid}.out"
+        worker.communicate(timeout=60)
+        said = log.read_text() if log.exists() else ""
+        if worker.returncode:
+            err = log.with_suffix(".err")
+            raise SystemExit(
+                f"worker: {worker.returncode} {said} "
+                f"{err.read_text() if err.exists() else raylet_log.read_text()}"
+            )
+        return json.loads(said.splitlines()[-1]), worker.pid, log
+
+    found["inside"], found["pid"], log = attempt(wrapper, WORKER)
     note_planted(found["inside"])
-    found["pid"], found["log_mode"] = worker.pid, log.stat().st_mode & 0o777
+    found["log_mode"] = log.stat().st_mode & 0o777
+    inside["only"] = "connect_"
+    found["open"] = attempt(f"{wrapper}-open", OPEN)[0]
+    found["open_protections"] = described(open_to_all.protections)
     jailer = start([wrapper, PROBE, "jail"], JAILER)
     jailer.communicate(timeout=60)
     log = logs / f"worker-{JAILER}-ffffffff-{jailer.pid}.out"

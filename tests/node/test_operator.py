@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -16,10 +17,11 @@ from typing import Any
 import pytest
 
 from tests import wheel
-from tests.node.nodes import ROOT, Node
+from tests.node.nodes import ROOT, Node, free_port
 
 pytestmark = [pytest.mark.ray, pytest.mark.root]
 
+AGENT = "dashboard-agent-grpc"
 # CPU limits of the profiles and of the worker are above the totals on purpose.
 POLICY = """
 untagged = "trusted"
@@ -40,6 +42,7 @@ why = "The operator's own users."
 [worker]
 pids = 1024
 cpu = 64
+connect = []
 
 [totals]
 cpu = "60%"
@@ -63,7 +66,8 @@ def audit() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def node(audit: Path) -> Iterator[Node]:
-    made = Node(policy=POLICY.replace("AUDIT", str(audit)))
+    ports = (f"--{name}-port={free_port()}" for name in ("node-manager", AGENT))
+    made = Node(policy=POLICY.replace("AUDIT", str(audit)), arguments=[*ports])
     try:
         yield made
     finally:
@@ -118,7 +122,72 @@ def test_untagged_tasks_run_in_the_worker_where_the_policy_says_so(node, audit):
         assert "and that holds" in said
     for limit in ("cpu_cores", "memory_bytes", "pids"):
         assert started["protections"][f"totals.{limit}"] == "enforced"
-    assert "connecting to any port" in started["protections"]["ports and signals"]
+    assert started["protections"]["ports and signals"] == "enforced"
+
+
+def test_honest_work_goes_on_where_ports_are_governed(node):
+    """Tasks, nested ones, objects, and calls between actors, with and without a jail.
+
+    The runtime_env agent's port is the control: the profile lets Ray's connect to it,
+    raylet alone does, and the worker's wall has no rule for it.
+    """
+    out = node.drive(
+        """
+        import json, socket
+        import numpy as np
+        from raysandbox import tag
+
+        @ray.remote(num_cpus=0)
+        class Counter:
+            def __init__(self):
+                self.count = 0
+            def add(self, array):
+                self.count += int(array.sum())
+                return os.getpid(), self.count
+
+        @ray.remote(num_cpus=0)
+        class Caller:
+            def call(self, other, array):
+                return os.getpid(), *ray.get(other.add.remote(array), timeout=60)
+
+        @ray.remote(num_cpus=0)
+        def nested(depth):
+            reference = ray.put(np.ones(1_000_000))
+            below = ray.get(nested.remote(depth - 1), timeout=60) if depth else 0
+            return below + int(ray.get(reference).sum())
+
+        @ray.remote(num_cpus=0)
+        def connect(port):
+            try:
+                socket.create_connection((ray.util.get_node_ip_address(), port), 5)
+            except OSError as error:
+                return error.errno
+
+        counter, caller = Counter.remote(), Caller.remote()
+        stored = ray.put(np.ones(1_000_000))
+        pids = {ray.get(caller.call.remote(counter, stored), timeout=60)[:2]
+                for _ in range(3)}
+        jailed = ray.remote(resources=tag("strict"))(lambda array: int(array.sum()))
+        (here,) = ray._private.state.state.node_table()
+        agent = here["RuntimeEnvAgentPort"]
+        found = {
+            "actors": [len(set(pair)) for pair in pids],
+            "nested": ray.get(nested.remote(2), timeout=90),
+            "jailed": ray.get(jailed.remote(stored), timeout=60),
+            "agent": ray.get(connect.remote(agent), timeout=60),
+            "raylet": ray.get(connect.remote(here["NodeManagerPort"]), timeout=60),
+        }
+        socket.create_connection((ray.util.get_node_ip_address(), agent), 5)
+        print(json.dumps(found))
+        """
+    )
+    assert json.loads(out.splitlines()[-1]) == {
+        "actors": [2],
+        "nested": 3_000_000,
+        "jailed": 1_000_000,
+        "agent": errno.EACCES,
+        "raylet": None,
+    }
 
 
 def test_events_of_walled_workers_arrive_where_the_policy_says(node, audit):

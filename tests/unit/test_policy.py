@@ -76,6 +76,14 @@ def test_an_empty_policy_lets_everybody_have_strict_alone(home):
         ("[totals]\npids = true", "must be a number of at least 64"),
         ('[worker]\nuser = "root"', "must not be root"),
         ('[worker]\nuser = "00"', "must not be root"),
+        ("[worker]\nconnect = 6379", "worker.connect = 6379: must be a list"),
+        *(
+            (
+                f"[worker]\nconnect = [6379, {item}]",
+                f"worker.connect[1] = {item}: must be a TCP port from 1 to 65535, or",
+            )
+            for item in ("0", "65536", "true", '"6379"', '"9-3"', '"1-70000"', '"0-9"')
+        ),
         ('[ceilings]\nmemory = "1KiB"', "must be at least 64MiB"),
         ("[ceilings]\npids = 4", "must be at least 8"),
         ('[ceilings]\nwall_time = "1ms"', "must be at least 100ms"),
@@ -185,9 +193,15 @@ def test_the_json_schema_takes_what_the_loader_takes(home):
     jsonschema.Draft202012Validator.check_schema(schema)
     template = Path(policies.__file__).with_name("default.toml").read_text()
     node = policies.load_node(write(home, template))
-    for text in (template, dump(node.policy), ""):
+    ports = '[worker]\nconnect = [6379, "20000-20200"]'
+    for text in (template, dump(node.policy), "", ports):
         jsonschema.validate(tomllib.loads(text), schema)
-    for text in ('untaged = "x"', "[offer]\nstrict = 0", '[totals]\ncpu = "0%"'):
+    for text in (
+        'untaged = "x"',
+        "[offer]\nstrict = 0",
+        '[totals]\ncpu = "0%"',
+        "[worker]\nconnect = [0]",
+    ):
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate(tomllib.loads(text), schema)
 
@@ -519,7 +533,7 @@ simple = st.one_of(
     st.integers(-(2**70), 2**70),
     st.floats(),
     st.sampled_from(
-        ["", "80%", "1GiB", "unlimited", "strict", "refuse", "allow", "\0"]
+        ["", "80%", "1GiB", "unlimited", "strict", "refuse", "allow", "\0", "1-9"]
     ),
 )
 tables = st.dictionaries(
@@ -530,7 +544,7 @@ tables = st.dictionaries(
             st.lists(inner, max_size=3).map(tuple)
             | st.dictionaries(
                 st.sampled_from(
-                    ["cpu", "memory", "pids", "name", "profiles", "why", "x"]
+                    ["cpu", "memory", "pids", "name", "profiles", "why", "x", "connect"]
                 ),
                 inner,
                 max_size=4,
@@ -595,6 +609,8 @@ def test_policy_explain_says_rule_profile_and_reason(home):
         profiles = ["standard"]
         [ceilings]
         memory = "1GiB"
+        [worker]
+        connect = [6379, "20000-20200"]
         """,
     )
 
@@ -609,6 +625,8 @@ def test_policy_explain_says_rule_profile_and_reason(home):
     )
     assert (code, found["profile"], found["rule"]) == (0, "standard", "team a")
     assert found["gets"]["lowered"]  # type: ignore[index]
+    connects = found["gets"]["worker_connects"]  # type: ignore[index]
+    assert connects == ["this node's own ports", "6379", "20000-20200"]
     code, found = explain("--namespace", "b", "--tag", "standard")
     assert (code, found["profile"], found["rule"]) == (1, None, None)
     assert "team a: namespace 'b' is none of a" in found["skipped"]  # type: ignore[operator]

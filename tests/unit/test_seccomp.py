@@ -242,6 +242,41 @@ def test_only_unix_sockets_exist(policy: Syscalls) -> None:
         assert answer == (bpf.ALLOW if expected else EPERM), family
 
 
+@pytest.mark.parametrize("call", ["sendto", "sendmsg", "sendmmsg"])
+def test_no_data_opens_a_connection(call: str) -> None:
+    """TCP Fast Open connects where Landlock's port rules do not look, to any port."""
+    fast_open, position = 0x20000000, 2 if call == "sendmsg" else 3
+    trusted = profiles.load_file(profiles.shipped_dir() / "trusted.toml").syscalls
+    groups = [*trusted.groups, "internet"]
+    for program in (
+        seccomp.compile_policy(trusted, notify=False).bpf,
+        seccomp.compile_worker(groups, [call]).bpf,
+    ):
+        args = [0] * 6
+        assert bpf.run(program, number(call), args) == bpf.ALLOW
+        args[position] = fast_open | 0x4000
+        assert bpf.run(program, number(call), args) == EPERM
+
+
+def test_a_worker_has_tcp_and_udp_but_no_relative_of_theirs() -> None:
+    """Multipath TCP passes Landlock's rules by; no profile's own calls add it."""
+    program = seccomp.compile_worker(["base", "internet"], ["socket"]).bpf
+    for family in (2, 10):
+        for kind, protocol, expected in (
+            (1, 0, bpf.ALLOW),
+            (1, 6, bpf.ALLOW),
+            (2, 0, bpf.ALLOW),
+            (2, 17, bpf.ALLOW),
+            (1, 262, EPERM),  # multipath TCP
+            (1, 132, EPERM),  # SCTP
+            (5, 132, EPERM),
+            (3, 6, EPERM),
+        ):
+            args = [family, kind | 0o2000000, protocol]
+            assert bpf.run(program, number("socket"), args) == expected, args
+    assert bpf.run(program, number("socket"), [43, 1, 0]) == EPERM  # SMC
+
+
 @pytest.mark.parametrize("notify", [False, True])
 @pytest.mark.parametrize("action", ["errno", "kill", "log"])
 def test_foreign_abis_are_killed(action: str, notify: bool) -> None:
