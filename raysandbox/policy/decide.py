@@ -280,8 +280,8 @@ def _package_problem(uri: object, answers: RuntimeEnv) -> str:
     if not uri.startswith("gcs://") and not _REMOTE.fullmatch(uri):
         return (
             "no key of it allows this: the agent would read the node's own files, "
-            "with the node's rights, for whoever asks. Give a directory of the "
-            "driver's without a scheme; Ray uploads it"
+            "with the node's rights, for whoever asks. Give ray.init a directory or "
+            ".zip file of the driver's, without a scheme: Ray uploads it"
         )
     if not uri.startswith("gcs://") and answers.remote_uris == "refuse":
         return 'runtime_env.remote_uris = "allow" would allow it'
@@ -296,8 +296,8 @@ def _package_problem(uri: object, answers: RuntimeEnv) -> str:
     elif uri.startswith("gcs://"):
         return (
             "no key of it allows this: it is no name that Ray gives to a directory "
-            "or .zip file that it uploads. Give one of these without a scheme; tar "
-            "archives are not taken"
+            "or .zip file that it uploads. Give ray.init one of these, without a "
+            "scheme; tar archives are not taken"
         )
     return ""
 
