@@ -14,6 +14,7 @@ from rich.table import Table
 
 from raysandbox.cli.look import AsJson, application
 from raysandbox.cli.member import Addresses, Dir, fail, opened, take_up
+from raysandbox.cluster.audit import plain
 from raysandbox.cluster.errors import ClusterError
 from raysandbox.cluster.settings import ClusterDir
 
@@ -21,6 +22,8 @@ __all__ = ["app", "quarantine", "release"]
 
 # What a Ray node claims whatever it is started with, in bytes.
 ALWAYS = ("memory", "object_store_memory")
+# Of what keeps a node from leaving, so many are named.
+NAMED = 10
 
 app = application("Which nodes may join.")
 
@@ -148,10 +151,12 @@ def _drain(directory: ClusterDir, name: str, within_s: float) -> None:
     from raysandbox.cluster.drain import drain as ask
 
     print(f"draining {name} …", file=sys.stderr, flush=True)
-    if not ask(directory, name, within_s):
+    if still := ask(directory, name, within_s):
+        more = f" and {len(still) - NAMED} more" if len(still) > NAMED else ""
         raise ClusterError(
             where=name,
-            what=f"takes no new tasks, and after {within_s:g} s still runs some",
+            what=f"takes no new tasks, and after {within_s:g} s still runs "
+            f"{', '.join(still[:NAMED])}{more}",
             remedy="wait again, kill its actors, or end it: `raysandbox cluster down` "
             "there",
         )
@@ -188,8 +193,8 @@ def quarantine(
             try:
                 _drain(directory, name, drain)
             except ClusterError as error:
-                # It is quarantined all the same.
-                print(f"raysandbox: {error}", file=sys.stderr)
+                said = plain(f"{error.where}: {error.what}")
+                print(f"raysandbox: {said}; quarantined nonetheless", file=sys.stderr)
         inventory.quarantine(directory, name, True)
         print(f"{name} is quarantined")
         problem = None

@@ -15,6 +15,7 @@ import grpc
 from ray.core.generated import (
     autoscaler_pb2,
     autoscaler_pb2_grpc,
+    common_pb2,
     gcs_pb2,
     gcs_service_pb2,
     gcs_service_pb2_grpc,
@@ -27,12 +28,15 @@ __all__ = ["drain"]
 
 CALL_S = 10.0
 LOOK_S = 0.2
+# Of what still runs, so many are looked at; clients chose their names.
+MOST, NAME_CHARS = 10_000, 80
 _scaler: Any = autoscaler_pb2
 _service: Any = gcs_service_pb2
 _gcs: Any = gcs_pb2
+_common: Any = common_pb2
 
 
-def drain(cluster: ClusterDir, name: str, within_s: float) -> bool:
+def drain(cluster: ClusterDir, name: str, within_s: float) -> list[str]:
     """Have Ray drain a node, and wait until it has left.
 
     Args:
@@ -41,7 +45,8 @@ def drain(cluster: ClusterDir, name: str, within_s: float) -> bool:
         within_s: How long to wait for what runs there.
 
     Returns:
-        Whether it has left; if not it takes no new tasks, and still runs some.
+        Nothing if it has left. Else it takes no new tasks, and still runs these:
+        tasks and actors by their names and ids, as Ray has them.
 
     Raises:
         ClusterError: Nothing was drained: no such node is in the cluster, or the
@@ -93,7 +98,7 @@ def drain(cluster: ClusterDir, name: str, within_s: float) -> bool:
             end = time.monotonic() + within_s
             while set(found) & set(alive()):
                 if time.monotonic() > end:
-                    return False
+                    return _running(channel, how, set(found))
                 time.sleep(LOOK_S)
         except grpc.RpcError as error:
             said: Any = error
@@ -101,4 +106,28 @@ def drain(cluster: ClusterDir, name: str, within_s: float) -> bool:
                 where=f"{name} through {address}",
                 what=f"{said.code().name}: {said.details()}",
             ) from None
-    return True
+    return []
+
+
+def _running(channel: Any, how: Any, nodes: set[bytes]) -> list[str]:
+    """Name what runs on these nodes; workers tell of their tasks once a second."""
+    tasks: Any = gcs_service_pb2_grpc.TaskInfoGcsServiceStub(channel)
+    actors: Any = gcs_service_pb2_grpc.ActorInfoGcsServiceStub(channel)
+    asked = _service.GetTaskEventsRequest(limit=MOST)
+    asked.filters.exclude_driver = True
+    for state in ("FINISHED", "FAILED"):
+        asked.filters.state_filters.add(predicate=_service.NOT_EQUAL, state=state)
+    found = [
+        f"task {event.task_info.name[:NAME_CHARS]} {event.task_id.hex()}"
+        for event in tasks.GetTaskEvents(asked, **how).events_by_task
+        if event.state_updates.node_id in nodes
+        and _common.TaskStatus.RUNNING in event.state_updates.state_ts_ns
+    ]
+    asked = _service.GetAllActorInfoRequest(limit=MOST)
+    asked.filters.state = _gcs.ActorTableData.ALIVE
+    found += [
+        f"actor {(actor.name or actor.class_name)[:NAME_CHARS]} {actor.actor_id.hex()}"
+        for actor in actors.GetAllActorInfo(asked, **how).actor_table_data
+        if actor.node_id in nodes
+    ]
+    return found or ["nothing with a name (objects in its store, perhaps)"]

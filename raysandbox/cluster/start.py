@@ -25,6 +25,7 @@ import ipaddress
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -41,6 +42,7 @@ __all__ = ["check", "down", "hook", "preflight", "speak", "start", "start_helper
 
 LOOPBACK_MODULE = "raysandbox.node.loopback"
 WAIT_S = 40
+GUARD_S = 3.0
 # Told to a starting raylet by raylet itself; a worker's certificate is taken
 # from the stock by renaming, so no two workers ever share one.
 WRAPPER = """#!/bin/sh
@@ -122,7 +124,37 @@ def preflight(cluster: ClusterDir, argv: Sequence[str]) -> list[str]:
         for port, what in ((settings.port, "guard"), (settings.gcs_port, "GCS")):
             if not _running(cluster) and _taken(port):
                 problems.append(f"port {port}, for the {what}, is in use")
-    return problems
+    # Last: what is known to be wrong already is not shown to the guard.
+    return problems or ([] if head else _refused_by_guard(cluster, settings))
+
+
+def _refused_by_guard(cluster: ClusterDir, settings: Settings) -> list[str]:
+    """Ask the guard whether it takes this node's certificate; Ray would wait minutes.
+
+    A guard that does not answer is no reason: it may be up before Ray gives up.
+    """
+    where = (settings.head_address, settings.port)
+    context = ssl.create_default_context(cafile=cluster.ca_cert)
+    context.set_alpn_protocols(["h2"])
+    context.load_cert_chain(cluster.cert("raylet"), cluster.key("raylet"))
+    try:
+        with (
+            socket.create_connection(where, timeout=GUARD_S) as plain,
+            context.wrap_socket(plain, server_hostname=where[0]) as secured,
+        ):
+            # In TLS 1.3 a client hears that it was refused when it first reads.
+            secured.recv(1)
+    except ssl.SSLError as error:
+        why = (
+            f"the guard at {where[0]}:{where[1]} and this node don't take each "
+            f"other's certificates ({error.reason}). If this node was quarantined or "
+            "its certificates revoked: `raysandbox cluster release` or `certs issue` "
+            f"on the head, and what they write into {cluster.path}"
+        )
+        return [why]
+    except OSError:
+        pass
+    return []
 
 
 def _flag_problems(

@@ -589,7 +589,13 @@ class HeadWorker(NodeWorker):
             self.loaded(digest, str(error))
             return
         self.stock = stock
+        before_this = self.access.inventory.nodes
         self.access.inventory, self.access.grants = inventory, grants
+        for name, node in inventory.nodes.items():
+            old = before_this.get(name)
+            if node.quarantined != (old is not None and old.quarantined):
+                what = "node_quarantined" if node.quarantined else "node_released"
+                self.event(what, object=f"node/{name}")
         self.event("reloaded")
         self._note_ends()
         self.loaded(digest)

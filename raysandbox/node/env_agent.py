@@ -5,7 +5,8 @@
 The agent has raylet's rights and stands behind no wall. For some keys of a
 runtime_env it runs what a client chose, before there is a worker: an installer
 (pip, uv, conda) and with it a package's own ``setup.py``, a container engine, a
-profiler with options of the client's. So the policy is asked here, before any of
+profiler with options of the client's. It reads and fetches packages from files and
+places that are closed to the client. So the policy is asked here, before any of
 that, and once more in the worker (`raysandbox.worker.gate`), which has its answer
 from elsewhere. What is allowed runs here, outside of every wall: see the policy's
 table ``[runtime_env]``.
@@ -14,12 +15,14 @@ table ``[runtime_env]``.
 from __future__ import annotations
 
 import json
+import os
 import runpy
+import stat
 import sys
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-__all__ = ["SEAM", "guard", "main"]
+__all__ = ["SEAM", "guard", "main", "unpack_without_ids"]
 
 #: Module and class of Ray's that are asked to make an environment, by raylet, by
 #: other nodes' processes and by whoever has the cluster's token.
@@ -55,6 +58,20 @@ def guard(agent: type, refusals: Callable[[dict[str, Any]], list[str]]) -> None:
     agent.GetOrCreateRuntimeEnv = create  # type: ignore[attr-defined]
 
 
+def unpack_without_ids() -> None:
+    """Let no file of a package run with the rights of the agent's user.
+
+    Ray gives each member of an archive the mode that the archive says: with "set
+    user id" a client's program would be root's, for every user of the machine.
+    """
+    original = os.chmod
+
+    def chmod(path: Any, mode: int, **more: Any) -> None:
+        original(path, mode & ~(stat.S_ISUID | stat.S_ISGID), **more)
+
+    os.chmod = chmod
+
+
 def main(argv: list[str]) -> None:
     """Put the policy in front, then become the agent.
 
@@ -78,6 +95,7 @@ def main(argv: list[str]) -> None:
 
     module = importlib.import_module(SEAM[0])
     guard(getattr(module, SEAM[1]), refusals)
+    unpack_without_ids()
     # The agent's script imports its siblings by their bare names.
     sys.modules[SEAM[0].rpartition(".")[2]] = module
     if command[0] == "-m":

@@ -80,12 +80,16 @@ class _Plan:
 
 
 def _unpacked(path: object, resources: str) -> str:
-    """Return a path as Ray unpacked it below the resources, else ``""``."""
+    """Return a path as Ray unpacked it below the resources, else ``""``.
+
+    A client's PYTHONPATH is among them: one package, and never what holds all.
+    """
     if not isinstance(path, str) or not path.startswith("/"):
         return ""
     real = os.path.realpath(path)
-    inside = real.startswith(resources + "/") and os.path.exists(real)
-    return real if inside else ""
+    kind, _, package = real.removeprefix(resources + "/").partition("/")
+    inside = real.startswith(resources + "/") and bool(kind and package)
+    return real if inside and os.path.exists(real) else ""
 
 
 def user_directories(context: object, resources: str) -> tuple[list[str], str]:

@@ -122,6 +122,7 @@ def _local_policy() -> policies.Policy:
         runtime_env=policies.RuntimeEnv(
             pip="allow",
             uv="allow",
+            remote_uris="allow",
             why="What its installer runs here its owner could run here too.",
         ),
     )

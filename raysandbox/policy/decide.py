@@ -14,7 +14,14 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from raysandbox.errors import ProfileError
-from raysandbox.policy.schema import NEVER, STRICTEST, TAG_PREFIX, Policy, Rule
+from raysandbox.policy.schema import (
+    NEVER,
+    STRICTEST,
+    TAG_PREFIX,
+    Policy,
+    Rule,
+    RuntimeEnv,
+)
 
 __all__ = [
     "LOADER_VARIABLES",
@@ -190,10 +197,15 @@ _WRAPPERS = {
     "uv": "uv",
     "java_jars": "java_jars",
 }
+_PACKAGES = frozenset(("working_dir", "py_modules"))
+# What `ray.init(working_dir=DIRECTORY)` makes, and no other name: with "...zip" Ray's
+# agent replaces the directory of all packages, and with ".tar.gz" for ".zip" another
+# job's package.
+_UPLOADED = re.compile(r"gcs://_ray_pkg_[0-9a-f]+\.zip")
+_WHEEL = re.compile(r"[A-Za-z0-9][\w.+!]*(-[\w.+!]+){2,5}\.whl", re.ASCII)
+_REMOTE = re.compile(r"(https?|s3|gs|azure|abfss)://[!-~]+")
 _HARMLESS = frozenset(
     (
-        "working_dir",
-        "py_modules",
         "excludes",
         "env_vars",
         "config",
@@ -234,7 +246,14 @@ def runtime_env_refusals(
     for key, value in runtime_env.items():
         if value is None or value in ("", {}, []):
             continue
-        if key in _WRAPPERS:
+        if key in _PACKAGES:
+            for uri in value if isinstance(value, list) else [value]:
+                if why := _package_problem(uri, answers):
+                    found.append(
+                        f"runtime_env key {key!r}: {_scheme(uri)} refused by this "
+                        f"node's policy ({why})"
+                    )
+        elif key in _WRAPPERS:
             if getattr(answers, _WRAPPERS[key]) == "refuse":
                 refuse(key, _WRAPPERS[key])
         elif key not in _HARMLESS and answers.other == "refuse":
@@ -250,6 +269,42 @@ def runtime_env_refusals(
         elif kind == "ray" and answers.ray_variables == "refuse":
             refuse(f"env_vars.{name}", "ray_variables", "drop")
     return found
+
+
+def _package_problem(uri: object, answers: RuntimeEnv) -> str:
+    """Say why the agent may not read, fetch or install a package; "" if it may."""
+    if not isinstance(uri, str):
+        return "it is not text"
+    if _UPLOADED.fullmatch(uri):
+        return ""
+    if not uri.startswith("gcs://") and not _REMOTE.fullmatch(uri):
+        return (
+            "no key of it allows this: the agent would read the node's own files, "
+            "with the node's rights, for whoever asks. Give ray.init a directory or "
+            ".zip file of the driver's, without a scheme: Ray uploads it"
+        )
+    if not uri.startswith("gcs://") and answers.remote_uris == "refuse":
+        return 'runtime_env.remote_uris = "allow" would allow it'
+    if ".whl" in uri.lower():
+        # By any name: pip also builds what the wheel says that it needs.
+        if answers.pip == "refuse":
+            return (
+                'a wheel is installed by pip: runtime_env.pip = "allow" would allow it'
+            )
+        if not _WHEEL.fullmatch(uri.rpartition("/")[2]):
+            return "it is no name of a wheel"
+    elif uri.startswith("gcs://"):
+        return (
+            "no key of it allows this: it is no name that Ray gives to a directory "
+            "or .zip file that it uploads. Give ray.init one of these, without a "
+            "scheme; tar archives are not taken"
+        )
+    return ""
+
+
+def _scheme(uri: object) -> str:
+    match = re.match(r"[A-Za-z][A-Za-z0-9+.-]{0,19}:", str(uri))
+    return f"{match[0].lower()}//" if match else "a package without a scheme"
 
 
 def variable_kind(name: str) -> str:

@@ -386,7 +386,7 @@ class RuntimeEnv(Section):
     """
 
     weak: ClassVar[Mapping[str, tuple[object, ...]]] = dict.fromkeys(
-        ("pip", "uv", "other"), ("allow",)
+        ("pip", "uv", "remote_uris", "other"), ("allow",)
     )
 
     py_executable: Annotated[
@@ -426,10 +426,20 @@ class RuntimeEnv(Section):
         _Answer,
         Field(
             description="An installer that runs the job's code (setup.py) on the node, "
-            "outside of every wall. What it installed is for the jails alone."
+            "outside of every wall. What it installed is for the jails alone. Wheels "
+            "in py_modules are installed by it, with what they say that they need."
         ),
     ] = "refuse"
     uv: Annotated[_Answer, Field(description="As pip.")] = "refuse"
+    remote_uris: Annotated[
+        _Answer,
+        Field(
+            description="working_dir and py_modules at http, https, s3, gs, azure and "
+            "abfss: the node fetches them, from its place in the network and with its "
+            "credentials. What a driver uploads needs none; file and local are refused "
+            "always."
+        ),
+    ] = "refuse"
     java_jars: Annotated[
         _Refused,
         _never("java_jars"),

@@ -19,8 +19,6 @@ from tests.cluster.conftest import (
     JOB,
     ROGUE,
     SMALL,
-    SUBMIT,
-    WITHOUT_WALLS,
     Attack,
     Driver,
     Hardened,
@@ -152,6 +150,12 @@ def _certify(host: Host, ca: pki.Issuer, directory: str, name: str) -> None:
     host.raysandbox("cluster", "certs", "import", "signed", there)
 
 
+# After JOB: a task of the same driver does not run as root, who started the node.
+WALLED = (
+    "import os\n"
+    "who = ray.get(ray.remote(lambda: os.getuid()).remote())\n"
+    "print('ROOT?', who == 0)\n"
+)
 ARGUMENTS = ("start", "--cluster=x", "--head", "--include-dashboard=false", *SMALL)
 
 
@@ -266,20 +270,16 @@ def test_what_listens_in_clear_afterwards_ends_the_start(lonely: Host) -> None:
 def test_it_starts_when_all_is_well(lonely: Host, corp: pki.Issuer) -> None:
     """Positive control of the refusals above: the same directory, unharmed.
 
-    Its CA is a company's, and so is a driver's certificate that a job is submitted
-    with. The nodes have no walls here: behind those there are no submitted jobs.
+    Its CA is a company's, and so is the certificate of the driver whose tasks run,
+    behind the walls of a node as users start it.
     """
-    lonely.run(
-        sys.executable, "-c", WITHOUT_WALLS, "start", "--cluster=x", "--head", *SMALL,
-        timeout_s=100,
-    )  # fmt: skip
+    lonely.run(*CLI, "start", "--cluster=x", "--head", *SMALL, timeout_s=100)
     lonely.raysandbox("cluster", "certs", "bundle", "driver", "alice", "--cluster=x",
                       f"--address={ROGUE}", "--out=alice")  # fmt: skip
     _certify(lonely, corp, "alice", "alice")
-    (lonely.home / "job").mkdir()
-    (lonely.home / "job" / "run.py").write_text(JOB)
     out = lonely.run(
-        *CLI, "cluster", "env", "--cluster=alice", "--", *SUBMIT, timeout_s=100
-    )
+        *CLI, "cluster", "env", "--cluster=alice", "--", sys.executable, "-c",
+        JOB + WALLED, timeout_s=100,
+    )  # fmt: skip
     assert "TOTAL 90" in out.stdout
-    assert "succeeded" in out.stdout
+    assert "ROOT? False" in out.stdout

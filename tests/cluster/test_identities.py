@@ -31,6 +31,7 @@ from tests.cluster.conftest import (
     ROGUE,
     SMALL,
     WEBHOOK_PORT,
+    Driver,
     Hardened,
 )
 from tests.cluster.lab import Host, wait_for
@@ -580,6 +581,23 @@ def _run(cluster: Cluster, script: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+def _on_the_node(cluster: Cluster) -> Driver:
+    """Alice, who has ``on``: what sleeps on the node; and ``slow``, which may there."""
+    alice = cluster.hardened.shared("alice")
+    alice(
+        "from ray.util.scheduling_strategies import "
+        "NodeAffinitySchedulingStrategy as On\n"
+        "@ray.remote(max_retries=0)\n"
+        "def slow(seconds):\n"
+        "    time.sleep(seconds); return 'finished'\n"
+        "there = next(n for n in ray.nodes()\n"
+        "             if n['Alive'] and n['NodeName'] == 'node')\n"
+        "on = slow.options(scheduling_strategy=On(there['NodeID'], soft=False))\n"
+        "ray.get(on.remote(0), timeout=60)"
+    )
+    return alice
+
+
 def test_rolling_script_renews_and_restarts_a_node(cluster: Cluster) -> None:
     """What `certs rolling` prints renews a node and brings it back.
 
@@ -597,19 +615,8 @@ def test_rolling_script_renews_and_restarts_a_node(cluster: Cluster) -> None:
         script = "\n\n".join(
             part for part in script.split("\n\n") if f"echo {line}" not in part
         )
-    alice = cluster.hardened.shared("alice")
-    alice(
-        "from ray.util.scheduling_strategies import "
-        "NodeAffinitySchedulingStrategy as On\n"
-        "@ray.remote(max_retries=0)\n"
-        "def slow(seconds):\n"
-        "    time.sleep(seconds); return 'finished'\n"
-        "there = next(n for n in ray.nodes()\n"
-        "             if n['Alive'] and n['NodeName'] == 'node')\n"
-        "on = slow.options(scheduling_strategy=On(there['NodeID'], soft=False))\n"
-        "ray.get(on.remote(0), timeout=60)\n"
-        "waiting = on.remote(4)"
-    )
+    alice = _on_the_node(cluster)
+    alice("waiting = on.remote(4)")
     out = _run(cluster, script)
     assert out.returncode == 0, out.stdout + out.stderr
     assert "node has finished and left" in out.stdout
@@ -675,6 +682,93 @@ def test_doctor_audits_the_running_cluster(cluster: Cluster) -> None:
         "nodes are those of the inventory", "revocation lists",
     ):  # fmt: skip
         assert rows[check]["state"] == "ok", rows[check]
+
+
+def _return(cluster: Cluster) -> None:
+    """Release the node and start it again, with the keys that it was given."""
+    there, new = cluster.node.home / "c", cluster.lab.path / f"n{time.monotonic_ns()}"
+    cluster.cli("cluster", "release", "node", "--out", str(new))
+    cluster.cli("cluster", "down", host=cluster.node)
+    shutil.rmtree(there)
+    shutil.copytree(new, there)
+    cluster.hardened.start_node()
+    wait_for("it in the cluster", lambda: "node" in cluster.alive())
+
+
+def test_drained_quarantine_lets_tasks_finish(cluster: Cluster, now: float) -> None:
+    """What runs there finishes, and then the node is out and its old keys are dead.
+
+    It does not wait for the deadline, and the other node takes work all the while.
+    The control: with those keys the node started, and its calls were answered.
+    """
+    alice = _on_the_node(cluster)
+    assert cluster.call_as(cluster.node.home / "c", "raylet", host=cluster.node)[
+        "code"
+    ] == "OK"  # fmt: skip
+    alice("waiting = on.remote(5); elsewhere = slow.remote(0)")
+    began = time.monotonic()
+    out = cluster.cli("cluster", "quarantine", "node", "--drain=90")
+    assert time.monotonic() - began < 60
+    assert "node has finished and left" in out.stdout
+    assert alice("result = ray.get([waiting, elsewhere], timeout=20)") == [
+        "finished", "finished",
+    ]  # fmt: skip
+    assert "node" not in cluster.alive()
+    assert out.stdout.count("revoked spiffe://lab/") == 4
+    cluster.hardened.expect_event(now, event="node_quarantined", object="^node/node$")
+    _cannot_return(cluster)
+    assert alice("result = ray.get(slow.remote(0), timeout=60)") == "finished"
+    _return(cluster)
+
+
+def _cannot_return(cluster: Cluster) -> None:
+    """Its old keys open nothing: no call, no registration, no start of the node."""
+    old, since = cluster.node.home / "c", time.time()
+    for how in (
+        {}, {"method": REGISTER, "kind": "RegisterNodeRequest",
+             "fields": _register(b"\2" * 28, NODE)},
+    ):  # fmt: skip
+        said = cluster.call_as(old, "raylet", host=cluster.node, **how)
+        assert said["code"] == "UNAVAILABLE"
+    cluster.hardened.expect_event(since, event="handshake_refused", source=f"^{NODE}")
+    cluster.cli("cluster", "down", host=cluster.node)
+    out = cluster.node.run(
+        *CLI, "start", "--cluster=c", f"--address={HEAD}:6379", *SMALL, *PORTS,
+        check=False, timeout_s=30,
+    )  # fmt: skip
+    assert out.returncode != 0
+    assert "CERTIFICATE_REVOKED" in out.stderr
+    assert "`raysandbox cluster release`" in out.stderr
+    assert "node" not in cluster.alive()
+
+
+def test_drained_quarantine_does_not_wait_forever(cluster: Cluster, now: float) -> None:
+    """What outlives the deadline is named; the quarantine is in force all the same."""
+    alice = _on_the_node(cluster)
+    alice(
+        "at = On(there['NodeID'], soft=False)\n"
+        "long = slow.options(name='end\x1b[31mless', scheduling_strategy=at)\n"
+        "endless = long.remote(600)"
+    )
+    wait_for(
+        "it running",
+        lambda: alice(
+            "from ray.util.state import list_tasks\n"
+            "result = [t.state for t in list_tasks() if 'end' in t.name]"
+        ) == ["RUNNING"],
+    )  # fmt: skip
+    began = time.monotonic()
+    out = cluster.cli("cluster", "quarantine", "node", "--drain=4")
+    assert 4 <= time.monotonic() - began < 30
+    assert "after 4 s still runs task end" in out.stderr
+    assert "quarantined nonetheless" in out.stderr
+    assert "\x1b" not in out.stderr
+    assert "in force" in out.stdout
+    cluster.hardened.expect_event(now, event="node_quarantined", object="^node/node$")
+    wait_for("its end", lambda: "node" not in cluster.alive(), timeout_s=30)
+    assert "NodeDied" in alice.ask("ray.get(endless, timeout=60)")["error"]
+    assert alice("result = ray.get(slow.remote(0), timeout=60)") == "finished"
+    _return(cluster)
 
 
 def test_quarantine_ends_a_node_and_release_takes_new_keys(cluster: Cluster) -> None:

@@ -47,7 +47,8 @@ def _wait(what: str, check, timeout_s: float = 30) -> None:
 
 
 OPT_OUT = """
-import json
+import json, pathlib
+from ray._private.runtime_env import packaging
 
 def look():
     safe_call(WHAT)
@@ -110,8 +111,12 @@ attempt("placement_group", group)
 attempt("variables", task(runtime_env={"env_vars": {
     "LD_PRELOAD": "/nonexistent/evil.so", "PYTHONPATH": "/tmp", "RAYSANDBOX_X": "1",
     "RAY_AUTH_MODE": "disabled", "RAYSANDBOX_PROFILE_PATH": "/tmp"}}))
-attempt("working_dir", task(runtime_env={"working_dir": WORKING}))
-attempt("py_modules", task(runtime_env={"py_modules": [WORKING]}))
+# As ray.init would; a task's own are not uploaded by Ray.
+WORKING = pathlib.Path(WORKING)
+uploaded = packaging.get_uri_for_package(WORKING)
+packaging.upload_package_to_gcs(uploaded, WORKING.read_bytes())
+attempt("working_dir", task(runtime_env={"working_dir": uploaded}))
+attempt("py_modules", task(runtime_env={"py_modules": [uploaded]}))
 attempt("py_executable", task(runtime_env={"py_executable": sys.executable + " -u"}))
 attempt("nested", task(runtime_env={"env_vars": {"A": "1"},
     "config": {"setup_timeout_seconds": 30}, "py_executable": "bash -c true"}))
@@ -131,15 +136,14 @@ def working_dir(home: Home, tmp_path_factory: pytest.TempPathFactory) -> str:
             info = zipfile.ZipInfo(f"{name}.py")
             info.external_attr = 0o644 << 16
             file.writestr(info, f"{call}{hook}safe_call({name!r})\n")
-    return f"file://{archive}"
+    return str(archive)
 
 
 @pytest.fixture(scope="module")
 def attempts(node: Node, home: Home, working_dir: str) -> dict[str, object]:
     """What became of each way to opt out."""
     call = (CALL + SAFE).format(port=home.port)
-    code = call + OPT_OUT.replace("WORKING", repr(working_dir))
-    out = node.drive(code)
+    out = node.drive(f"WORKING = {working_dir!r}\n{call}{OPT_OUT}")
     return json.loads(out.splitlines()[-1])  # type: ignore[no-any-return]
 
 

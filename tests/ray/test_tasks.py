@@ -383,9 +383,18 @@ def test_task_boundary_starts_from_nothing():
 def archive(path: Path, files: dict[str, str], mode: str = "w") -> None:
     with zipfile.ZipFile(path, mode) as made:
         for name, text in files.items():
-            info = zipfile.ZipInfo(f"top/{name}")
+            info = zipfile.ZipInfo(name)
             info.external_attr = 0o100644 << 16
             made.writestr(info, text)
+
+
+def uploaded(package: Path) -> str:
+    """Put a package where ray.init does; a task's own are not uploaded by Ray."""
+    from ray._private.runtime_env import packaging
+
+    uri = packaging.get_uri_for_package(package)
+    packaging.upload_package_to_gcs(uri, package.read_bytes())
+    return str(uri)
 
 
 def test_runtime_env_variables_directories_and_modules(tmp_path):
@@ -399,8 +408,8 @@ def test_runtime_env_variables_directories_and_modules(tmp_path):
         resources=STRICT,
         runtime_env={
             "env_vars": {"COLOUR": "green", "RAYSANDBOX_X": "no"},
-            "working_dir": f"file://{working}",
-            "py_modules": [f"file://{module}"],
+            "working_dir": uploaded(working),
+            "py_modules": [uploaded(module)],
         },
     )
     def look():

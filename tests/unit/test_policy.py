@@ -344,6 +344,9 @@ def test_two_tags_are_refused():
         ({"pip": ["./evil"]}, "pip"),
         ({"uv": ["x"]}, "uv"),
         ({"my_plugin": {"a": 1}}, "other"),
+        ({"working_dir": "https://example.com/x.zip"}, "remote_uris"),
+        ({"py_modules": ["gcs://_ray_pkg_0.zip", "s3://b/x.zip"]}, "remote_uris"),
+        ({"py_modules": ["gcs://evil-1.0-py3-none-any.whl"]}, "pip"),
     ],
 )
 def test_keys_that_reach_around_the_wall_are_refused_by_name(runtime_env, key):
@@ -374,6 +377,32 @@ def test_keys_that_no_policy_allows_are_refused_by_name(runtime_env, key):
     assert "Python workers alone" in text or "pip, uv, py_modules" in text
 
 
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "file:///root/secret.zip", "FILE:///root/secret.zip", "local:///root", "/root",
+        "\nfile:///root/secret.zip", "gcs://...zip", "gcs://..", "gcs://_ray_pkg_0.tar.gz",
+        "gcs://_ray_pkg_0/../x.zip", "gcs://_ray_pkg_0.zip\n", "GCS://_ray_pkg_0.zip",
+        "gcs://_ray_pkg_0.whl", "gcs://...whl", "https://h/...whl", "https://h/a b.zip",
+        "s3+file:///x.zip", "", 7, None, ["gcs://_ray_pkg_0.zip"],
+    ],
+)  # fmt: skip
+def test_no_policy_allows_a_package_of_that_name(uri):
+    """The node's own files, and names that Ray's agent takes for another place."""
+    laxest = {"remote_uris": "allow", "pip": "allow", "why": "a test"}
+    policy = Policy.model_validate({"runtime_env": laxest})
+    wanted = {"py_modules": ["gcs://_ray_pkg_0123abcd.zip", uri]}
+    (text,) = policies.runtime_env_refusals(policy, wanted)
+    assert "runtime_env key 'py_modules': " in text
+
+
+def test_packages_that_a_driver_uploads_need_no_permission():
+    """Both keys, as Ray's driver writes them."""
+    uri = "gcs://_ray_pkg_947859090d6eecb0.zip"
+    wanted = {"working_dir": uri, "py_modules": [uri, uri]}
+    assert policies.runtime_env_refusals(Policy(), wanted) == []
+
+
 @pytest.mark.parametrize("key", sorted(NEVER))
 def test_a_permission_that_would_have_no_effect_is_an_error(home, key):
     """Guards against a policy that reads as if it allowed what nobody gets."""
@@ -391,8 +420,8 @@ def test_a_permission_that_would_have_no_effect_is_an_error(home, key):
 def test_harmless_keys_are_not_refused():
     """What a jail gets, or what changes nothing, is no way around."""
     runtime_env = {
-        "working_dir": "gcs://x.zip",
-        "py_modules": ["gcs://y.zip"],
+        "working_dir": "gcs://_ray_pkg_0.zip",
+        "py_modules": ["gcs://_ray_pkg_1.zip"],
         "env_vars": {"LD_PRELOAD": "/x.so", "RAY_x": "1"},
         "config": {"setup_timeout_seconds": 1},
         "worker_process_setup_hook": "mine.hook",
