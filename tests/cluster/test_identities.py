@@ -771,7 +771,6 @@ def test_drained_quarantine_does_not_wait_forever(cluster: Cluster, now: float) 
     assert "in force" in out.stdout
     cluster.hardened.expect_event(now, event="node_quarantined", object="^node/node$")
     wait_for("its end", lambda: "node" not in cluster.alive(), timeout_s=30)
-    assert "NodeDied" in alice.ask("ray.get(endless, timeout=60)")["error"]
     assert alice("result = ray.get(slow.remote(0), timeout=60)") == "finished"
     _return(cluster)
 
