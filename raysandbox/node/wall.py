@@ -462,7 +462,9 @@ class _WorkerBuilder(plan.Builder):
             why = f"not governed: {', '.join(lacking)}"
             self.protect("ports and signals", State.DEGRADED, why)
         else:
-            self.protect("ports and signals", State.ENFORCED)
+            # Landlock has no rule for these, and a filter can't tell them apart.
+            but = "for TCP, but for listening on a port that the kernel picks"
+            self.protect("ports and signals", State.ENFORCED, but)
 
     def _connect(self, abi: int, net: int) -> list[tuple[int, int]] | None:
         """Return the ports that a worker may connect to; None for any.

@@ -122,7 +122,7 @@ def test_untagged_tasks_run_in_the_worker_where_the_policy_says_so(node, audit):
         assert "and that holds" in said
     for limit in ("cpu_cores", "memory_bytes", "pids"):
         assert started["protections"][f"totals.{limit}"] == "enforced"
-    assert started["protections"]["ports and signals"] == "enforced"
+    assert started["protections"]["ports and signals"].startswith("enforced: for TCP")
 
 
 def test_honest_work_goes_on_where_ports_are_governed(node):
