@@ -65,7 +65,7 @@ def speak_as(cluster: ClusterDir, argv: Sequence[str], policy: str) -> None:
     speak(cluster)
 
 
-def take_up(cluster: ClusterDir, wait_s: float = 30.0) -> bool:
+def take_up(cluster: ClusterDir, wait_s: float = 90.0) -> bool:
     """Have running helpers take up what has changed, and wait until they have.
 
     Returns:

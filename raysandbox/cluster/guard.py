@@ -713,7 +713,8 @@ def write_secrets(cluster: ClusterDir, crls: bytes, digest: str) -> None:
     """
     for name, text in secrets_of(cluster, crls).items():
         body = json.loads(text)
-        write_file(cluster.run / name, json.dumps({"version_info": digest, **body}))
+        text = json.dumps({"version_info": digest, **body})
+        write_file(cluster.run / name, text, durable=False)
 
 
 def write_listeners(cluster: ClusterDir, root_subject: str, digest: str) -> None:
@@ -723,11 +724,12 @@ def write_listeners(cluster: ClusterDir, root_subject: str, digest: str) -> None
     force by then, or one that was just revoked could come back in between.
     """
     settings, run = cluster.settings(), cluster.run
-    write_file(run / "envoy.json", json.dumps(bootstrap(settings, run), indent=1))
+    text = json.dumps(bootstrap(settings, run), indent=1)
+    write_file(run / "envoy.json", text, durable=False)
     lds = listeners(settings, cluster.inventory(), run, root_subject)
     lds["version_info"] = digest
     for listener in lds["resources"]:
         # Without a change in the listener Envoy would keep the connections of
         # those that were just revoked.
         listener["metadata"] = {"filter_metadata": {"rsb": {"version": digest}}}
-    write_file(run / "lds.json", json.dumps(lds, indent=1))
+    write_file(run / "lds.json", json.dumps(lds, indent=1), durable=False)

@@ -45,7 +45,7 @@ def remember(cluster: ClusterDir, processes: Iterable[tuple[str, int]]) -> None:
     rows = [
         {"kind": kind, "pid": pid, "start": _started(pid)} for kind, pid in processes
     ]
-    write_file(cluster.run / "processes.json", json.dumps(rows))
+    write_file(cluster.run / "processes.json", json.dumps(rows), durable=False)
 
 
 def alive(cluster: ClusterDir) -> list[tuple[str, int]]:

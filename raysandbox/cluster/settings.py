@@ -332,8 +332,18 @@ def _valid_name(value: str) -> str:
     return value
 
 
-def write_file(path: Path, data: bytes | str, mode: int = 0o600) -> None:
-    """Replace a file in one step; it never exists with a wider mode than `mode`."""
+def write_file(
+    path: Path, data: bytes | str, mode: int = 0o600, *, durable: bool = True
+) -> None:
+    """Replace a file in one step; it never exists with a wider mode than `mode`.
+
+    Args:
+        path: The file; its directory is made.
+        data: All of its contents.
+        mode: Of the file.
+        durable: Wait until it would survive a power cut. Not for what each start
+            writes anew: any task can keep a disk busy, and who waits for it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     if isinstance(data, str):
@@ -344,7 +354,8 @@ def write_file(path: Path, data: bytes | str, mode: int = 0o600) -> None:
         view = memoryview(data)
         while view:
             view = view[os.write(fd, view) :]
-        os.fsync(fd)
+        if durable:
+            os.fsync(fd)
     finally:
         os.close(fd)
     os.rename(scratch, path)

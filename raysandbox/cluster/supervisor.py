@@ -61,7 +61,8 @@ ALERTS_A_MINUTE = 10
 WAITING_POSTS = 100
 CHECK_ENDS_S = 12 * 3600
 # The guard takes a moment, and more where a flood has the machine busy.
-LOAD_S = 10.0
+LOAD_S = 30.0
+SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 REGISTER = "/ray.rpc.NodeInfoGcsService/RegisterNode"
 
 
@@ -186,7 +187,8 @@ class Stock:
                 self.issuer, self.settings.name, self.member.name,
                 self.member.addresses, self.way,
             )  # fmt: skip
-            write_file(self.ready / f"{uri.rpartition('/')[2]}.pem", pem)
+            name = f"{uri.rpartition('/')[2]}.pem"
+            write_file(self.ready / name, pem, durable=False)
         for file in self.used.iterdir():
             if file.stem.isdigit() and not Path(f"/proc/{file.stem}").exists():
                 file.unlink(missing_ok=True)
@@ -203,10 +205,12 @@ class NodeWorker:
         """Run until told to end."""
         loop = asyncio.get_running_loop()
         ended = asyncio.Event()
-        loop.add_signal_handler(signal.SIGTERM, ended.set)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, ended.set)
         loop.add_signal_handler(signal.SIGHUP, self.reload)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         tasks = [asyncio.create_task(self._fill()), *await self.start()]
-        write_file(self.dir.run / "ready", str(os.getpid()))
+        write_file(self.dir.run / "ready", str(os.getpid()), durable=False)
         waiting = asyncio.create_task(ended.wait())
         done, _ = await asyncio.wait(
             [waiting, *tasks], return_when=asyncio.FIRST_COMPLETED
@@ -236,7 +240,7 @@ class NodeWorker:
     def loaded(self, digest: str, problem: str = "") -> None:
         """Tell whoever asked for a reload what became of it."""
         text = json.dumps({"digest": digest, "problem": problem})
-        write_file(self.dir.run / "loaded.json", text)
+        write_file(self.dir.run / "loaded.json", text, durable=False)
 
     async def _fill(self) -> None:
         while True:
@@ -282,6 +286,7 @@ class HeadWorker(NodeWorker):
         self._closed_since = 0.0
         self._pipe = _make_pipe(run / "calls.pipe")
         self._partial = b""
+        self._auditing = asyncio.Lock()
         self._envoy: asyncio.subprocess.Process | None = None
         self._reloading: asyncio.Task[None] | None = None
 
@@ -487,12 +492,14 @@ class HeadWorker(NodeWorker):
                 continue
             batch, self._queue = self._queue, []
             try:
-                self.audit.append(batch)
-                batch = []
-                if now - synced_at >= 1:
-                    synced_at = now
-                    self.audit.sync()
-                    dirty = False
+                async with self._auditing:
+                    self.audit.append(batch)
+                    batch = []
+                    if now - synced_at >= 1:
+                        synced_at = now
+                        # Decisions don't wait for a disk that others keep busy.
+                        await asyncio.to_thread(self.audit.sync)
+                        dirty = False
             except OSError as error:
                 self._queue = batch + self._queue
                 await self._disk_failed(error)
@@ -671,7 +678,8 @@ class HeadWorker(NodeWorker):
             stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.DEVNULL, preexec_fn=_die_with_parent,
         )  # fmt: skip
-        write_file(self.dir.run / "envoy.pid", str(self._envoy.pid))
+        pid = str(self._envoy.pid)
+        write_file(self.dir.run / "envoy.pid", pid, durable=False)
 
     async def _until_listening(self) -> None:
         for _ in range(200):
@@ -712,9 +720,10 @@ class HeadWorker(NodeWorker):
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(envoy.wait(), 5)
         self.event("supervisor_stopped")
-        with contextlib.suppress(OSError):
-            self.audit.append(self._queue)
-            self.audit.close()
+        async with self._auditing:
+            with contextlib.suppress(OSError):
+                self.audit.append(self._queue)
+                self.audit.close()
 
     async def _watch_ends(self) -> None:
         """Alert, twice a day, of members whose certificates end soon."""
@@ -829,7 +838,7 @@ def _work(path: str) -> int:
     try:
         asyncio.run(worker.run())
     except ClusterError as error:
-        write_file(cluster.run / "failed", str(error))
+        write_file(cluster.run / "failed", str(error), durable=False)
         print(f"raysandbox: {error}", file=sys.stderr, flush=True)
         return 3
     return 0
@@ -848,16 +857,19 @@ def main(path: str) -> int:
             stopping.append(number)
 
     stopping: list[int] = []
-    write_file(run / "supervisor.pid", str(os.getpid()))
+    # Nobody is told of us before we listen; a child's come when it does.
+    for number in SIGNALS:
+        signal.signal(number, ended)
+    write_file(run / "supervisor.pid", str(os.getpid()), durable=False)
     pause = 0.2
     while True:
         started = time.monotonic()
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         child = os.fork()
         if child == 0:
             _die_with_parent()
             os._exit(_guarded(path))
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, ended)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         _, status = os.waitpid(child, 0)
         code = os.waitstatus_to_exitcode(status)
         child = 0
@@ -867,6 +879,9 @@ def main(path: str) -> int:
         pause = 0.2 if time.monotonic() - started > 30 else min(pause * 2, 5)
         print(f"raysandbox: supervisor died ({code}), restarting", file=sys.stderr)
         time.sleep(pause)
+        if stopping:
+            (run / "supervisor.pid").unlink(missing_ok=True)
+            return 0
 
 
 def _guarded(path: str) -> int:

@@ -17,6 +17,7 @@ releases it; a file that it left half updated is put right by the next recount.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import mmap
 import os
@@ -141,11 +142,9 @@ class JobFile:
     """The count of one job; see the module."""
 
     def __init__(self, path: str) -> None:
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        self._fd = os.open(path, flags, 0o600)
+        self._fd = _open_shared(path)
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX)
-            _share(self._fd, os.path.dirname(path))
             if os.fstat(self._fd).st_size < _ENTRIES_AT + _GROW:
                 os.ftruncate(self._fd, _ENTRIES_AT + _GROW)
             self._map = mmap.mmap(self._fd, 0)
@@ -362,10 +361,36 @@ class JobFile:
         _HEADER.pack_into(self._map, 0, *new)
 
 
-def _share(fd: int, parent: str) -> None:
-    """Open a new file to workers with other users, if its directory is."""
-    if os.stat(parent).st_mode & 0o002 and os.fstat(fd).st_uid == os.geteuid():
-        os.fchmod(fd, 0o666)
+def _open_shared(path: str) -> int:
+    """Open a file, or make it: for workers with other users too, if its directory is.
+
+    It has its mode by the time it has its name: another worker may open it at once.
+    """
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+    parent, name = os.path.split(path)
+    mode = 0o666 if os.stat(parent).st_mode & 0o002 else 0o600
+    new = os.path.join(parent, f".{name}.{os.getpid()}")
+    while True:
+        with contextlib.suppress(FileNotFoundError):
+            return os.open(path, flags)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(new)  # of a worker that died half-way
+        fd = os.open(new, flags | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            os.fchmod(fd, mode)
+            os.link(new, path)
+        except FileExistsError:
+            os.close(fd)  # another worker was faster
+        except FileNotFoundError:
+            os.close(fd)  # taken for a job's that has ended
+        except BaseException:
+            os.close(fd)
+            raise
+        else:
+            return fd
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(new)
 
 
 def usage_of(path: str) -> Usage:

@@ -233,9 +233,16 @@ class Host:
         if check and out.returncode:
             raise AssertionError(
                 f"{self.name}: {' '.join(arguments)}: exit {out.returncode}\n"
-                f"{out.stdout[-4000:]}\n{out.stderr[-4000:]}"
+                f"{out.stdout[-4000:]}\n{out.stderr[-4000:]}\n{self._last_words()}"
             )
         return out
+
+    def _last_words(self) -> str:
+        """What the helpers of this host wrote last."""
+        return "\n".join(
+            f"--- {log}\n{log.read_text(errors='replace')[-1500:]}"
+            for log in sorted(self.home.glob("*/run/*.log"))
+        )
 
     def kill(self) -> None:
         """End everything on this host at once, as a power cut would."""

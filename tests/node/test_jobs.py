@@ -22,7 +22,7 @@ from raysandbox.node.no_client import REASON
 from tests.node.home import CALL, SAFE, Home
 from tests.node.nodes import PLAIN, Node, free_port
 
-pytestmark = [pytest.mark.ray, pytest.mark.root, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.ray, pytest.mark.root, pytest.mark.timeout(400)]
 
 ATTACKS = """
 import json, threading
@@ -44,6 +44,24 @@ def run(name, start):
         found[name] = f"{type(error).__name__}: {error}"[:2000]
 
 client = JobSubmissionClient(f"http://127.0.0.1:{DASHBOARD}")
+
+def wait_for_agent(limit_s=120):
+    # The dashboard answers before the node's agent can start a job.
+    until = time.monotonic() + limit_s
+    while True:
+        try:
+            first = client.submit_job(entrypoint="true")
+        except RuntimeError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.5)
+            continue
+        while not client.get_job_status(first).is_terminal():
+            assert time.monotonic() < until, client.get_job_info(first)
+            time.sleep(0.2)
+        return
+
+wait_for_agent()
 
 def shell(name):
     return (f"echo {name} $(id -u) $(cat $RAY_AUTH_TOKEN_PATH) > "
@@ -196,7 +214,7 @@ REFUSED = {
 def test_control_all_of_it_works_on_stock_ray(stock):
     """Entrypoints as root, with the token; setup.py, an interpreter, a client."""
     everything = {*JOBS, "job_py_executable", "setup.py", "client"}
-    assert stock.heard == everything, stock.client.stderr
+    assert stock.heard == everything, f"{stock.found}\n{stock.client.stderr}"
     assert any("0 0123456789abcdef" in word for word in stock.words)
 
 
