@@ -69,7 +69,7 @@ def take_up(cluster: ClusterDir, wait_s: float = 90.0) -> bool:
     """Have running helpers take up what has changed, and wait until they have.
 
     Returns:
-        Whether any run here.
+        Whether any run here that have; others do when they start.
 
     Raises:
         ClusterError: They run and belong to another user, refuse the change, or
@@ -105,6 +105,8 @@ def take_up(cluster: ClusterDir, wait_s: float = 90.0) -> bool:
             if said["digest"] == wanted:
                 print("in force")
                 return True
+        if _running(cluster) != pid:
+            return False
         time.sleep(0.05)
     raise ClusterError(
         where=f"guard, pid {pid}",

@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from raysandbox.cluster.errors import ClusterError
+from raysandbox.cluster.lines import LineFile
 from raysandbox.cluster.settings import write_file
 
 __all__ = ["AuditLog", "Checked", "Fold", "plain", "query", "tail_problem", "verify"]
@@ -100,30 +101,14 @@ class AuditLog:
                 what="another process writes this audit log",
                 remedy="`raysandbox cluster status` says which guard runs",
             ) from None
-        self.number, self.hash, self.torn = 0, START, ""
+        self.number, self.hash = 0, START
         for file in reversed(_files(path)):
             found = _last(file)
             if found is not None:
                 self.number, self.hash = found
                 break
-        self._fd = self._open()
-        self._end = os.fstat(self._fd).st_size
-        self._cut_torn()
-
-    def _open(self) -> int:
-        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
-        return os.open(self.path / CURRENT, flags, 0o600)
-
-    def _cut_torn(self) -> None:
-        """Take half a line off the end, as a crash leaves it."""
-        start = max(0, self._end - (1 << 20))
-        data = os.pread(self._fd, self._end - start, start)
-        whole = data.rfind(b"\n") + 1
-        if whole < len(data):
-            torn = data[whole:]
-            self.torn = torn[:TORN_BYTES].decode("utf-8", "backslashreplace")
-            self._end -= len(torn)
-            os.ftruncate(self._fd, self._end)
+        self._file = LineFile(path / CURRENT)
+        self.torn = self._file.torn[:TORN_BYTES].decode("utf-8", "backslashreplace")
 
     def append(self, records: list[dict[str, Any]]) -> None:
         """Write records, all or none.
@@ -133,10 +118,7 @@ class AuditLog:
         """
         if not records:
             return
-        if os.fstat(self._fd).st_size != self._end:
-            # What an earlier failure left and could not take back.
-            os.ftruncate(self._fd, self._end)
-        if self._end >= self.rotate_bytes:
+        if self._file.end >= self.rotate_bytes:
             self._rotate()
         number, digest, text = self.number, self.hash, []
         for record in records:
@@ -144,17 +126,8 @@ class AuditLog:
             line = _dump({"n": number, **record})
             digest = _chain(digest, line)
             text.append(f'{line[:-1]},"h":"{digest}"}}\n')
-        data = "".join(text).encode()
-        try:
-            view = memoryview(data)
-            while view:
-                view = view[os.write(self._fd, view) :]
-        except OSError:
-            with contextlib.suppress(OSError):
-                os.ftruncate(self._fd, self._end)
-            raise
+        self._file.append("".join(text).encode())
         self.number, self.hash = number, digest
-        self._end += len(data)
 
     def sync(self) -> None:
         """Flush, and write the log's end where a cut would show.
@@ -163,21 +136,15 @@ class AuditLog:
             OSError: The disk is full or the log's file is not where it was; the
                 lines themselves stay written.
         """
-        os.fdatasync(self._fd)
+        os.fdatasync(self._file.fd)
         head = {"n": self.number, "h": self.hash, "t": time.time()}
         write_file(self.path / HEAD, _dump(head))
         if time.monotonic() - self._anchored_at >= ANCHOR_EVERY_S:
             self.anchor()
-        mine = os.fstat(self._fd)
-        try:
-            there = os.stat(self.path / CURRENT, follow_symlinks=False)
-        except FileNotFoundError:
-            there = None
-        if there is None or (mine.st_dev, mine.st_ino) != (there.st_dev, there.st_ino):
+        if not self._file.is_in_place():
             # Somebody took the file away: what comes next must not go with it.
-            os.close(self._fd)
-            self._fd = self._open()
-            self._end = os.fstat(self._fd).st_size
+            self._file.close()
+            self._file = LineFile(self.path / CURRENT)
             raise OSError(errno.ESTALE, "the file was removed or replaced")
 
     def anchor(self) -> None:
@@ -208,7 +175,7 @@ class AuditLog:
             self.sync()
             self.anchor()
         finally:
-            os.close(self._fd)
+            self._file.close()
             os.close(self._lock)
 
     def _rotate(self) -> None:
@@ -217,16 +184,17 @@ class AuditLog:
         Raises:
             OSError: The old file is still the current one.
         """
-        os.fdatasync(self._fd)
+        self._file.settle()
+        os.fdatasync(self._file.fd)
         old = self.path / f"audit-{self.number:012d}.jsonl"
         os.rename(self.path / CURRENT, old)
         try:
-            fd = self._open()
+            new = LineFile(self.path / CURRENT)
         except OSError:
             os.rename(old, self.path / CURRENT)
             raise
-        os.close(self._fd)
-        self._fd, self._end = fd, 0
+        self._file.close()
+        self._file = new
         closed = sorted(self.path.glob("audit-*.jsonl"))
         gone = closed[: -self.keep_files]
         if not gone:

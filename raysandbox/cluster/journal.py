@@ -7,14 +7,13 @@ has grown well past what is true now, it is written anew.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from raysandbox.cluster.errors import ClusterError
+from raysandbox.cluster.lines import LineFile
 from raysandbox.cluster.settings import write_file
 
 __all__ = ["Journal"]
@@ -31,17 +30,8 @@ class Journal:
 
     def __init__(self, path: Path, compact_bytes: int = COMPACT_BYTES) -> None:
         self.path, self._compact_bytes = path, compact_bytes
-        self._fd = self._open()
-        self._end = os.fstat(self._fd).st_size
+        self._file = LineFile(path)
         self._threshold = compact_bytes
-        whole = os.pread(self._fd, self._end, 0).rfind(b"\n") + 1
-        if whole < self._end:
-            os.ftruncate(self._fd, whole)
-            self._end = whole
-
-    def _open(self) -> int:
-        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
-        return os.open(self.path, flags, 0o600)
 
     def facts(self) -> Iterator[list[Any]]:
         """Yield what was written, oldest first.
@@ -69,23 +59,12 @@ class Journal:
         Raises:
             OSError: Nothing of it is in the file.
         """
-        data = json.dumps(fact, separators=(",", ":")).encode() + b"\n"
-        if os.fstat(self._fd).st_size != self._end:
-            os.ftruncate(self._fd, self._end)
-        try:
-            view = memoryview(data)
-            while view:
-                view = view[os.write(self._fd, view) :]
-        except OSError:
-            with contextlib.suppress(OSError):
-                os.ftruncate(self._fd, self._end)
-            raise
-        self._end += len(data)
+        self._file.append(json.dumps(fact, separators=(",", ":")).encode() + b"\n")
 
     @property
     def wants_compaction(self) -> bool:
         """Whether most of the file is no longer true."""
-        return self._end >= self._threshold
+        return self._file.end >= self._threshold
 
     def compact(self, facts: Iterable[list[Any]]) -> None:
         """Write the file anew with what is true now.
@@ -95,9 +74,8 @@ class Journal:
         """
         text = "".join(json.dumps(f, separators=(",", ":")) + "\n" for f in facts)
         # Whatever becomes of it, not again before the file has doubled.
-        self._threshold = max(self._compact_bytes, 2 * self._end)
+        self._threshold = max(self._compact_bytes, 2 * self._file.end)
         write_file(self.path, text)
-        os.close(self._fd)
-        self._fd = self._open()
-        self._end = os.fstat(self._fd).st_size
-        self._threshold = max(self._compact_bytes, 2 * self._end)
+        self._file.close()
+        self._file = LineFile(self.path)
+        self._threshold = max(self._compact_bytes, 2 * self._file.end)

@@ -294,6 +294,12 @@ def start_helpers(cluster: ClusterDir, *, fresh: bool) -> None:
         failed = cluster.run / "failed"
         if failed.exists() or process.poll() is not None or time.monotonic() > end:
             process.terminate()
+            try:
+                # None that is about to end is taken for one that runs.
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
             said = failed.read_text() if failed.exists() else ""
             raise ClusterError(
                 where=str(cluster.run / "supervisor.log"),

@@ -199,6 +199,8 @@ class NodeWorker:
 
     def __init__(self, cluster: ClusterDir) -> None:
         self.dir = cluster
+        # Before anything is read: of nothing newer is said that it is in force.
+        self._digest = cluster.digest()
         self.stock = Stock(cluster)
 
     async def run(self) -> None:
@@ -209,7 +211,15 @@ class NodeWorker:
             loop.add_signal_handler(number, ended.set)
         loop.add_signal_handler(signal.SIGHUP, self.reload)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        try:
+            await self._run(ended)
+        finally:
+            # The loop takes its handlers away before it ends.
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+    async def _run(self, ended: asyncio.Event) -> None:
         tasks = [asyncio.create_task(self._fill()), *await self.start()]
+        self.loaded(self._digest)
         write_file(self.dir.run / "ready", str(os.getpid()), durable=False)
         waiting = asyncio.create_task(ended.wait())
         done, _ = await asyncio.wait(
@@ -870,18 +880,24 @@ def main(path: str) -> int:
             _die_with_parent()
             os._exit(_guarded(path))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        _, status = os.waitpid(child, 0)
-        code = os.waitstatus_to_exitcode(status)
-        child = 0
+        # Nobody else gets its pid while we may still signal it.
+        os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+        ended_child, child = child, 0
+        code = os.waitstatus_to_exitcode(os.waitpid(ended_child, 0)[1])
         if stopping or code in (0, 3):
-            (run / "supervisor.pid").unlink(missing_ok=True)
-            return 0 if stopping else code
+            return _leave(run, 0 if stopping else code)
         pause = 0.2 if time.monotonic() - started > 30 else min(pause * 2, 5)
         print(f"raysandbox: supervisor died ({code}), restarting", file=sys.stderr)
         time.sleep(pause)
         if stopping:
-            (run / "supervisor.pid").unlink(missing_ok=True)
-            return 0
+            return _leave(run, 0)
+
+
+def _leave(run: Path, code: int) -> int:
+    """Take our name away, once nobody's signal can change how we end."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    (run / "supervisor.pid").unlink(missing_ok=True)
+    return code
 
 
 def _guarded(path: str) -> int:

@@ -118,11 +118,12 @@ class Reader:
 
     def read(self) -> list[dict[str, Any]]:
         """Return the events that were added since the last call, oldest first."""
-        found: list[dict[str, Any]] = []
         seen: dict[tuple[int, int], _File] = {}
-        for path in self._paths():
-            found += self._read(path, seen)
+        by_file = [self._read(path, seen) for path in self._paths()]
         self._files = seen
+        # A log before the one that was set aside, which is older: else a log that is
+        # set aside in between is missed. In order where the clock saw one moment.
+        found = [event for events in reversed(by_file) for event in events]
         found.sort(key=lambda event: event["time"])
         return found
 

@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -29,7 +28,9 @@ from raysandbox import launch, plan, profile
 from raysandbox.kernel import cgroup
 from raysandbox.probe import probe
 from raysandbox.run import cgroup_limits
+from tests.bench.turns import turns
 from tests.node import drive
+from tests.peer import Peer
 
 # Where make's build directory is: the working directory of `make bench` is in it.
 OUTPUT = Path(__file__).resolve().parents[2] / "build" / "bench.json"
@@ -58,34 +59,12 @@ class Figure:
     ok: bool
 
 
-class Side:
+class Side(Peer):
     """A process of `tests.bench.side`."""
 
     def __init__(self, profile_name: str) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.bench.side", *filter(None, [profile_name])],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"},
-        )
-
-    def __call__(self, name: str, *arguments: Any) -> Any:
-        stdin, stdout = self.process.stdin, self.process.stdout
-        assert stdin is not None
-        assert stdout is not None
-        stdin.write(json.dumps([name, *arguments]) + "\n")
-        stdin.flush()
-        while line := stdout.readline():
-            with contextlib.suppress(ValueError):
-                return json.loads(line)
-        raise RuntimeError(f"a side ended with {self.process.wait()}")
-
-    def close(self) -> None:
-        """End it, and its Ray."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(60)
+        named = [profile_name] if profile_name else []
+        super().__init__([sys.executable, "-m", "tests.bench.side", *named])
 
 
 @contextlib.contextmanager
@@ -96,17 +75,6 @@ def _sides(*profiles: str) -> Iterator[list[Side]]:
     finally:
         for side in sides:
             side.close()
-
-
-def _turns(rounds: int, *calls: Callable[[], float]) -> list[float]:
-    """Let the calls take turns; return the median of each."""
-    seen: list[list[float]] = [[] for _ in calls]
-    for number in range(rounds):
-        # Whoever goes first may find warmer caches: that takes turns too.
-        order = range(len(calls)) if number % 2 else reversed(range(len(calls)))
-        for index in order:
-            seen[index].append(calls[index]())
-    return [statistics.median(each) for each in seen]
 
 
 def _spawn(argv: list[str]) -> float:
@@ -140,7 +108,7 @@ def launcher(rounds: int) -> list[Figure]:
         os.set_inheritable(fd, True)
         argv = [launch.launcher_path(), f"--plan-fd={fd}", "--", "/bin/true"]
         try:
-            inside, outside = _turns(
+            inside, outside = turns(
                 20 * rounds, lambda: _spawn(argv), lambda: _spawn(["/bin/true"])
             )
         finally:
@@ -169,7 +137,7 @@ def tasks(rounds: int) -> list[Figure]:
             side("noop", 100)
         plain, fresh, reused = (
             value * 2
-            for value in _turns(
+            for value in turns(
                 rounds,
                 lambda: stock("noop", 500),
                 lambda: strict("noop", 500),
@@ -320,7 +288,7 @@ def argument(rounds: int) -> list[Figure]:
             side("sum_array", 100)
         plain, fresh, reused = (
             value * 1e3
-            for value in _turns(
+            for value in turns(
                 rounds,
                 lambda: stock("sum_array", 100),
                 lambda: strict("sum_array", 100),
@@ -357,7 +325,7 @@ def inside(rounds: int) -> list[Figure]:
             def rate(side: Side, function: str = function, count: int = count) -> float:
                 return count / float(side(function, count))
 
-            plain, walled = _turns(
+            plain, walled = turns(
                 2 * rounds, lambda: rate(stock), lambda: rate(trusted)
             )
             ratio = walled / plain
@@ -434,7 +402,7 @@ def store(rounds: int) -> list[Figure]:
         for name, size, count in (("1 KB", 1000, 1000), ("100 MB", 100_000_000, 5)):
             for side in sides:
                 side("put_get", size, count)
-            plain, counted = _turns(
+            plain, counted = turns(
                 rounds,
                 *(functools.partial(side, "put_get", size, count) for side in sides),
             )

@@ -8,18 +8,18 @@ cluster with itself in peace.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+import tests
+from tests.bench.turns import turns
 from tests.cluster.conftest import HEAD, ROGUE, STOCK, Hardened, Stock, memory_bytes
 from tests.cluster.lab import Host, Lab
+from tests.peer import Peer
 
 HERE = Path(__file__).resolve().parent
 ATTACK = HERE.parent / "cluster" / "attack.py"
@@ -43,34 +43,14 @@ FLOODS = (
 MOST_GROWTH_BYTES = 50_000_000
 
 
-class Side:
+class Side(Peer):
     """The honest job on one machine."""
 
     def __init__(self, host: Host, *prefix: str) -> None:
-        self.process = subprocess.Popen(
-            host.argv([*prefix, sys.executable, str(HERE / "cluster_side.py")]),
-            env=host.env(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            stderr=(host.home / "side.log").open("ab"),
-        )  # fmt: skip
-
-    def __call__(self, name: str, *arguments: Any) -> float:
-        stdin, stdout = self.process.stdin, self.process.stdout
-        assert stdin is not None
-        assert stdout is not None
-        stdin.write(json.dumps([name, *arguments]) + "\n")
-        stdin.flush()
-        while line := stdout.readline():
-            with contextlib.suppress(ValueError):
-                return float(json.loads(line))
-        raise RuntimeError(f"a side ended with {self.process.wait()}")
-
-    def close(self) -> None:
-        """End it."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(30)
-        self.process.kill()
+        super().__init__(
+            host.argv([*prefix, sys.executable, "-m", "tests.bench.cluster_side"]),
+            host.env({"PYTHONPATH": str(Path(tests.__file__).absolute().parents[1])}),
+        )
 
 
 Row = tuple[str, float, float, str, float, str, bool]
@@ -100,7 +80,7 @@ def _in_peace(rounds: int, ours: Side, theirs: Side) -> list[Row]:
     found: list[Row] = []
     for side in (ours, theirs):
         side("connect")
-    inside, outside = _turns(
+    inside, outside = turns(
         rounds, lambda: ours("connect") * 1e3, lambda: theirs("connect") * 1e3
     )
     more = inside - outside
@@ -112,7 +92,7 @@ def _in_peace(rounds: int, ours: Side, theirs: Side) -> list[Row]:
         for side in (ours, theirs):
             side(function, *arguments)
         # What takes half a second is measured more often.
-        inside, outside = _turns(
+        inside, outside = turns(
             rounds if function in ("actors", "groups") else 3 * rounds,
             lambda f=function, a=arguments: ours(f, *a),
             lambda f=function, a=arguments: theirs(f, *a),
@@ -168,12 +148,3 @@ def _flooded(
              grown / MOST_GROWTH_BYTES, "at most 50 MB", grown <= MOST_GROWTH_BYTES)
         )  # fmt: skip
     return found
-
-
-def _turns(rounds: int, *calls: Callable[[], float]) -> list[float]:
-    seen: list[list[float]] = [[] for _ in calls]
-    for number in range(rounds):
-        order = range(len(calls)) if number % 2 else reversed(range(len(calls)))
-        for index in order:
-            seen[index].append(calls[index]())
-    return [statistics.median(each) for each in seen]

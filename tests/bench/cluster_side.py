@@ -1,20 +1,19 @@
 """The honest job of one side of the cluster's comparison.
 
-Runs on a machine of a lab, beside a node of a running cluster. Reads one JSON
-list a line (a function's name here and its arguments), answers with one JSON
-value a line.
+Runs on a machine of a lab, beside a node of a running cluster, and is told by a
+`tests.peer.Peer`.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from typing import Any
 
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from tests import peer
 
 
 class Counter:
@@ -104,9 +103,7 @@ def groups(count: int) -> float:
 
 def main() -> None:
     """Serve until stdin ends."""
-    for line in sys.stdin:
-        name, *arguments = json.loads(line)
-        print(json.dumps(globals()[name](*arguments)), flush=True)
+    peer.serve(globals())
     ray.shutdown()
 
 

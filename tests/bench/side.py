@@ -1,7 +1,6 @@
 """One side of a comparison: a Ray of its own that runs what it is told.
 
-Reads one JSON list a line (a function's name here and its arguments), answers
-with one JSON value a line. Two of these live side by side, and the caller lets
+Is told by a `tests.peer.Peer`. Two of these live side by side, and the caller lets
 them take turns.
 """
 
@@ -23,6 +22,7 @@ import psutil
 import ray
 
 import raysandbox
+from tests import peer
 
 PROFILE = sys.argv[1] if len(sys.argv) > 1 else ""
 
@@ -172,9 +172,7 @@ def main() -> None:
     }
     (raysandbox.init if PROFILE else ray.init)(**options)
     try:
-        for line in sys.stdin:
-            name, *arguments = json.loads(line)
-            print(json.dumps(globals()[name](*arguments)), flush=True)
+        peer.serve(globals())
     finally:
         ray.shutdown()
         temporary.cleanup()

@@ -2,9 +2,8 @@
 
     python -m tests.node.side stock|proxy [OPTIONS AS JSON]
 
-Reads one JSON list a line (a function's name here and its arguments) and answers
-with one JSON value a line, to the descriptor in the options. With the proxy each
-worker runs in a mount namespace in which the proxy's sockets lie over the real ones.
+Does what it is told by a `tests.peer.Peer`. With the proxy each worker runs in a
+mount namespace in which the proxy's sockets lie over the real ones.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ import ray
 import ray.cloudpickle
 
 from raysandbox.node import seams, store_proxy
+from tests import peer
 from tests.node import hostile
 
 _OPTIONS = json.loads(sys.argv[2]) if len(sys.argv) > 2 else {}
@@ -300,9 +300,6 @@ def _has_plasma(pid: str) -> bool:
 def main() -> None:
     """Serve until stdin ends."""
     faulthandler.enable()
-    # No process of Ray's keeps it open when this one has ended.
-    os.set_inheritable(_OPTIONS["answers"], False)
-    answers = open(_OPTIONS["answers"], "w")
     ray.cloudpickle.register_pickle_by_value(hostile)
     ray.cloudpickle.register_pickle_by_value(sys.modules["__main__"])
     seams.install(_wrap)
@@ -316,9 +313,7 @@ def main() -> None:
         _temp_dir=temporary.name,
     )
     try:
-        for line in sys.stdin:
-            name, *arguments = json.loads(line)
-            print(json.dumps(globals()[name](*arguments)), file=answers, flush=True)
+        peer.serve(globals())
     finally:
         ray.shutdown()
         for proxy in _proxies:

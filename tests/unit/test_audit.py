@@ -29,6 +29,7 @@ from raysandbox.cluster.audit import (
 )
 from raysandbox.cluster.errors import ClusterError
 from tests.require import require
+from tests.unit.small_disk import run_on_small_disk
 
 RECORD = {"who": "driver/alice", "method": "/ray.rpc.X/Put", "object": "k", "ok": True}
 
@@ -343,8 +344,7 @@ def test_full_disk_loses_no_line_and_breaks_no_chain(tmp_path: Path) -> None:
     mount namespace of its own.
     """
     require("root")
-    code = textwrap.dedent(
-        """
+    code = """
         import os, sys
         from pathlib import Path
         from raysandbox.cluster.audit import AuditLog, verify
@@ -361,7 +361,7 @@ def test_full_disk_loses_no_line_and_breaks_no_chain(tmp_path: Path) -> None:
                 assert error.errno == 28, error
                 if failed == 3:
                     before = log.number
-                    assert os.stat(disk / "audit/audit.jsonl").st_size == log._end
+                    assert os.stat(disk / "audit/audit.jsonl").st_size == log._file.end
                     assert before % 20 == 0, before
                     (disk / "ballast").unlink()
                     log.append(batch)
@@ -372,19 +372,7 @@ def test_full_disk_loses_no_line_and_breaks_no_chain(tmp_path: Path) -> None:
         log.close()
         print(verify(disk / "audit").lines, before + 20)
         """
-    )
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    out = subprocess.run(
-        [
-            "unshare", "--mount", "--propagation", "private", "sh", "-c",
-            f'mount -t tmpfs -o size=256k tmpfs {disk} && exec "$1" -c "$0" {disk}',
-            code, sys.executable,
-        ],
-        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.getcwd()},
-    )  # fmt: skip
-    assert out.returncode == 0, out.stderr
-    lines, wanted = out.stdout.split()
+    lines, wanted = run_on_small_disk(tmp_path / "disk", 256, code).split()
     assert lines == wanted
 
 

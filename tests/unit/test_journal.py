@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -16,6 +12,7 @@ from hypothesis import strategies as st
 from raysandbox.cluster.errors import ClusterError
 from raysandbox.cluster.journal import Journal
 from tests.require import require
+from tests.unit.small_disk import run_on_small_disk
 from tests.unit.test_access import (
     ALICE,
     ALICES,
@@ -128,8 +125,7 @@ def test_what_could_not_be_written_down_is_not_known() -> None:
 def test_full_disk_leaves_whole_facts(tmp_path: Path) -> None:
     """On a disk that fills up a fact is in the file whole, or not at all."""
     require("root")
-    code = textwrap.dedent(
-        """
+    code = """
         import sys
         from pathlib import Path
         from raysandbox.cluster.journal import Journal
@@ -143,15 +139,4 @@ def test_full_disk_leaves_whole_facts(tmp_path: Path) -> None:
             assert error.errno == 28
         assert len(list(Journal(path).facts())) == good > 10
         """
-    )
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    out = subprocess.run(
-        [
-            "unshare", "--mount", "--propagation", "private", "sh", "-c",
-            f'mount -t tmpfs -o size=64k tmpfs {disk} && exec "$1" -c "$0" {disk}',
-            code, sys.executable,
-        ],
-        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.getcwd()},
-    )  # fmt: skip
-    assert out.returncode == 0, out.stderr
+    run_on_small_disk(tmp_path / "disk", 64, code)

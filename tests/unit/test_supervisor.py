@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import re
+import signal
+import subprocess
+import sys
+import time
 from importlib import resources
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +18,13 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from raysandbox.cli.member import take_up
 from raysandbox.cluster import supervisor
+from raysandbox.cluster.errors import ClusterError
 from raysandbox.cluster.metrics import Metrics
+from raysandbox.cluster.settings import ClusterDir
 from raysandbox.cluster.supervisor import AccessServer, Throttle
+from tests.unit.test_certificates import make_cluster
 
 
 def test_rules_ask_for_what_the_page_has() -> None:
@@ -170,3 +179,43 @@ def test_page_is_served_on_loopback() -> None:
     page = Metrics().page().decode()
     assert 'rsb_alerts_total{alert="unexpected_node"} 0.0' in page
     assert "rsb_audit_writable 1.0" in page
+
+
+def _start(cluster: ClusterDir) -> subprocess.Popen[bytes]:
+    """Start helpers, and return when others find them."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "raysandbox.cluster.supervisor", str(cluster.path)],
+        stderr=subprocess.PIPE,
+    )
+    until = time.monotonic() + 30
+    while not (cluster.run / "supervisor.pid").exists():
+        assert process.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.001)
+    return process
+
+
+def test_helpers_that_can_not_start_end_whoever_signals_them(tmp_path: Path) -> None:
+    """No signal finds them half-way: they say why, and leave no pid behind.
+
+    Who tells them of a change meanwhile has an answer, and waits for nobody.
+    """
+    cluster = make_cluster(tmp_path / "c")
+    (cluster.trust / "root.crl").unlink()
+    for change in (False, True):
+        process = _start(cluster)
+        if change:
+            try:
+                assert not take_up(cluster)
+            except ClusterError as error:
+                # Asked before it ended; it says what it will end of.
+                assert "goes on with what it had" in str(error)
+        else:
+            while process.poll() is None:
+                process.send_signal(signal.SIGHUP)
+                time.sleep(0.002)
+        said = process.communicate(timeout=30)[1].decode()
+        assert process.returncode == 3, said
+        assert "certs trust CRL" in said
+        assert "Traceback" not in said
+        assert not (cluster.run / "supervisor.pid").exists()
