@@ -284,7 +284,7 @@ with grpc.secure_channel("{HEAD}:6379", credentials) as channel:
     log = cluster.rogue.home / "eve.log"
     wait_for("eve's calls", lambda: log.exists() and log.read_text().count("ok") > 3)
     cluster.cli("cluster", "certs", "revoke", "driver/eve")
-    process.wait(timeout=15)
+    process.wait(timeout=60)
     assert log.read_text().split()[-1] == "UNAVAILABLE"
 
 
@@ -712,7 +712,7 @@ def test_drained_quarantine_lets_tasks_finish(cluster: Cluster, now: float) -> N
     alice("waiting = on.remote(5); elsewhere = slow.remote(0)")
     began = time.monotonic()
     out = cluster.cli("cluster", "quarantine", "node", "--drain=90")
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 85
     assert "node has finished and left" in out.stdout
     assert alice("result = ray.get([waiting, elsewhere], timeout=20)") == [
         "finished", "finished",
@@ -764,7 +764,7 @@ def test_drained_quarantine_does_not_wait_forever(cluster: Cluster, now: float) 
     )  # fmt: skip
     began = time.monotonic()
     out = cluster.cli("cluster", "quarantine", "node", "--drain=4")
-    assert 4 <= time.monotonic() - began < 30
+    assert 4 <= time.monotonic() - began < 90
     assert "after 4 s still runs task end" in out.stderr
     assert "quarantined nonetheless" in out.stderr
     assert "\x1b" not in out.stderr
@@ -820,7 +820,7 @@ def test_status_and_down_say_what_is_so(cluster: Cluster) -> None:
         ]  # fmt: skip
 
     # The keeper of the node's groups ends by itself, after the last of them.
-    wait_for("nothing of ours", lambda: not left(), timeout_s=10)
+    wait_for("nothing of ours", lambda: not left(), timeout_s=40)
     out = cluster.cli("cluster", "status", check=False)
     assert out.returncode == 3
     assert "DOWN" in out.stdout

@@ -273,7 +273,7 @@ class Node:
                 self.process.wait(5)
             except subprocess.TimeoutExpired:
                 self.process.kill()
-        end = time.monotonic() + 10
+        end = time.monotonic() + 40
         # Again and again: one of them may be about to start another.
         while (left := self.processes()) and time.monotonic() < end:
             for pid in left:

@@ -113,7 +113,7 @@ def honest() -> int:
 
     def work(array: Any) -> int:
         ref = ray.put(array * 2)
-        ready, _ = ray.wait([ref], timeout=10)
+        ready, _ = ray.wait([ref], timeout=60)
         return int(ray.get(ready[0]).sum())
 
     return int(_get(work, ray.put(np.ones(1 << 17))))
@@ -271,7 +271,7 @@ def end_proxy() -> bool:
         ray.get(running, timeout=20)
     except ray.exceptions.WorkerCrashedError:
         pass
-    until = time.monotonic() + 10
+    until = time.monotonic() + 40
     while (left := busy & _workers()) and time.monotonic() < until:
         time.sleep(0.1)
     return bool(busy) and not left

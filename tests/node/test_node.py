@@ -294,8 +294,12 @@ def test_other_languages_are_refused_and_raylet_lives(node):
         """
         from ray import cross_language
         ref = cross_language.cpp_function("f").remote()
-        ready, _ = ray.wait([ref], timeout=6)
-        print(ready)
+        from pathlib import Path
+        node = ray._private.worker._global_node
+        err = Path(node.get_logs_dir_path(), "raylet.err")
+        until = time.monotonic() + 60
+        while "in this language" not in err.read_text() and time.monotonic() < until:
+            ray.wait([ref], timeout=0.5)
         """,
         "options['job_config'] = ray.job_config.JobConfig(code_search_path=['/tmp'])",
     )

@@ -276,7 +276,7 @@ def user() -> None:
     attempt("lax again", lambda: run("lax", who))
     # The event of a jail's end is written a moment later.
     log = next(TEMPORARY.glob("session_2*/logs")) / "raysandbox_events.jsonl"
-    until = time.monotonic() + 10
+    until = time.monotonic() + 40
     while time.monotonic() < until and not log.exists():
         time.sleep(0.1)
     attempt("walls", lambda: json.loads(log.read_text().splitlines()[0])["protections"])

@@ -223,7 +223,7 @@ def _settle() -> Snapshot:
         ray.get([task.remote(1) for _ in range(12)])
     gc.collect()
     last = _snapshot()
-    until = time.monotonic() + 15
+    until = time.monotonic() + 40
     while time.monotonic() < until:
         time.sleep(1)
         now = _snapshot()

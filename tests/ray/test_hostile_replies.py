@@ -154,7 +154,7 @@ def _ends(function: Callable[[], None]) -> BaseException:
     started = time.monotonic()
     with pytest.raises(raysandbox.TaskError) as caught:
         ray.get(task.remote(), timeout=60)
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 50
     return caught.value
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import signal
 import sys
 import time
@@ -81,7 +82,7 @@ def test_wall_time():
     """A task that sleeps past limits.wall_time is ended."""
     start = time.monotonic()
     message = outcome(sleep_long, raysandbox.TaskTimedOut, profile="quick")
-    assert "limits.wall_time allows 3 s; seen: 3." in message
+    assert re.search(r"limits\.wall_time allows 3 s; seen: [3-9]\.", message)
     assert time.monotonic() - start < 30
 
 
@@ -97,7 +98,7 @@ def spin_children():
 def test_cpu_time_of_all_processes_counts():
     """CPU seconds of children are the task's."""
     message = outcome(spin_children, raysandbox.TaskTimedOut)
-    assert "limits.cpu_time allows 2 s; seen: 2." in message
+    assert re.search(r"limits\.cpu_time allows 2 s; seen: [2-9]\.", message)
     assert "s of CPU; to fix: make it faster" in message
 
 
