@@ -144,12 +144,15 @@ class Node:
                 raise AssertionError(f"did not start: {said[-3000:]}")
             time.sleep(0.1)
 
-    def drive(self, code: str, options: str = "", **variables: str) -> str:
+    def drive(
+        self, code: str, options: str = "", limit_s: float = 110, **variables: str
+    ) -> str:
         """Run a driver's source on this node; its output is in the error if it fails.
 
         Args:
             code: What it does once it is connected, as `options` do before.
             options: Lines that set ``options``, more arguments of ray.init.
+            limit_s: How long it may take.
             variables: More of its environment.
         """
         first = (
@@ -158,7 +161,7 @@ class Node:
             "log_to_driver=False, **options)\n"
         )
         try:
-            done = self.run(first + textwrap.dedent(code), **variables)
+            done = self.run(first + textwrap.dedent(code), limit_s, **variables)
         except subprocess.TimeoutExpired as expired:
             raise AssertionError(f"{expired}\n{self._last_words()}") from None
         assert done.returncode == 0, (
@@ -178,7 +181,9 @@ class Node:
                 said += f"--- {path.name}\n{path.read_text()[-3000:]}\n"
         return said
 
-    def run(self, code: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, code: str, limit_s: float = 110, **variables: str
+    ) -> subprocess.CompletedProcess[str]:
         """Run a program with what a driver of this node has in its environment."""
         process = self._start(
             [sys.executable, "-c", code],
@@ -189,7 +194,7 @@ class Node:
             text=True,
         )
         try:
-            out, err = process.communicate(timeout=110)
+            out, err = process.communicate(timeout=limit_s)
         except BaseException:
             process.kill()
             process.communicate()

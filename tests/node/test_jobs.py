@@ -142,6 +142,10 @@ def _refusers(server: str) -> list[tuple[int, str]]:
     return found
 
 
+def _last_line(said: str) -> Any:
+    return json.loads(said.splitlines()[-1])
+
+
 class Outcome:
     """What the attacks came to on one node.
 
@@ -171,7 +175,7 @@ class Outcome:
                 "HOST": node.host,
             }  # fmt: skip
             names = "".join(f"{name} = {value!r}\n" for name, value in values.items())
-            self.found = json.loads(node.drive(names + ATTACKS).splitlines()[-1])
+            self.found = _last_line(node.drive(names + ATTACKS, limit_s=220))
             code = (CALL + SAFE).format(port=home.port)
             # Stock Ray forks a client's server with threads around: some are stillborn.
             for _ in range(3 if kind == "stock" else 1):

