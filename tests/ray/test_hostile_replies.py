@@ -9,6 +9,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import ray
@@ -196,8 +197,17 @@ def test_a_second_reply_reaches_nobody() -> None:
 
         from raysandbox import wire
 
+        replied, original = threading.Event(), wire.send
+
+        def send(*arguments: Any, **options: Any) -> int:
+            wire.send = original
+            sent = original(*arguments, **options)
+            replied.set()
+            return sent
+
         def later() -> None:
-            time.sleep(0.05)
+            replied.wait()
+            time.sleep(0.01)
             for sock in _reply_sockets():
                 for call in range(1, 9):
                     try:
@@ -205,6 +215,7 @@ def test_a_second_reply_reaches_nobody() -> None:
                     except OSError:
                         return
 
+        wire.send = send
         threading.Thread(target=later).start()
         return 1
 
