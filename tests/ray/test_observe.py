@@ -362,8 +362,12 @@ def test_metrics_come_out_of_ray_s_own_pipeline(node):
         here = ray.nodes()[0]
         url = f"http://{here['NodeManagerAddress']}:{here['MetricsExportPort']}/metrics"
         job = ray.get_runtime_context().get_job_id()
-        result, end = {}, time.monotonic() + 60
-        while len(result) < 6 and time.monotonic() < end:
+        result, end, text = {}, time.monotonic() + 60, ""
+        # Each worker hands on its own, when its turn comes.
+        wanted = ('outcome="ok"', 'outcome="exception"', "raysandbox_denials")
+        while time.monotonic() < end and not (
+            len(result) >= 6 and all(each in text for each in wanted)
+        ):
             time.sleep(1)
             text = urllib.request.urlopen(url).read().decode()
             lines = [l for l in text.splitlines() if l.startswith("ray_raysandbox_")]
