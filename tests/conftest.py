@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 
+from tests import again
 from tests.lanes import KINDS, LANE, kind_of, open_shared, turn
 from tests.require import require
 
@@ -44,6 +45,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(kind.mark)
         if item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(kind.limit_s))
+        again.allow(item)
     # Stable: the order within a directory stays.
     order = list(KINDS)
     items.sort(key=lambda item: order.index(kind_of(item.nodeid)))
@@ -66,6 +68,11 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
     """Wait for the test's turn; its time limit begins then."""
     with turn(item.config, item.get_closest_marker("alone") is not None):
         return (yield)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say what passed at the second try alone."""
+    again.print_first_tries(terminalreporter)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
