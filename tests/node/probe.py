@@ -7,6 +7,7 @@ in the attacks' place to be a victim. Prints one JSON object: attack to outcome,
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import json
@@ -318,7 +319,9 @@ def escape_the_limits(world: dict[str, Any]) -> object:
     try:
         _call("unshare", 0x12020000)  # user, mount and cgroup namespaces
         os.makedirs("/tmp/groups", exist_ok=True)
-        _call("mount", b"none", b"/tmp/groups", b"cgroup", 0, b"pids")
+        for kind, options in ((b"cgroup", b"pids"), (b"cgroup2", b"")):
+            with contextlib.suppress(OSError):
+                _call("mount", b"none", b"/tmp/groups", kind, 0, options)
         _write_all(world["limits"], "/tmp/groups")
     except OSError:
         pass

@@ -6,6 +6,7 @@ the wall (``inside``), and what the worker is like.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -58,6 +59,20 @@ def _wait_for(path: Path, text: str) -> None:
     raise SystemExit(f"{path}: {path.read_text() if path.exists() else 'absent'}")
 
 
+def _free_ports(count: int) -> int:
+    """Return the first of so many neighbours on which nobody listens."""
+    for first in range(20_100, 32_000, count):
+        with contextlib.ExitStack() as held:
+            try:
+                for port in range(first, first + count):
+                    listener = held.enter_context(socket.socket())
+                    listener.bind(("0.0.0.0", port))
+            except OSError:
+                continue
+            return first
+    raise RuntimeError("no free ports")
+
+
 def main() -> None:
     base = Path(tempfile.mkdtemp(prefix="rsn-"))
     base.chmod(0o755)
@@ -91,13 +106,14 @@ def main() -> None:
     tcp = [_listen_tcp() for _ in range(4)]
     ports = [port for _, port in tcp]
     groups = cgroup.discover()
+    first_port = _free_ports(11)
 
     def wall_of(connect: tuple[int | str, ...] | None) -> Plan:
         node = policy.Policy(worker=policy.Worker(pids=100, connect=connect))
         return wall.compile(
             wall.Wall(
                 node=policy.resolve(node),
-                bind_ports=(20100, 20109),
+                bind_ports=(first_port, first_port + 9),
                 own_ports={"--port": ports[1]},
             ),
             wall.Session(
@@ -115,7 +131,9 @@ def main() -> None:
             launch.program_path("worker"),
         )
 
-    compiled = wall_of((ports[2], f"{ports[3]}-{ports[3]}"))
+    # Rules on ports need Landlock ABI 4; without them all else is as it is.
+    abi = probe().landlock_abi
+    compiled = wall_of((ports[2], f"{ports[3]}-{ports[3]}") if abi >= 4 else None)
     open_to_all = wall_of(None)
     if os.geteuid() == 0:
         sockets.chmod(0o700)
@@ -166,8 +184,8 @@ def main() -> None:
         "foreign_socket": foreign,
         "abstract": f"\0rsn-{os.getpid()}",
         "raylet_socket": str(sockets / "raylet"),
-        "port_inside": 20105,
-        "port_outside": 20110,
+        "port_inside": first_port + 5,
+        "port_outside": first_port + 10,
         "foreign_port": ports[0],
         "ports_of_ray": ports[1:],
         "only": "",
@@ -193,7 +211,7 @@ def main() -> None:
         WORKER,
         RAY_AUTH_TOKEN="secret-token",
         PYTHONPATH=os.environ.get("PYTHONPATH", ""),
-    ).communicate(timeout=60)[0]
+    ).communicate(timeout=200)[0]
     found = {"control": json.loads(out.splitlines()[-1])}
     note_planted(found["control"])
     inside = {**world, "control": False}
@@ -204,7 +222,7 @@ def main() -> None:
             [program, PROBE, json.dumps(inside)], name, LD_PRELOAD="/nonexistent/x.so"
         )
         log = logs / f"worker-{name}-ffffffff-{worker.pid}.out"
-        worker.communicate(timeout=60)
+        worker.communicate(timeout=200)
         said = log.read_text() if log.exists() else ""
         if worker.returncode:
             err = log.with_suffix(".err")
@@ -221,7 +239,7 @@ def main() -> None:
     found["open"] = attempt(f"{wrapper}-open", OPEN)[0]
     found["open_protections"] = described(open_to_all.protections)
     jailer = start([wrapper, PROBE, "jail"], JAILER)
-    jailer.communicate(timeout=60)
+    jailer.communicate(timeout=200)
     log = logs / f"worker-{JAILER}-ffffffff-{jailer.pid}.out"
     found["jail"] = log.read_text() + log.with_suffix(".err").read_text()
     found["host_uid"] = os.stat(f"/proc/{victim.pid}").st_uid
@@ -231,6 +249,7 @@ def main() -> None:
     shm.unlink()
     subprocess.run(["rm", "-rf", str(base)])
     found["groups"], found["raylet"] = bases, os.getpid()
+    found["landlock_abi"] = abi
     print(json.dumps(found))
 
 

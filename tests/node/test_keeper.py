@@ -26,12 +26,12 @@ _SOON_S = 4.0
 @pytest.fixture
 def base() -> Iterator[tuple[int, str]]:
     """A control group in which workers make theirs: version and directory."""
-    groups = cgroup.discover()
-    version, path, _ = groups.places()[0]
-    own = os.path.join(path, f"raysandbox-keeper-{os.getpid()}")
-    os.makedirs(own)
-    yield version, own
-    subprocess.run(["find", own, "-depth", "-type", "d", "-delete"], check=False)
+    with cgroup.discover() as groups:
+        version, path, _ = groups.places()[0]
+        own = os.path.join(path, f"raysandbox-keeper-{os.getpid()}")
+        os.makedirs(own)
+        yield version, own
+        subprocess.run(["find", own, "-depth", "-type", "d", "-delete"], check=False)
 
 
 def write_plan(path: Path, *records: tuple[Record, bytes]) -> str:

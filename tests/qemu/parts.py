@@ -26,13 +26,18 @@ PARTS = {
             "tests/attacks/test_surfaces.py",
             "tests/unit/test_cgroup.py",
             "tests/unit/test_totals.py",
-            # Half a gigabyte, page by page, takes emulation minutes.
-            (
-                "--deselect=tests/unit/test_totals.py"
-                "::test_one_that_takes_all_memory_is_not_the_end_of_the_others"
-            ),
         ),
-        605,
+        606,
+    ),
+    # The worker's wall and groups, and their keeper.
+    "worker": Part(
+        (
+            "tests/node/test_keeper.py",
+            "tests/node/test_wall.py",
+            "-k",
+            "root or keeper",
+        ),
+        49,
     ),
     # As root alone: an emulated jail takes four seconds to start.
     "own": Part(("tests/attacks/test_own.py", "-k", "root"), 20),

@@ -131,7 +131,7 @@ def pytest_inside(arguments: Sequence[str]) -> Result:
     """Run tests of this directory's tree on the second kernel."""
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q"]
     return run(
-        [*command, "--timeout", "300", *arguments],
+        [*command, "--timeout", "600", *arguments],
         env={"RAYSANDBOX_TEST_ALONE": "1"},
         timeout_s=1200,
     )
