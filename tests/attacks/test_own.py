@@ -369,10 +369,13 @@ _SPIN = (
 def test_cpu_quota(limited: Bench) -> None:
     """A quarter of a core is a quarter of a core."""
     code = _SPIN.format(s=2)
-    outside = float(limited.outside(code).out)
-    inside = float(limited.inside("[limits]\ncpu = 0.25", code).out)
-    assert outside > 1.0, "this machine is too busy to tell"
-    assert 0.2 < inside < 0.8
+    for _ in range(5):
+        outside = float(limited.outside(code).out)
+        inside = float(limited.inside("[limits]\ncpu = 0.25", code).out)
+        assert inside < 0.8
+        if outside > 1.0 and inside > 0.2:
+            return
+    raise AssertionError(f"this machine is too busy to tell: {outside} {inside}")
 
 
 def test_cpu_time(limited: Bench) -> None:
