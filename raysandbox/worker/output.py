@@ -7,6 +7,8 @@ with a blank in front.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import select
 import sys
@@ -20,6 +22,7 @@ __all__ = ["Lossy", "Output", "Pump", "lose_what_does_not_fit"]
 
 _CHUNK = 64 << 10
 _TICK_S = 0.2
+_PIPE_BYTES = 64 << 10
 _MAGIC = (b":job_id:", b":task_name:", b":actor_name:")
 
 
@@ -141,10 +144,13 @@ class Output:
     def finish(self) -> int:
         """Forward the rest of a jail that is gone; return what it printed.
 
-        A line that it left open is ended, so that the next one starts its own.
+        A line that it left open is ended, so that the next one starts its own, and
+        whatever it did to its ends of the pipes is undone.
         """
         self.drain_all()
         with self._lock:
+            for fd in self.write_fds:
+                _make_as_new(fd)
             for index, sink in enumerate(self._sinks):
                 if not self._line_start[index]:
                     self._line_start[index] = True
@@ -161,6 +167,16 @@ class Output:
                 self._poll.unregister(fd)
             self._fds.clear()
             self.write_fds.clear()
+
+
+def _make_as_new(fd: int) -> None:
+    """Undo what whoever had this end of a pipe could change of it for all."""
+    # No O_NONBLOCK, which makes others' writes fail, and no packets (O_DIRECT).
+    fcntl.fcntl(fd, fcntl.F_SETFL, 0)
+    if fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ) != _PIPE_BYTES:
+        # Refused where its user has many pipes, and then it works as it is.
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
 
 
 def _write(sink: IO[str], text: str) -> None:

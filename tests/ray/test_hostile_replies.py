@@ -236,3 +236,30 @@ def test_a_second_reply_reaches_nobody() -> None:
 
 def _two() -> int:
     return 2
+
+
+def test_what_a_task_does_to_its_output_ends_with_it() -> None:
+    """The pipes go from jail to jail: flags, size and owner are as new in the next."""
+
+    def poisons() -> int:
+        for fd in (1, 2):
+            flags = os.O_NONBLOCK | os.O_DIRECT | os.O_APPEND
+            fcntl.fcntl(fd, fcntl.F_SETFL, flags)
+            fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, 4096)
+            if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_NONBLOCK == 0:
+                return 0
+        return 1
+
+    def looks() -> list[int]:
+        return [
+            fcntl.fcntl(fd, command)
+            for fd in (1, 2)
+            for command in (fcntl.F_GETFL, fcntl.F_GETPIPE_SZ)
+        ]
+
+    poisoned = ray.remote(max_retries=0, resources=STRICT)(poisons)
+    looked = ray.remote(max_retries=0, resources=STRICT)(looks)
+    as_new = ray.get(looked.remote(), timeout=60)
+    # More than there are pairs of pipes in all workers.
+    assert ray.get([poisoned.remote() for _ in range(16)], timeout=60) == [1] * 16
+    assert ray.get([looked.remote() for _ in range(16)], timeout=60) == [as_new] * 16
