@@ -162,4 +162,5 @@ def nothing_stays_behind(request: pytest.FixtureRequest) -> Iterator[None]:
         if not left or time.monotonic() > until:
             break
         time.sleep(0.1)
-    assert not left, "left behind by the tests:\n" + "\n".join(left)
+    os.close(lanes)
+    assert not left, f"{again.LEFT_BEHIND}:\n" + "\n".join(left)
