@@ -13,15 +13,26 @@ in the environment of a driver that never imports it (`raysandbox.node.autostart
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
 from raysandbox.errors import ProfileError, UnsupportedError
 
-__all__ = ["MARKER", "install", "mark", "marker_of", "remember"]
+__all__ = [
+    "MARKER",
+    "NODE",
+    "find_node",
+    "install",
+    "mark",
+    "marker_of",
+    "remember",
+]
 
 #: Variable of the runtime environment that holds the profile's name.
 MARKER = "RAYSANDBOX_WORKER_PROFILE"
+#: Variable of an entrypoint of the Jobs API: id of the node that it runs on.
+NODE = "RAYSANDBOX_NODE_ID"
 # Profiles known by now: whether each is a worker's own boundary.
 _inside: dict[str, bool] = {}
 # What was worked out already: tag by resources' names, runtime environments.
@@ -84,6 +95,19 @@ def install() -> None:
 
     mark(remote_function)
     mark(actor)
+
+
+def find_node(module: Any) -> None:
+    """Tell a driver in a worker's wall which node it is on.
+
+    Ray looks for raylet's process, which can't be seen from there.
+
+    Args:
+        module: ``ray._private.services``.
+    """
+    node = os.environ.get(NODE)
+    if node:
+        module.find_node_ids = lambda: {node}
 
 
 def mark(module: Any) -> None:

@@ -92,6 +92,9 @@ class Surroundings:
         launched: The worker was started by the node's launcher: it has all
             namespaces but two, a root and a /tmp of its own.
         own_user: It has a host user of its own.
+        driver_ports: TCP ports that drivers which it starts may bind; None if it
+            starts none.
+        log: File that these write to.
     """
 
     python: Sequence[str]
@@ -102,6 +105,8 @@ class Surroundings:
     loose_ports: str = ""
     launched: bool = False
     own_user: bool = False
+    driver_ports: frozenset[int] | None = None
+    log: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +117,8 @@ class Walls:
         rlimits: Resource to its limit, soft and hard.
         governed: What Landlock denies unless a rule allows it.
         paths: Its rules: rights by path.
-        ports: TCP ports that may be connected to; none can be bound.
+        ports: TCP ports that may be connected to.
+        bind_ports: TCP ports that may be bound; only drivers bind any.
         program: The compiled filter, empty for none.
         protections: What all that amounts to.
     """
@@ -123,6 +129,7 @@ class Walls:
     ports: tuple[int, ...]
     program: bytes
     protections: tuple[Protection, ...]
+    bind_ports: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)
@@ -176,7 +183,13 @@ def plan_walls(profile: Profile, host: Host, around: Surroundings) -> Walls:
     report.say("resource limits", State.ENFORCED)
     program = _seccomp(report, host, around)
     return Walls(
-        _rlimits(profile), governed, paths, ports, program, tuple(report.protections)
+        _rlimits(profile),
+        governed,
+        paths,
+        ports,
+        program,
+        tuple(report.protections),
+        tuple(sorted(around.driver_ports or ())),
     )
 
 
@@ -218,8 +231,12 @@ def _paths(profile: Profile, around: Surroundings) -> dict[str, int]:
 
     for path in (*_PROC_FILES, *_SYS_DIRECTORIES, around.own_proc):
         allow(path, landlock.READ)
-    # Ray lists it when a worker ends, and aborts if it can't.
-    allow("/proc", landlock.READ_DIR)
+    # Ray lists it when a worker ends, and aborts if it can't. What it starts has
+    # directories of their own there: that of no process is known yet.
+    hosts = around.driver_ports is not None
+    allow("/proc", landlock.READ if hosts else landlock.READ_DIR)
+    if hosts:
+        allow(around.log, landlock.READ_FILE)
     for where, entries, access in (
         ("filesystem.read", files.read, landlock.READ),
         ("filesystem.write", files.write, landlock.WRITE),

@@ -65,6 +65,8 @@ enum {
     MOST_EVENTS = 64,
     MOST_COUNTS = 512,      /* bytes of a line about a worker */
     MOST_ASKING = 4,        /* further connections of a worker to the store */
+    MOST_DRIVERS = 8,       /* of one worker that hosts them, at once */
+    MOST_ANCESTORS = 16,    /* between such a worker and a driver */
     LINES_PER_S = 50,       /* events that are written */
     MOST_LOG = 16 << 20,    /* bytes of the log of these */
     NICE = -10,
@@ -735,13 +737,28 @@ parent_of(pid_t pid)
     return parent;
 }
 
-/* The pid at the other end, if raylet started it; else -1.
+/* The worker that hosts drivers and that started this process, whose parent is
+ * given; NULL if none did. */
+static struct worker *
+host_of(pid_t parent)
+{
+    for (int steps = 0; steps < MOST_ANCESTORS && parent > 1; steps++) {
+        for (struct worker *w = session.workers; w != NULL; w = w->next)
+            if (w->pid == parent && w->hosts_drivers && w->connections > 0)
+                return w;
+        parent = parent_of(parent);
+    }
+    return NULL;
+}
+
+/* The pid at the other end, if raylet started it, or a worker that hosts
+ * drivers did: then HOST is that one.  Else -1.
  *
- * A process that a worker starts is no worker: it would have quotas of its
- * own.  Raylet execs what it starts, so a worker's parent is raylet.  The
- * pidfd, where the kernel has it, makes sure that the pid is still the peer's. */
+ * What another worker starts is no worker: it would have quotas of its own.
+ * Raylet execs what it starts, so a worker's parent is raylet.  The pidfd,
+ * where the kernel has it, makes sure that the pid is still the peer's. */
 static pid_t
-peer_of(int fd)
+peer_of(int fd, struct worker **host)
 {
     struct ucred peer;
     socklen_t size = sizeof peer;
@@ -751,7 +768,10 @@ peer_of(int fd)
         return -1;
     size = sizeof pidfd;
     getsockopt(fd, SOL_SOCKET, SO_PEERPIDFD, &pidfd, &size);
-    int allowed = options.parent != 0 && parent_of(peer.pid) == options.parent;
+    pid_t parent = parent_of(peer.pid);
+    int allowed = options.parent != 0 && parent == options.parent;
+    *host = allowed ? NULL : host_of(parent);
+    allowed |= *host != NULL;
     if (pidfd >= 0) {
         struct pollfd ended = {.fd = pidfd, .events = POLLIN};
         if (poll(&ended, 1, 0) != 0)
@@ -759,6 +779,25 @@ peer_of(int fd)
         close(pidfd);
     }
     return allowed ? peer.pid : -1;
+}
+
+static int
+drivers_of(const struct worker *host)
+{
+    int count = 0;
+
+    for (struct worker *w = session.workers; w != NULL; w = w->next)
+        count += w->host == host->serial;
+    return count;
+}
+
+static int
+is_known(pid_t pid)
+{
+    for (struct worker *w = session.workers; w != NULL; w = w->next)
+        if (w->pid == pid)
+            return 1;
+    return 0;
 }
 
 static void
@@ -807,9 +846,14 @@ accept_link(int listener, int is_plasma)
         refuse(fd, name, "raylet is not there");
         return;
     }
-    pid_t pid = peer_of(fd);
+    struct worker *host;
+    pid_t pid = peer_of(fd, &host);
     if (pid < 0) {
         refuse(fd, name, "not a process that raylet started");
+        return;
+    }
+    if (host != NULL && drivers_of(host) >= MOST_DRIVERS && !is_known(pid)) {
+        refuse(fd, name, "too many drivers of one worker");
         return;
     }
     struct worker *worker = worker_of(pid);
@@ -843,6 +887,11 @@ accept_link(int listener, int is_plasma)
         return;
     }
     *had = 1;
+    if (host != NULL && worker->host == 0) {
+        worker->host = host->serial;
+        tighten(&worker->job_limits, &host->job_limits);
+        tighten(&worker->limits, &host->limits);
+    }
     worker->connections++;
     worker->only_asking += only_asks;
     link->state.only_asks = only_asks;
@@ -863,7 +912,7 @@ accept_link(int listener, int is_plasma)
 struct bind_message {
     char magic[8];
     uint8_t job[JOB_SIZE];
-    uint32_t flags; /* 1: serves an actor */
+    uint32_t flags; /* 1: serves an actor; 2: hosts drivers */
     struct limits job_limits, worker_limits;
 };
 
@@ -905,6 +954,7 @@ bind_worker(int fd, const struct bind_message *message, ssize_t size)
         return "bound to another job";
     worker->bound = 1;
     worker->actor_bound = (message->flags & 1) != 0;
+    worker->hosts_drivers = (message->flags & 2) != 0;
     return "ok";
 }
 
@@ -944,6 +994,7 @@ print_stats(FILE *out)
                 comma, w->pid, job_hex(w->job),
                 w->kind == KIND_IO       ? "io"
                 : w->kind == KIND_WORKER ? "worker"
+                : w->kind == KIND_DRIVER ? "driver"
                                          : "unknown",
                 (unsigned long long)w->refused,
                 (unsigned long long)w->fetched_bytes,

@@ -8,7 +8,9 @@
  *
  * So a worker registers once, under the pid that the kernel says it has; its
  * port is announced once; it frees objects of its own job; every other message
- * has the form that raylet reads without looking.
+ * has the form that raylet reads without looking.  What a worker that hosts
+ * drivers starts registers as a driver, of a job that nobody here has yet, and
+ * as nothing else.
  */
 #include "flat.h"
 #include "session.h"
@@ -36,7 +38,10 @@ enum message {
 };
 
 /* Ray's numbers: of worker types and of languages (Python is the first). */
-enum { TYPE_WORKER = 0, TYPE_SPILL = 2, TYPE_RESTORE = 3, LANGUAGES = 3 };
+enum {
+    TYPE_WORKER = 0, TYPE_DRIVER = 1, TYPE_SPILL = 2, TYPE_RESTORE = 3,
+    LANGUAGES = 3,
+};
 
 enum { MOST_TEXT = 1 << 20, MOST_EXIT_TYPE = 16 };
 
@@ -130,17 +135,45 @@ has_duplicates(const struct flat *table, const struct flat_vector *ids)
     return found;
 }
 
+static int
+is_nil(const struct flat_bytes *job)
+{
+    static const uint8_t nil[JOB_SIZE] = {255, 255, 255, 255};
+
+    return job->size != JOB_SIZE || memcmp(job->data, nil, JOB_SIZE) == 0;
+}
+
+/* A driver's job is the one that the GCS made for it, and no other's. */
+static enum verdict
+register_driver(struct client *client, uint64_t type,
+                const struct flat_bytes *job)
+{
+    static const struct limits none = {UINT64_MAX, UINT64_MAX};
+    struct worker *worker = client->worker;
+
+    if (type != TYPE_DRIVER)
+        return end(client, "register: as what no driver is");
+    if (is_nil(job) || !job_is_new(job->data))
+        return end(client, "register: a driver of somebody's job");
+    if (worker_bind(worker, job->data, &none, &none) != 0)
+        return end(client, "register: out of memory");
+    worker->bound = 1;
+    worker->kind = KIND_DRIVER;
+    return PASS;
+}
+
 static enum verdict
 register_client(struct client *client, const struct flat *table)
 {
     struct worker *worker = client->worker;
-    struct flat_bytes worker_id;
+    struct flat_bytes worker_id, job;
     uint64_t type, pid, hash, language, port;
 
     if (flat_scalar(table, 0, 4, TYPE_WORKER, &type) != 0 ||
         flat_string(table, 1, &worker_id) != 0 ||
         flat_scalar(table, 2, 8, 0, &pid) != 0 ||
         read_nil_or(table, 3, JOB_SIZE) != 0 ||
+        flat_string(table, 3, &job) != 0 ||
         flat_scalar(table, 4, 4, 0, &hash) != 0 ||
         flat_scalar(table, 5, 4, 0, &language) != 0 ||
         read_text(table, 6, MOST_TEXT) != 0 ||
@@ -149,13 +182,16 @@ register_client(struct client *client, const struct flat *table)
         return end(client, "register: malformed");
     if (worker->asked_to_register)
         return end(client, "register: again");
-    if (type != TYPE_WORKER && type != TYPE_SPILL && type != TYPE_RESTORE)
+    if (worker->host == 0 && type != TYPE_WORKER && type != TYPE_SPILL &&
+        type != TYPE_RESTORE)
         return end(client, "register: as what no worker is");
     if (language >= LANGUAGES)
         return end(client, "register: an unknown language");
     if (pid != (uint64_t)worker->pid)
         return end(client, "register: another's pid");
     worker->asked_to_register = 1;
+    if (worker->host != 0)
+        return register_driver(client, type, &job);
     worker->kind = type == TYPE_WORKER ? KIND_WORKER : KIND_IO;
     return PASS;
 }
@@ -254,7 +290,6 @@ wait_for_arguments(struct client *client, const struct flat *table)
 static enum verdict
 push_error(struct client *client, const struct flat *table)
 {
-    static const uint8_t nil[JOB_SIZE] = {255, 255, 255, 255};
     const struct job *job = client->worker->job;
     struct flat_bytes id;
     uint64_t time;
@@ -264,7 +299,7 @@ push_error(struct client *client, const struct flat *table)
         read_text(table, 2, MOST_TEXT) != 0 ||
         flat_scalar(table, 3, 8, 0, &time) != 0)
         return end(client, "error: malformed");
-    if (memcmp(id.data, nil, JOB_SIZE) != 0 &&
+    if (!is_nil(&id) &&
         (job == NULL || memcmp(id.data, job->id, JOB_SIZE) != 0))
         return end(client, "error: to another job");
     return PASS;

@@ -85,7 +85,16 @@ job_of(const uint8_t *id)
     return job;
 }
 
-static void
+int
+job_is_new(const uint8_t *id)
+{
+    for (struct job *job = session.jobs; job != NULL; job = job->next)
+        if (memcmp(job->id, id, JOB_SIZE) == 0)
+            return 0;
+    return 1;
+}
+
+void
 tighten(struct limits *limits, const struct limits *by)
 {
     if (by->bytes < limits->bytes)

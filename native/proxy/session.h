@@ -2,7 +2,7 @@
  *
  * A worker is a process that raylet started, known by the pid that the kernel
  * gave for its connection.  It belongs to one job, named once, before any code
- * of a user runs in it (see bind.c).  A job's count is of the sealed and
+ * of a user runs in it (see bind_worker in proxy.c).  A job's count is of the sealed and
  * unsealed objects that its workers made and that are still in the store.
  */
 #ifndef RAYSANDBOX_SESSION_H
@@ -46,7 +46,7 @@ struct job {
     int sweeping; /* one is under way */
 };
 
-enum worker_kind { KIND_UNKNOWN, KIND_WORKER, KIND_IO };
+enum worker_kind { KIND_UNKNOWN, KIND_WORKER, KIND_IO, KIND_DRIVER };
 
 struct worker {
     struct worker *next;
@@ -64,6 +64,8 @@ struct worker {
     uint8_t warm_up[ID_SIZE]; /* the object of that */
     int bound;                   /* through the bind socket */
     int actor_bound, actor_done; /* it serves an actor; said so to raylet */
+    int hosts_drivers; /* what it starts may be drivers of jobs of their own */
+    uint32_t host;     /* a driver: serial of the worker that started it */
     int asked_to_register;
     uint64_t last_get;        /* number of its last request for objects */
     int had_get;
@@ -109,6 +111,10 @@ struct job *job_of(const uint8_t *id);   /* the same */
  * its profile, and lower what the session has: jobs have several profiles. */
 int worker_bind(struct worker *worker, const uint8_t *id,
                 const struct limits *job, const struct limits *own);
+
+void tighten(struct limits *limits, const struct limits *by);
+/* Whether a job is of nobody here yet. */
+int job_is_new(const uint8_t *id);
 
 /* Whether so much more fits, and take it. */
 int quota_fits(const struct worker *worker, uint64_t size);

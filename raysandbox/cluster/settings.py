@@ -123,7 +123,7 @@ def _default_limits() -> dict[Role, RoleLimit]:
     )
     user = RoleLimit(
         calls_per_s=100,
-        calls_burst=1000,
+        calls_burst=3000,
         read_bytes_per_s=8 * MIB,
         read_burst_bytes=64 * MIB,
         write_bytes_per_s=128 << 10,

@@ -73,6 +73,7 @@ WRITE_FILE = _BIT["WRITE_FILE"]
 READ_FILE = _BIT["READ_FILE"]
 READ_DIR = _BIT["READ_DIR"]
 IOCTL_DEV = _BIT["IOCTL_DEV"]
+BIND_TCP = 1 << 0
 CONNECT_TCP = 1 << 1
 SCOPE_SIGNAL = 1 << 1
 
@@ -232,7 +233,10 @@ def scopes_signals_of_threads() -> bool:
 
 
 def create_ruleset(
-    paths: Mapping[str, int], governed: Handled, connect_ports: Iterable[int] = ()
+    paths: Mapping[str, int],
+    governed: Handled,
+    connect_ports: Iterable[int] = (),
+    bind_ports: Iterable[int] = (),
 ) -> int:
     """Make a ruleset and return its descriptor; nothing is restricted by it yet.
 
@@ -240,6 +244,7 @@ def create_ruleset(
         paths: Allowed rights by path; rights that are not governed are left out.
         governed: What the ruleset denies where no rule allows it.
         connect_ports: TCP ports that may be connected to.
+        bind_ports: Those that may be bound.
 
     Raises:
         OSError: The kernel refused a part of it, or a path is not there.
@@ -254,6 +259,7 @@ def create_ruleset(
     try:
         _add_paths(ruleset, paths.items(), governed.fs)
         _add_ports(ruleset, connect_ports, CONNECT_TCP & governed.net)
+        _add_ports(ruleset, bind_ports, BIND_TCP & governed.net)
     except BaseException:
         os.close(ruleset)
         raise

@@ -24,7 +24,15 @@ from raysandbox import launch
 from raysandbox import policy as policies
 from raysandbox.errors import ProfileError, SetupError, UnsupportedError
 from raysandbox.kernel import cgroup
-from raysandbox.node import env_agent, no_client, seams, store_proxy, totals, wall
+from raysandbox.node import (
+    env_agent,
+    job_agent,
+    no_client,
+    seams,
+    store_proxy,
+    totals,
+    wall,
+)
 from raysandbox.plan import Protection, State, described
 from raysandbox.policy import TAG_PREFIX
 from raysandbox.probe import probe
@@ -123,6 +131,13 @@ class Launcher:
             _beside(env_agent),
             policy_file,
         )
+        if node.policy.jobs.entrypoint is not None:
+            raylet.wrap_agent(
+                "--dashboard_agent_command",
+                sys.executable,
+                _beside(job_agent),
+                node.policy.jobs.entrypoint,
+            )
         process.command = [
             launch.program_path("node"),
             f"{wrapper}.plan",
@@ -152,8 +167,8 @@ class Launcher:
                 workers: there nothing else stands between.
         """
         if not store_proxy.supported():
-            for name in node.policy.offer:
-                if node.profiles[name].boundary == "worker":
+            for name, profile in node.profiles.items():
+                if profile.boundary == "worker":
                     raise store_proxy.unsupported(name)
             return None
         of_node = node.policy.object_store

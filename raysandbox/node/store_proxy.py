@@ -49,6 +49,7 @@ _MOST_ANSWER = 1 << 20
 # Magic, job, flags, limits of the job and of the worker (bytes and objects).
 _BIND = struct.Struct("<8s4sIQQQQ")
 _BIND_MAGIC, _USED_MAGIC = b"RSXBIND1", b"RSXUSED1"
+_SERVES_ACTOR, _HOSTS_DRIVERS = 1, 2
 _MOST_USED = 4096
 _UNLIMITED = (1 << 64) - 1
 
@@ -271,7 +272,14 @@ def start(
     return StoreProxy(directory, process, real)
 
 
-def bind(path: str, job: bytes, *, actor: bool, limits: Limits | None = None) -> None:
+def bind(
+    path: str,
+    job: bytes,
+    *,
+    actor: bool,
+    drivers: bool = False,
+    limits: Limits | None = None,
+) -> None:
     """Say which job this worker belongs to, once and for all.
 
     Called in a worker after it registered with raylet and before any code of a
@@ -281,6 +289,7 @@ def bind(path: str, job: bytes, *, actor: bool, limits: Limits | None = None) ->
         path: The proxy's bind socket.
         job: The job's id, 4 bytes.
         actor: Whether the worker serves an actor.
+        drivers: Whether what it starts may be drivers, each of a job of its own.
         limits: Of its profile, for its job and itself; they can lower what the
             proxy was started with, not raise it.
 
@@ -297,7 +306,8 @@ def bind(path: str, job: bytes, *, actor: bool, limits: Limits | None = None) ->
             limits.worker_objects,
         )
     ]
-    message = _BIND.pack(_BIND_MAGIC, job, int(actor), *numbers)
+    flags = _SERVES_ACTOR * actor | _HOSTS_DRIVERS * drivers
+    message = _BIND.pack(_BIND_MAGIC, job, flags, *numbers)
     try:
         directory, name = os.path.split(path)
         with _connected(directory, name) as proxy:

@@ -27,10 +27,12 @@ from raysandbox.policy.load import (
     unseal,
 )
 from raysandbox.policy.schema import (
+    JOBS_NAMESPACE,
     STRICTEST,
     TAG_PREFIX,
     Audit,
     Ceilings,
+    Jobs,
     ObjectStore,
     Percent,
     Policy,
@@ -43,6 +45,7 @@ from raysandbox.policy.schema import (
 
 __all__ = [
     "ENV",
+    "JOBS_NAMESPACE",
     "LOADER_VARIABLES",
     "RAY_VARIABLES",
     "SITE_FILE",
@@ -51,6 +54,7 @@ __all__ = [
     "Audit",
     "Ceilings",
     "Decision",
+    "Jobs",
     "Node",
     "ObjectStore",
     "Percent",

@@ -15,6 +15,7 @@ from typing import Any
 
 from raysandbox.errors import ProfileError
 from raysandbox.policy.schema import (
+    JOBS_NAMESPACE,
     NEVER,
     STRICTEST,
     TAG_PREFIX,
@@ -100,6 +101,9 @@ def tag_of(resources: Mapping[str, Any]) -> str | None:
 def decide(policy: Policy, request: Request) -> Decision:
     """Return which profile the request gets under this policy."""
     skipped: list[str] = []
+    own = policy.jobs.entrypoint
+    if own is not None and (own, JOBS_NAMESPACE) == (request.tag, request.namespace):
+        return Decision(profile=own, rule="", why=f"jobs.entrypoint = {own!r}")
     for rule in policy.rules:
         mismatch = _mismatch(rule, request)
         if mismatch:

@@ -199,6 +199,16 @@ def resolve(policy: Policy) -> Node:
                 )
             )
         problems += _unkeepable(policy, each)
+        if name == policy.jobs.entrypoint and each.boundary != "worker":
+            problems.append(
+                ProfileError(
+                    source=policy.source,
+                    where="jobs.entrypoint",
+                    value=name,
+                    reason=f'has boundary = "{each.boundary}"; a driver needs Ray in '
+                    'its own process, so its profile must have boundary = "worker"',
+                )
+            )
         found[name] = each
     if problems:
         raise joined(problems)

@@ -47,6 +47,8 @@ __all__ = [
     "TAG_PREFIX",
     "Audit",
     "Ceilings",
+    "JOBS_NAMESPACE",
+    "Jobs",
     "ObjectStore",
     "Percent",
     "Policy",
@@ -61,6 +63,10 @@ __all__ = [
 STRICTEST = "strict"
 #: A resource of this prefix names the profile that a task asks for.
 TAG_PREFIX = "sandbox:"
+
+#: Ray namespace of the job to which all entrypoints of the Jobs API belong: that of
+#: Ray's agent, which makes an actor for each.
+JOBS_NAMESPACE = "_ray_internal_dashboard"
 
 _RULE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,62}")
 _USER = re.compile(r"[a-z_][a-z0-9_-]{0,31}|[0-9]{1,10}")
@@ -483,6 +489,29 @@ class RuntimeEnv(Section):
     ] = "drop"
 
 
+class Jobs(Section):
+    """Entrypoints of the Jobs API (``ray job submit``): programs beside an actor.
+
+    Each is a driver, with the cluster's token and all that a driver may do in Ray.
+    Left out they are refused.
+    """
+
+    weak: ClassVar[Mapping[str, tuple[object, ...]]] = {}
+
+    entrypoint: Annotated[
+        ProfileName | None,
+        Field(
+            description='A profile with boundary = "worker" that [offer] counts: each '
+            "entrypoint runs inside its walls, and takes one of its tags. Whoever "
+            "reaches the Jobs API may run one. Ray 2.60, and not in a hardened cluster."
+        ),
+    ] = None
+
+    def deviations(self) -> list[str]:
+        """See `Section`."""
+        return ["entrypoint"] if self.entrypoint is not None else []
+
+
 # --- workers and the node ----------------------------------------------------------
 
 
@@ -631,6 +660,7 @@ class Policy(Section):
     totals: Totals = Field(default_factory=Totals)
     object_store: ObjectStore = Field(default_factory=ObjectStore)
     audit: Audit = Field(default_factory=Audit)
+    jobs: Jobs = Field(default_factory=Jobs)
 
     _source: str = PrivateAttr(default="")
 
@@ -648,6 +678,8 @@ class Policy(Section):
     def profiles(self) -> list[str]:
         """Return every profile that it names, sorted; strict is always one."""
         named = {STRICTEST, self.untagged, *self.offer}
+        if self.jobs.entrypoint is not None:
+            named.add(self.jobs.entrypoint)
         for rule in self.rules:
             named |= {*rule.profiles, *([rule.untagged] if rule.untagged else [])}
         return sorted(named)
@@ -658,6 +690,11 @@ class Policy(Section):
         doubles = sorted({name for name in names if names.count(name) > 1})
         if doubles:
             raise ValueError(f"two rules are named {doubles[0]!r}")
+        if self.jobs.entrypoint not in (None, *self.offer):
+            raise ValueError(
+                f"jobs.entrypoint = {self.jobs.entrypoint!r} is not in [offer], which "
+                "says how many run at once"
+            )
         return self
 
 

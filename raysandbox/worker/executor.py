@@ -35,7 +35,7 @@ from raysandbox.kernel import cgroup
 from raysandbox.node import store_proxy
 from raysandbox.observe import state
 from raysandbox.sealed import SealedError
-from raysandbox.worker import hints, inside, quota, seams, store
+from raysandbox.worker import entrypoint, hints, inside, quota, seams, store
 from raysandbox.worker.buffers import Buffers
 from raysandbox.worker.events import EventLog
 from raysandbox.worker.figures import Figures
@@ -54,14 +54,13 @@ __all__ = ["JailExecutor"]
 _MOST_POOLS = 2
 _ERROR_PARTS = 6
 _ORDINARY = "use an ordinary function or an actor with ordinary methods"
-# Ray's Jobs API runs an entrypoint as the child of an actor, in a worker.
-_JOB = "JobSupervisor.__init__"
 _ENTRYPOINT = (
     "an entrypoint of the Jobs API, whose driver would have all that the worker has"
 )
 _NO_JOBS = (
     "start the driver yourself, with ray.init(address=...) on a machine of the "
-    "cluster: sandboxes run tasks and actors, and no drivers"
+    "cluster, or have the operator name a profile for it in the policy: "
+    "jobs.entrypoint"
 )
 
 
@@ -207,7 +206,7 @@ class JailExecutor(seams.Executor):
         core = self._worker.core_worker
         self._begin_jail(profile)
         if core.current_actor_is_asyncio():
-            if name == _JOB:
+            if name == entrypoint.NAME:
                 raise self._unsupported(profile, name, _ENTRYPOINT, _NO_JOBS)
             raise self._unsupported(profile, name, "an actor with async methods")
         if core.current_actor_max_concurrency() > 1:
@@ -258,6 +257,7 @@ class JailExecutor(seams.Executor):
                 profile = self._profile(str(self._worker.current_task_name))
                 if profile.boundary != "worker":
                     return False
+                self._refuse_entrypoint(profile)
                 if self._serves_jails:
                     self._leave(profile.name, "it has served tasks in jails")
                 self._enter(profile)
@@ -271,7 +271,8 @@ class JailExecutor(seams.Executor):
 
     def _enter(self, profile: profiles.Profile) -> None:
         """Raise the profile's walls around this process, then take the seals off."""
-        self._bind(inside=profile)
+        hosts = self._is_entrypoint()
+        self._bind(inside=profile, drivers=hosts)
         boundaries = _boundaries(self._gate.node)
         log = EventLog(self._log_directory())
         try:
@@ -287,6 +288,9 @@ class JailExecutor(seams.Executor):
             "job": self._worker.current_job_id.hex(),
             "pid": os.getpid(),
         }
+        # Out of reach behind the walls.
+        secrets = entrypoint.credentials(os.environ) if hosts else {}
+        output = entrypoint.output_log() if hosts else ""
         entered = inside.enter(
             profile,
             inside.Worker(
@@ -299,6 +303,10 @@ class JailExecutor(seams.Executor):
                 ray_log_dir=seams.session_log_dir(),
                 event_dir=self._log_directory(),
                 event=about,
+                driver_ports=(seams.worker_ports() or frozenset({0}))
+                if hosts
+                else None,
+                log=output,
             ),
         )
         self._inside = profile
@@ -317,10 +325,33 @@ class JailExecutor(seams.Executor):
         )
         log.close()
         seams.unseal()
+        if hosts:
+            entrypoint.host(
+                self._worker,
+                log=output,
+                python_path=[path for path in self._trusted if path],
+                user_path=self._user_directories(),
+                variables={**self._variables(), **secrets},
+            )
         # The job's own set-up, which the walls had to come before.
         problem = seams.run_setup_hook(self._worker.runtime_env)
         if problem:
             seams.leave(problem)
+
+    def _is_entrypoint(self) -> bool:
+        # "ACTOR:CLASS.METHOD", the first of which is a client's to choose.
+        name = str(self._worker.current_task_name).rpartition(":")[2]
+        return name == entrypoint.NAME and not self._worker.actor_id.is_nil()
+
+    def _refuse_entrypoint(self, profile: profiles.Profile) -> None:
+        """Refuse to host drivers, unless the policy has this profile for them."""
+        if not self._is_entrypoint():
+            return
+        node = self._gate.node
+        named = node.policy.jobs.entrypoint if node is not None else None
+        if not self._gate.launched or named != profile.name:
+            name = entrypoint.NAME
+            raise self._unsupported(profile, name, _ENTRYPOINT, _NO_JOBS)
 
     def _show_inside(self, profile: profiles.Profile, group: str) -> None:
         """Write down that tasks run in this process; the last word is theirs."""
@@ -582,7 +613,9 @@ class JailExecutor(seams.Executor):
             raise self._over_job(profile, task, refusal)
         return layout, parts
 
-    def _bind(self, inside: profiles.Profile | None = None) -> None:
+    def _bind(
+        self, inside: profiles.Profile | None = None, *, drivers: bool = False
+    ) -> None:
         """Say to the proxy in front of Ray's sockets, if there is one, whose we are.
 
         Before any code of a user runs in this process: the first word is final.
@@ -590,6 +623,7 @@ class JailExecutor(seams.Executor):
         Args:
             inside: The profile whose tasks run in this very process; None where
                 they run in jails, whose quotas are counted here.
+            drivers: Whether what they start may be drivers.
 
         Raises:
             SetupError: The proxy refused, or is gone.
@@ -614,7 +648,11 @@ class JailExecutor(seams.Executor):
                 worker_objects=inside.object_store.max_put_objects,
             )
         store_proxy.bind(
-            store_proxy.BIND, bytes.fromhex(job), actor=actor, limits=limits
+            store_proxy.BIND,
+            bytes.fromhex(job),
+            actor=actor,
+            drivers=drivers,
+            limits=limits,
         )
         self._bound = job
 

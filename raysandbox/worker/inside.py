@@ -54,6 +54,9 @@ class Worker:
         ray_log_dir: Ray's log directory.
         event_dir: Where events go.
         event: What events say about this worker.
+        driver_ports: TCP ports for drivers that the task starts; None if it may
+            start none.
+        log: Its own output.
     """
 
     launched: bool
@@ -65,6 +68,8 @@ class Worker:
     ray_log_dir: str
     event_dir: str
     event: Mapping[str, object]
+    driver_ports: frozenset[int] | None = None
+    log: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,13 +126,17 @@ def enter(profile: Profile, worker: Worker) -> Entered:
                 loose_ports=worker.loose_ports,
                 launched=worker.launched,
                 own_user=worker.launched and _has_own_user(),
+                driver_ports=worker.driver_ports,
+                log=worker.log,
             ),
         )
         _check_canary(profile, canary, ready.paths)
         groups.sweep()
         group = groups.create("worker", limits, required=profile.limits.required)
         paths = {**ready.paths, **_tls_files(launched=worker.launched)}
-        ruleset = landlock.create_ruleset(paths, ready.governed, ready.ports)
+        ruleset = landlock.create_ruleset(
+            paths, ready.governed, ready.ports, ready.bind_ports
+        )
         janitor.start(
             directory=own,
             group=groups.describe(group),

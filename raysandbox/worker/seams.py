@@ -720,13 +720,7 @@ def ray_ports() -> tuple[frozenset[int], str]:
     for each in worker.gcs_client.get_all_node_info().values():
         ports |= {each.node_manager_port, each.metrics_agent_port}
         ports |= {getattr(each, "runtime_env_agent_port", 0)}
-    options = _raylet_options()
-    chosen = {
-        int(port) for port in options.get("worker_port_list", "").split(",") if port
-    }
-    low, high = (int(options.get(f"{end}_worker_port", 0)) for end in ("min", "max"))
-    if low and high:
-        chosen |= set(range(low, high + 1))
+    options, chosen = _raylet_options(), set(worker_ports())
     loose = []
     if not chosen:
         loose.append("--min-worker-port and --max-worker-port are not set")
@@ -738,6 +732,15 @@ def ray_ports() -> tuple[frozenset[int], str]:
         chosen |= set(range(first, last + 1))
     reason = f"the kernel's own range too: {', '.join(loose)}" if loose else ""
     return frozenset(ports | chosen) - {0}, reason
+
+
+def worker_ports() -> frozenset[int]:
+    """Return the TCP ports that raylet gives to workers and drivers; none if any."""
+    options = _raylet_options()
+    listed = options.get("worker_port_list", "").split(",")
+    low, high = (int(options.get(f"{end}_worker_port", 0)) for end in ("min", "max"))
+    known = range(low, high + 1) if low and high else ()
+    return frozenset([*(int(port) for port in listed if port), *known])
 
 
 def _port(address: str) -> int:

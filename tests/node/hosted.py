@@ -1,0 +1,180 @@
+"""An entrypoint of the Jobs API: honest work, and what a hostile one tries.
+
+Travels with ``hostile.py`` as a job's working directory; ``python hosted.py NAME …``
+prints one line of JSON.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+
+import hostile
+
+WORKER, DRIVER = 0, 1
+
+
+def _registration(kind, pid, job):
+    """Return the body of a registration: scalars of the table, then two texts."""
+    worker_id = struct.pack("<I28s4x", 28, os.urandom(28))
+    job_id = struct.pack("<I4s4x", 4, job)
+    # Slots 0 to 3: type, worker's id, pid, job; the table begins at 24.
+    vtable = struct.pack("<6H", 12, 28, 4, 8, 16, 12)
+    # Texts from 52: the id there, the job 36 further.
+    fields = struct.pack("<iiIIq4x", 20, kind, 52 - 32, 88 - 36, pid)
+    return struct.pack("<I", 24) + vtable + bytes(8) + fields + worker_id + job_id
+
+
+def _raylet():
+    """Return a new connection to whatever has the name of raylet's socket."""
+    connection = socket.socket(socket.AF_UNIX)
+    connection.settimeout(5)
+    (path,) = glob.glob("/tmp/*/r/session_latest/sockets/raylet") or glob.glob(
+        "/tmp/*/r/session_2*/sockets/raylet"
+    )
+    connection.connect(path)
+    return connection
+
+
+def register(kind, pid, job):
+    """Register at raylet by hand; say whether it answered."""
+    with _raylet() as connection:
+        body = _registration(int(kind), int(pid) or os.getpid(), bytes.fromhex(job))
+        connection.sendall(hostile.message(1, body))
+        try:
+            return len(connection.recv(1 << 16)) > 0
+        except OSError:
+            return False
+
+
+def connect_often(count):
+    """Connect as so many processes at once; return how many were not refused."""
+    code = (
+        "import sys; sys.path.insert(0, '.'); import hosted, time\n"
+        "c = hosted._raylet(); c.settimeout(4)\n"
+        "try: sys.exit(c.recv(1) == b'')\n"
+        "except TimeoutError: pass"
+    )
+    made = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(int(count))]
+    return sum(each.wait() == 0 for each in made)
+
+
+def junk():
+    """Send what no reader of raylet's protocol expects."""
+    with _raylet() as connection:
+        connection.sendall(b"\xff" * 64)
+        try:
+            return connection.recv(1) == b""
+        except OSError:
+            return True
+
+
+def reach(pid):
+    """Say whether that process can be signalled."""
+    os.kill(int(pid), 0)
+    return True
+
+
+def read(path):
+    """Return the first bytes of a file."""
+    with open(path) as file:
+        return file.read(100)
+
+
+def write(path):
+    """Make a file."""
+    with open(path, "x") as file:
+        return file.write("hosted")
+
+
+def outlive(port):
+    """Leave a process behind that calls home later."""
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            null = os.open(os.devnull, os.O_RDWR)
+            for fd in range(3):
+                os.dup2(null, fd)
+            time.sleep(4)
+            with socket.create_connection(("127.0.0.1", int(port)), 2) as client:
+                client.sendall(b"outlived")
+        os._exit(0)
+    os.wait()
+    return True
+
+
+def work():
+    """Do what drivers do; say what came of it, and where."""
+    import ray
+
+    ray.init(log_to_driver=False)
+    context = ray.get_runtime_context()
+
+    @ray.remote
+    def where(value):
+        import os
+
+        return value + 1, os.getpid()
+
+    @ray.remote(resources={"sandbox:standard": 1})
+    class Counter:
+        def __init__(self):
+            self.n = 0
+
+        def add(self, n):
+            self.n += n
+            return self.n
+
+    counter = Counter.remote()
+    calls = [counter.add.remote(n) for n in range(4)]
+    return {
+        "task": ray.get(where.remote(1)),
+        "actor": ray.get(calls),
+        "put": len(ray.get(ray.put(b"x" * 5_000_000))),
+        "job": context.get_job_id(),
+        "user": os.getuid(),
+        "variable": os.environ.get("GREETING"),
+        "package": os.path.exists("hosted.py"),
+        "cpus": ray.cluster_resources()["CPU"],
+    }
+
+
+def store(size):
+    """Put more than one may; return the error's name."""
+    import ray
+
+    ray.init(log_to_driver=False)
+    try:
+        kept = [ray.put(bytes(10_000_000)) for _ in range(int(size) // 10_000_000)]
+    except ray.exceptions.ObjectStoreFullError as error:
+        return type(error).__name__
+    return len(kept)
+
+
+def wait(seconds):
+    """Say hello, and stay."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    print("hello", flush=True)
+    time.sleep(float(seconds))
+    return True
+
+
+def main():
+    """Run one by its name."""
+    name, *arguments = sys.argv[1:]
+    try:
+        found = globals()[name](*arguments)
+    except Exception as error:
+        found = f"{type(error).__name__}: {error}"
+    print(json.dumps({"found": found}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

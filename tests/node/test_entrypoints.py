@@ -1,0 +1,349 @@
+"""Entrypoints of the Jobs API behind a worker's wall, where the policy has that.
+
+What a hostile one tries is tried on stock Ray first, where it works.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.job_submission import JobSubmissionClient
+
+from raysandbox import policy as policies
+from raysandbox.errors import ProfileError
+from tests.node.home import Home
+from tests.node.nodes import PLAIN, Node, free_port
+
+pytestmark = [pytest.mark.ray, pytest.mark.root, pytest.mark.timeout(300)]
+
+HERE = Path(__file__).parent
+JOBS = """
+[jobs]
+entrypoint = "trusted"
+why = "Those who submit jobs are known."
+"""
+POLICY = f"""
+[offer]
+strict = 3
+standard = 4
+trusted = 3
+
+[[rules]]
+name = "everybody"
+profiles = ["standard"]
+
+[totals]
+cpu = "100%"
+memory = "80%"
+pids = "90%"
+
+[object_store]
+max_job = "64MiB"
+{JOBS}
+"""
+# Of the job to which all entrypoints belong.
+AGENTS_JOB = "01000000"
+
+
+class Jobs:
+    """A node, and a client of its Jobs API."""
+
+    def __init__(self, kind: str, package: Path) -> None:
+        dashboard = free_port()
+        self.node = Node(
+            PLAIN if kind == "stock" else None,
+            policy=POLICY,
+            arguments=[
+                "--include-dashboard=true",
+                f"--dashboard-port={dashboard}",
+                f"--dashboard-agent-listen-port={free_port()}",
+            ],
+        )
+        try:
+            self.package = package
+            self.client = self._connect(f"http://127.0.0.1:{dashboard}")
+        except BaseException:
+            self.node.close()
+            raise
+
+    def _connect(self, url: str) -> JobSubmissionClient:
+        """The dashboard answers before the node's agent can start a job."""
+        until = time.monotonic() + 90
+        headers = {"Authorization": f"Bearer {self.node.token.read_text()}"}
+        while True:
+            try:
+                client = JobSubmissionClient(url, headers=headers)
+                client.submit_job(entrypoint="true")
+            except (RuntimeError, ConnectionError):
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.5)
+                continue
+            return client
+
+    def start(self, *words: object, **options: Any) -> str:
+        """Submit ``hosted.py`` with these arguments; return the job's id."""
+        environment = {"working_dir": str(self.package), **options.pop("env", {})}
+        line = " ".join(map(str, (sys.executable, "hosted.py", *words)))
+        return self.client.submit_job(
+            entrypoint=line, runtime_env=environment, **options
+        )
+
+    def wait(self, job: str, limit_s: float = 120) -> str:
+        """Wait for a job's end; return its status."""
+        until = time.monotonic() + limit_s
+        while not (status := self.client.get_job_status(job)).is_terminal():
+            assert time.monotonic() < until, self.said(job)
+            time.sleep(0.2)
+        return str(status.value)
+
+    def said(self, job: str) -> str:
+        info = self.client.get_job_info(job)
+        return f"{info.status} {info.message}\n{self.client.get_job_logs(job)}"
+
+    def run(self, *words: object, **options: Any) -> Any:
+        """Run ``hosted.py`` to its end; return what it found."""
+        job = self.start(*words, **options)
+        assert self.wait(job) == "SUCCEEDED", self.said(job)
+        last = self.client.get_job_logs(job).splitlines()[-1]
+        return json.loads(last)["found"]
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("package")
+    for name in ("hosted.py", "hostile.py"):
+        shutil.copy(HERE / name, made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def secret(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("secret") / "of-root"
+    path.write_text("of root alone")
+    path.chmod(0o600)
+    return path
+
+
+@pytest.fixture(scope="module")
+def stock(package: Path) -> Iterator[Jobs]:
+    jobs = Jobs("stock", package)
+    yield jobs
+    jobs.node.close()
+
+
+@pytest.fixture(scope="module")
+def ours(package: Path, stock: Jobs) -> Iterator[Jobs]:
+    jobs = Jobs("ours", package)
+    yield jobs
+    jobs.node.close()
+
+
+# --- honest work -------------------------------------------------------------------
+
+
+def test_a_driver_works_behind_the_wall(ours):
+    """Tasks, actors and objects; its own job; its tasks are in jails as anybody's."""
+    found = ours.run(
+        "work", env={"env_vars": {"GREETING": "hello"}}, metadata={"team": "a"}
+    )
+    assert found["task"][0] == 2
+    assert found["task"][1] < 10  # a jail's pid
+    assert found["actor"] == [0, 1, 3, 6]
+    assert found["put"] == 5_000_000
+    assert found["job"] != AGENTS_JOB
+    assert (found["variable"], found["package"]) == ("hello", True)
+    assert found["user"] == 1000  # "task", of no privilege
+    assert found["cpus"] == 2
+
+
+def test_a_failure_is_told_with_the_end_of_the_output(ours):
+    """Status, exit status and last lines, as on stock Ray."""
+    job = ours.client.submit_job(entrypoint="echo before the end; exit 3")
+    assert ours.wait(job) == "FAILED"
+    info = ours.client.get_job_info(job)
+    assert info.driver_exit_code == 3
+    assert "failed with exit code 3" in info.message
+    assert info.message.endswith("before the end\n")
+    assert ours.client.get_job_logs(job).endswith("before the end\n")
+
+
+def test_output_is_followed_and_a_job_is_stopped(ours):
+    """`ray job logs --follow` sees lines while it runs; `ray job stop` ends it."""
+    job = ours.start("wait", 100)
+    until = time.monotonic() + 60
+    while "\nhello\n" not in ours.client.get_job_logs(job):
+        assert time.monotonic() < until, ours.said(job)
+        time.sleep(0.2)
+    lines = _follow(ours.client, job)
+    ours.client.stop_job(job)
+    assert ours.wait(job, 30) == "STOPPED"
+    assert "hello\n" in lines.result(30)
+
+
+def _follow(client: JobSubmissionClient, job: str) -> Any:
+    import asyncio
+
+    async def collect() -> str:
+        return "".join([lines async for lines in client.tail_job_logs(job)])
+
+    return ThreadPoolExecutor(1).submit(lambda: asyncio.run(collect()))
+
+
+def test_no_more_run_at_once_than_the_policy_offers(ours):
+    """The fourth waits until one of three has ended."""
+    jobs = [ours.start("wait", 5) for _ in range(4)]
+    until, most = time.monotonic() + 90, 0
+    while True:
+        states = [ours.client.get_job_status(job).value for job in jobs]
+        most = max(most, states.count("RUNNING"))
+        if set(states) == {"SUCCEEDED"}:
+            break
+        assert time.monotonic() < until, states
+        time.sleep(0.2)
+    assert most == 3
+
+
+def test_what_it_stores_is_counted(ours):
+    """A driver's puts end at the job's quota, with Ray's own error."""
+    assert ours.run("store", 100_000_000) == "ObjectStoreFullError"
+    assert ours.run("store", 50_000_000) == 5
+
+
+def test_another_profile_can_not_be_asked_for(ours):
+    """The policy names the one for entrypoints; a second tag is refused in words."""
+    job = ours.start("work", entrypoint_resources={"sandbox:standard": 1})
+    assert ours.wait(job) == "FAILED"
+    assert "a task takes one sandbox tag" in ours.client.get_job_info(job).message
+
+
+# --- attacks -----------------------------------------------------------------------
+
+
+def _attacks(jobs: Jobs, secret: Path) -> dict[str, Any]:
+    logs = jobs.node.session / "logs"
+    made = secret.parent / f"made-{jobs.node.port}"
+    return {
+        "raylet can be signalled": jobs.run("reach", jobs.node.raylet),
+        "a file of root's": jobs.run("read", secret),
+        "the log of raylet": jobs.run("read", logs / "raylet.out"),
+        "a file on the host": (jobs.run("write", made), made.exists())[1],
+    }
+
+
+def test_control_it_has_the_node_on_stock_ray(stock, secret):
+    """As root, with every file and every process."""
+    found = _attacks(stock, secret)
+    assert found["raylet can be signalled"] is True
+    assert found["a file of root's"] == "of root alone"
+    assert "Error" not in found["the log of raylet"]
+    assert found["a file on the host"] is True
+
+
+def test_it_has_nothing_of_the_node(ours, secret):
+    """No process of Ray's, no file but its own, no place to write on the host."""
+    found = _attacks(ours, secret)
+    assert "PermissionError" in found["raylet can be signalled"]
+    assert "Error" in found["a file of root's"]
+    assert "Error" in found["the log of raylet"]
+    assert found["a file on the host"] is False
+
+
+def test_control_what_it_leaves_behind_lives_on_stock_ray(stock, home: Home):
+    """A process in a session of its own outlives the job."""
+    assert stock.run("outlive", home.port)
+    time.sleep(6)
+    assert "outlived" in home.heard
+
+
+def test_what_it_leaves_behind_ends_with_it(ours, home: Home):
+    """All that it started is in its group, which is killed with its worker."""
+    before = home.heard.count("outlived")
+    assert ours.run("outlive", home.port)
+    time.sleep(6)
+    assert home.heard.count("outlived") == before
+
+
+def test_a_driver_registers_as_itself(ours):
+    """Its own pid, as a driver, of a job that nobody here has; nothing else."""
+    driver, worker = 1, 0
+    assert ours.run("register", driver, 0, "77000000") is True
+    assert ours.run("register", driver, 1, "78000000") is False
+    assert ours.run("register", worker, 0, "79000000") is False
+    assert ours.run("register", driver, 0, AGENTS_JOB) is False
+    assert ours.run("register", driver, 0, "ffffffff") is False
+    found = ours.run("work")
+    assert found["task"][0] == 2
+
+
+def test_one_message_does_not_end_the_node(ours):
+    """Control: `test_store_proxy`, where the same ends a stock node."""
+    assert ours.run("junk") is True
+    assert ours.run("work")["task"][0] == 2
+
+
+def test_it_starts_a_few_drivers_and_no_crowd(ours):
+    """Raylet has work for each: eight of one entrypoint, however it starts them."""
+    assert ours.run("connect_often", 12) == 8
+
+
+def test_the_agent_shows_no_other_file_as_its_output(ours):
+    """Who drives the cluster may say which log is a job's, and means a worker's."""
+    job = ours.start("wait", 0)
+    ours.wait(job)
+    code = f"""
+import json
+gcs = ray._private.worker.global_worker.gcs_client
+for name in ("raylet.out 0", "../../../../etc/passwd 0", "worker-x.out 0"):
+    gcs.internal_kv_put(b"raysandbox:entrypoint-log:{job}", name.encode(), True,
+                        b"raysandbox")
+    print(name)
+"""
+    ours.node.drive(code)
+    said = ours.client.get_job_logs(job)
+    assert said.splitlines()[-1].endswith("Runtime env is setting up.")
+
+
+# --- the policy --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('[jobs]\nentrypoint = "trusted"\n', 'weakens entrypoint: say why = "…"'),
+        (f"{JOBS}\n[offer]\nstrict = 1\n", "is not in [offer]"),
+        (
+            JOBS.replace("trusted", "standard") + "\n[offer]\nstandard = 1\n",
+            'must have boundary = "worker"',
+        ),
+        (f'{JOBS}\n[offer]\ntrusted = 1\n[ceilings]\nboundary = "task"\n', "ceilings"),
+    ],
+)
+def test_a_policy_that_can_not_be_kept_is_refused(tmp_path, text, says):
+    """By key, with what would be right; no node starts with it."""
+    file = tmp_path / "policy.toml"
+    file.write_text(text)
+    with pytest.raises(ProfileError, match=".") as caught:
+        policies.load_node(file)
+    assert says in str(caught.value)
+
+
+def test_only_the_agents_job_gets_it(tmp_path):
+    """For anybody else a rule decides, as for every profile."""
+    file = tmp_path / "policy.toml"
+    file.write_text(POLICY)
+    policy = policies.load(file)
+    request = policies.Request(tag="trusted", namespace="_ray_internal_dashboard")
+    decision = policies.decide(policy, request)
+    assert (decision.profile, decision.why) == ("trusted", "jobs.entrypoint = 'trusted'")
+    other = policies.decide(policy, policies.Request(tag="trusted", namespace="x"))
+    assert other.profile is None
+
