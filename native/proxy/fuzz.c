@@ -146,6 +146,7 @@ renew(struct client *client, pid_t pid)
     *client = (struct client){.worker = worker_of(pid)};
     client->worker->connections++;
     client->worker->registered = draw(4) != 0;
+    client->worker->host = draw(4) == 0;
     client->worker->kind = draw(8) == 0 ? KIND_IO : KIND_WORKER;
 }
 

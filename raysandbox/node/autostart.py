@@ -4,9 +4,9 @@ Imported by the wheel's ``.pth`` file in every Python that has the variable, and
 only then. It waits for three modules of Ray's: the one through which Ray starts its
 processes, to put the launcher in front of it, and the two from which a driver
 submits, to mark what it asks for (`raysandbox.client`). A driver behind a worker's
-wall, which does not see raylet's process, is told which node it is on. Nothing else of
-Ray is touched, and a Python without Ray never notices. If one of these can't be done, Ray
-can't be imported: nothing is started without it.
+wall, which does not see raylet's process, is told which node it is on. Nothing else
+of Ray is touched, and a Python without Ray never notices. If one of these can't be
+done, Ray can't be imported: nothing is started without it.
 """
 
 from __future__ import annotations

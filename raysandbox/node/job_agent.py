@@ -62,7 +62,8 @@ def serve(tag: str) -> None:
             self._gcs = gcs_client
 
         def get_logs(self, job_id: str) -> str:
-            return super().get_logs(job_id) + _end_of(*self._hosted(job_id))
+            own: str = super().get_logs(job_id)
+            return own + _end_of(*self._hosted(job_id))
 
         async def tail_logs(self, job_id: str) -> AsyncIterator[Any]:
             hosted, begins = "", 0

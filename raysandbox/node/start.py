@@ -61,7 +61,14 @@ def start(
     # Before anything is started, not when raylet is about to be.
     problems = []
     try:
-        policies.load_node(policies.find(policy))
+        node = policies.load_node(policies.find(policy))
+        if cluster is not None and node.policy.jobs.entrypoint is not None:
+            problems.append(
+                f"{node.policy.source}: jobs.entrypoint = "
+                f"{node.policy.jobs.entrypoint!r}: an entrypoint is a driver, and here "
+                "a driver has a certificate of its own, which no worker is given: "
+                "leave it out, and start drivers with `raysandbox cluster env`"
+            )
     except ProfileError as error:
         if cluster is None:
             raise

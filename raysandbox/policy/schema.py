@@ -42,12 +42,12 @@ from raysandbox.profile.schema import _Section as Section
 from raysandbox.profile.units import parse_size
 
 __all__ = [
+    "JOBS_NAMESPACE",
     "NEVER",
     "STRICTEST",
     "TAG_PREFIX",
     "Audit",
     "Ceilings",
-    "JOBS_NAMESPACE",
     "Jobs",
     "ObjectStore",
     "Percent",

@@ -6,7 +6,7 @@ with ``boundary = "worker"``, the actor is in a worker behind that profile's wal
 so is all that it starts. What Ray's own code expects there besides is given here:
 
 - the output goes to the worker's own log, since the job's is the agent's file; the
-  agent is told which log that is (`LOG_KEY`) and reads it (`raysandbox.node.job_agent`);
+  agent is told which that is (`LOG_KEY`), and reads it (`raysandbox.node.job_agent`);
 - nothing looks whether the supervisor lives: its group ends with it;
 - the driver has the node's Python first on its path, and the token, as every driver.
 """
@@ -36,6 +36,13 @@ LOG_NAMESPACE = b"raysandbox"
 
 # What of the output is told with a failure, as Ray has it.
 _LAST_LINES, _LAST_BYTES = 10, 20_000
+# A shell's word for a program that was killed.
+_KILLED = 128 + signal.SIGKILL
+_WHY_KILLED = (
+    "raysandbox: it was killed, under profile {profile!r}: over the profile's memory "
+    "(oom_kills of its worker's end in `raysandbox events`), or since it broke Ray's "
+    "protocol (link_ended)\n"
+)
 _METHODS = ("_configure_logger", "_exec_entrypoint", "_get_driver_env_vars")
 # A driver must not think that it is this worker.
 _NOT_INHERITED = ("RAYSANDBOX_", "__RAY_", "_RAY_", "RAY_AUTH_TOKEN_PATH")
@@ -61,6 +68,7 @@ def output_log() -> str:
 def host(
     worker: Any,
     *,
+    profile: str,
     log: str,
     python_path: Sequence[str],
     user_path: Sequence[str],
@@ -70,6 +78,7 @@ def host(
 
     Args:
         worker: Ray's.
+        profile: Name of the one whose walls are up.
         log: `output_log`.
         python_path: Where the node's own modules are.
         user_path: Directories of the job's runtime environment, which come first.
@@ -92,6 +101,7 @@ def host(
             "jobs.entrypoint out of the policy",
         )
     gcs, begins = worker.gcs_client, 0
+    child: subprocess.Popen[bytes] | None = None
     search = ":".join(dict.fromkeys([*user_path, *python_path]))
 
     def configure_logger(self: Any) -> None:
@@ -112,7 +122,7 @@ def host(
         }
 
     def execute(self: Any, env: dict[str, str], logs_path: str) -> Any:
-        nonlocal begins
+        nonlocal begins, child
         sys.stdout.flush()
         begins = os.stat(log).st_size
         gcs.internal_kv_put(
@@ -137,9 +147,10 @@ def host(
             client.NODE: worker.current_node_id.hex(),
             **variables,
         }
-        print(f"Running entrypoint for job {self._job_id}: {self._entrypoint}")
+        said = f"Running entrypoint for job {self._job_id}: {self._entrypoint}\n"
+        sys.stdout.write(said)
         sys.stdout.flush()
-        return subprocess.Popen(  # noqa: S602 - an entrypoint is a line of shell
+        child = subprocess.Popen(  # noqa: S602 - an entrypoint is a line of shell
             self._entrypoint,
             shell=True,
             start_new_session=True,
@@ -152,12 +163,15 @@ def host(
                 signal.SIG_UNBLOCK, {signal.SIGINT}
             ),
         )
+        return child
 
     async def last_lines(self: Any, job_id: str, most: int = _LAST_LINES) -> str:
         with open(log, "rb") as file:
             file.seek(max(begins, os.fstat(file.fileno()).st_size - _LAST_BYTES))
             lines = file.read(_LAST_BYTES).decode(errors="replace").splitlines(True)
-        return "".join(lines[-most:])
+        said = "".join(lines[-most:])
+        killed = child is not None and child.returncode in (-signal.SIGKILL, _KILLED)
+        return said + _WHY_KILLED.format(profile=profile) if killed else said
 
     supervisor._configure_logger = configure_logger
     supervisor._get_driver_env_vars = driver_variables

@@ -328,6 +328,7 @@ class JailExecutor(seams.Executor):
         if hosts:
             entrypoint.host(
                 self._worker,
+                profile=profile.name,
                 log=output,
                 python_path=[path for path in self._trusted if path],
                 user_path=self._user_directories(),

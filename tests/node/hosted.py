@@ -6,7 +6,6 @@ prints one line of JSON.
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 import signal
@@ -22,24 +21,24 @@ WORKER, DRIVER = 0, 1
 
 
 def _registration(kind, pid, job):
-    """Return the body of a registration: scalars of the table, then two texts."""
-    worker_id = struct.pack("<I28s4x", 28, os.urandom(28))
-    job_id = struct.pack("<I4s4x", 4, job)
-    # Slots 0 to 3: type, worker's id, pid, job; the table begins at 24.
-    vtable = struct.pack("<6H", 12, 28, 4, 8, 16, 12)
-    # Texts from 52: the id there, the job 36 further.
-    fields = struct.pack("<iiIIq4x", 20, kind, 52 - 32, 88 - 36, pid)
-    return struct.pack("<I", 24) + vtable + bytes(8) + fields + worker_id + job_id
+    """Return the body of a registration: a table and the texts that it names."""
+    # Slots 0 to 8: type, worker's id, pid, job, -, -, address, -, configuration.
+    places = (4, 8, 24, 12, 0, 0, 16, 0, 20)
+    vtable = struct.pack("<11H", 22, 32, *places) + bytes(6)
+    at, texts, offsets = 32 + 32, b"", []
+    for place, text in ((8, os.urandom(28)), (12, job), (16, b"127.0.0.1"), (20, b"")):
+        offsets.append(at + len(texts) - (32 + place))
+        texts += struct.pack("<I", len(text)) + text + b"\0"
+        texts += bytes(-len(texts) % 4)
+    table = struct.pack("<ii4IQ", 28, kind, *offsets, pid)
+    return struct.pack("<I", 32) + vtable + table + texts
 
 
 def _raylet():
     """Return a new connection to whatever has the name of raylet's socket."""
     connection = socket.socket(socket.AF_UNIX)
     connection.settimeout(5)
-    (path,) = glob.glob("/tmp/*/r/session_latest/sockets/raylet") or glob.glob(
-        "/tmp/*/r/session_2*/sockets/raylet"
-    )
-    connection.connect(path)
+    connection.connect(os.environ["RAYLET"])
     return connection
 
 
