@@ -942,7 +942,7 @@ bind_worker(int fd, const struct bind_message *message, ssize_t size)
     if (size != sizeof *message ||
         memcmp(message->magic, BIND_MAGIC, sizeof BIND_MAGIC) != 0)
         return "not a bind message";
-    if (worker == NULL)
+    if (worker == NULL || worker->host != 0)
         return "not a worker";
     if (worker->bound) /* the same once more changes nothing */
         return memcmp(worker->job->id, message->job, JOB_SIZE) == 0 &&

@@ -208,6 +208,7 @@ def _of_cluster(
     asked = tag or (policies.tag_of(subject.resources) if subject.resources else None)
     request = policies.Request(
         tag=asked,
+        amount=policies.amount_of(subject.resources or {}) if asked else 1.0,
         namespace=subject.namespace,
         metadata=subject.metadata,
         signer=signer or None,

@@ -32,8 +32,8 @@ class _Tagged:
         self._actor, self._tag = actor, tag
 
     def options(self, **options: Any) -> Any:
-        resources = {**(options.pop("resources", None) or {})}
-        resources.setdefault(self._tag, 1)
+        # A whole one, whatever part of it a client would like to have.
+        resources = {**(options.pop("resources", None) or {}), self._tag: 1}
         return self._actor.options(**options, resources=resources)
 
 

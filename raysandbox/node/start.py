@@ -22,9 +22,6 @@ if TYPE_CHECKING:
 
 __all__ = ["arm", "local", "start"]
 
-# How many sandboxed tasks of one profile a local node runs at once: CPUs bound
-# it, not this.
-_LOCAL_TAGS = 1_000_000
 # Workers' ports of local clusters, below those of the kernel. Ranges may overlap:
 # raylet passes over a port that is taken.
 _FIRST_PORT, _PORTS, _PLACES, _APART = 10_000, 512, 340, 64
@@ -124,7 +121,7 @@ def _local_policy() -> policies.Policy:
         offered.append(name)
     return policies.Policy(
         description="a local cluster of the one who started it",
-        offer=dict.fromkeys(offered, _LOCAL_TAGS),
+        offer=dict.fromkeys(offered, policies.MOST_AT_ONCE),
         rules=(policies.Rule(name="everybody", profiles=tuple(offered), metadata={}),),
         runtime_env=policies.RuntimeEnv(
             pip="allow",

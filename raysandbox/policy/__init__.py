@@ -7,6 +7,7 @@ from raysandbox.policy.decide import (
     RAY_VARIABLES,
     Decision,
     Request,
+    amount_of,
     decide,
     jail_variables,
     runtime_env_refusals,
@@ -28,6 +29,7 @@ from raysandbox.policy.load import (
 )
 from raysandbox.policy.schema import (
     JOBS_NAMESPACE,
+    MOST_AT_ONCE,
     STRICTEST,
     TAG_PREFIX,
     Audit,
@@ -47,6 +49,7 @@ __all__ = [
     "ENV",
     "JOBS_NAMESPACE",
     "LOADER_VARIABLES",
+    "MOST_AT_ONCE",
     "RAY_VARIABLES",
     "SITE_FILE",
     "STRICTEST",
@@ -64,6 +67,7 @@ __all__ = [
     "RuntimeEnv",
     "Totals",
     "Worker",
+    "amount_of",
     "check",
     "decide",
     "find",

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 from raysandbox.errors import ProfileError
 from raysandbox.policy.schema import (
     JOBS_NAMESPACE,
+    MOST_AT_ONCE,
     NEVER,
     STRICTEST,
     TAG_PREFIX,
@@ -29,6 +30,7 @@ __all__ = [
     "RAY_VARIABLES",
     "Decision",
     "Request",
+    "amount_of",
     "decide",
     "jail_variables",
     "runtime_env_refusals",
@@ -43,12 +45,14 @@ class Request:
 
     Attributes:
         tag: The profile that the task's resources name, or None.
+        amount: How much of that resource it takes.
         namespace: Ray namespace of the job, from the GCS's job table.
         metadata: The job's metadata, from there too.
         signer: Who signed the code, if a signature was verified.
     """
 
     tag: str | None = None
+    amount: float = 1.0
     namespace: str = ""
     metadata: Mapping[str, str] = field(default_factory=dict)
     signer: str | None = None
@@ -83,12 +87,7 @@ def tag_of(resources: Mapping[str, Any]) -> str | None:
     Raises:
         ProfileError: Two tags.
     """
-    names = set()
-    for resource in resources:
-        match = _IN_GROUP.fullmatch(resource)
-        plain = match[1] if match else resource
-        if plain.startswith(TAG_PREFIX):
-            names.add(plain.removeprefix(TAG_PREFIX))
+    names = {_profile_of(resource) for resource in resources} - {""}
     if len(names) > 1:
         raise ProfileError(
             source="<tags>",
@@ -98,8 +97,36 @@ def tag_of(resources: Mapping[str, Any]) -> str | None:
     return names.pop() if names else None
 
 
+def amount_of(resources: Mapping[str, float]) -> float:
+    """Return how much of a tag a task's resources have; 1 without one."""
+    # In a placement group it stands there twice, once with the bundle's number.
+    amounts = [amount for name, amount in resources.items() if _profile_of(name)]
+    return max(amounts, default=1.0)
+
+
+def _profile_of(resource: str) -> str:
+    """Return the profile that a resource stands for, or "" if it is no tag."""
+    match = _IN_GROUP.fullmatch(resource)
+    plain = match[1] if match else resource
+    return plain.removeprefix(TAG_PREFIX) if plain.startswith(TAG_PREFIX) else ""
+
+
 def decide(policy: Policy, request: Request) -> Decision:
     """Return which profile the request gets under this policy."""
+    found = _decide(policy, request)
+    count = policy.offer.get(request.tag or "", MOST_AT_ONCE)
+    if found.profile is None or request.amount >= 1 or count == MOST_AT_ONCE:
+        return found
+    return replace(
+        found,
+        profile=None,
+        why=f"it takes {request.amount:g} of the tag, and the policy offers {count} of "
+        f"{request.tag!r} at once",
+        remedy=f"take a whole one: raysandbox.tag({request.tag!r})",
+    )
+
+
+def _decide(policy: Policy, request: Request) -> Decision:
     skipped: list[str] = []
     own = policy.jobs.entrypoint
     if own is not None and (own, JOBS_NAMESPACE) == (request.tag, request.namespace):

@@ -43,6 +43,7 @@ from raysandbox.profile.units import parse_size
 
 __all__ = [
     "JOBS_NAMESPACE",
+    "MOST_AT_ONCE",
     "NEVER",
     "STRICTEST",
     "TAG_PREFIX",
@@ -68,13 +69,15 @@ TAG_PREFIX = "sandbox:"
 #: Ray's agent, which makes an actor for each.
 JOBS_NAMESPACE = "_ray_internal_dashboard"
 
+#: Of one profile on one node; so many are as many as somebody likes. (Ray counts
+#: resources in ten-thousandths in a 64-bit number.)
+MOST_AT_ONCE = 1_000_000
+
 _RULE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,62}")
 _USER = re.compile(r"[a-z_][a-z0-9_-]{0,31}|[0-9]{1,10}")
 _PERCENT = re.compile(r"([1-9][0-9]?|100)%")
 _PORTS = re.compile(r"([1-9][0-9]{0,4})-([1-9][0-9]{0,4})")
 _PERCENT_SCHEMA = {"type": "string", "pattern": r"^([1-9][0-9]?|100)%$"}
-# Ray counts resources in ten-thousandths in a 64-bit number.
-_MOST_AT_ONCE = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -649,9 +652,10 @@ class Policy(Section):
             "all others get strict."
         ),
     ] = STRICTEST
-    offer: dict[ProfileName, Annotated[int, Field(ge=1, le=_MOST_AT_ONCE)]] = Field(
+    offer: dict[ProfileName, Annotated[int, Field(ge=1, le=MOST_AT_ONCE)]] = Field(
         default_factory=lambda: {STRICTEST: 64},
-        description="Profile to how many of it at once: the node's tags.",
+        description="Profile to how many of it at once: the node's tags. A task takes "
+        f"a whole one, but where there are {MOST_AT_ONCE}, which bounds nobody.",
     )
     rules: tuple[Rule, ...] = ()
     ceilings: Ceilings = Field(default_factory=Ceilings)

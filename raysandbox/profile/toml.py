@@ -78,4 +78,4 @@ def _keys(section: BaseModel) -> list[str]:
 #: Keys that say nothing when they are empty.
 _QUIET = ("why", "description")
 #: Keys that are left out when they have no value; elsewhere that is "unlimited".
-_OFTEN_NONE = ("oci", "cpu_weight", "untagged", "connect")
+_OFTEN_NONE = ("oci", "cpu_weight", "untagged", "connect", "entrypoint")

@@ -36,6 +36,7 @@ LOG_NAMESPACE = b"raysandbox"
 
 # What of the output is told with a failure, as Ray has it.
 _LAST_LINES, _LAST_BYTES = 10, 20_000
+_STOP = "RAY_JOB_STOP_SIGNAL"
 # A shell's word for a program that was killed.
 _KILLED = 128 + signal.SIGKILL
 _WHY_KILLED = (
@@ -63,6 +64,11 @@ def credentials(environ: Mapping[str, str]) -> dict[str, str]:
 def output_log() -> str:
     """Return the path of this worker's own output."""
     return os.readlink("/proc/self/fd/1")
+
+
+def _let_interrupt() -> None:
+    """Unblock what Ray blocks in its own processes; as its supervisor does."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def host(
@@ -138,7 +144,6 @@ def host(
         }
         kept |= {
             "PATH": f"{os.path.dirname(sys.executable)}:{kept['PATH']}",
-            "PYTHONPATH": search,
             # It can't make files among Ray's logs; what it says there is seldom asked.
             "RAY_LOG_TO_STDERR": "1",
             "RAY_BACKEND_LOG_LEVEL": kept.get("RAY_BACKEND_LOG_LEVEL", "warning"),
@@ -147,6 +152,9 @@ def host(
             client.NODE: worker.current_node_id.hex(),
             **variables,
         }
+        kept["PYTHONPATH"] = ":".join(
+            filter(None, [variables.get("PYTHONPATH"), search])
+        )
         said = f"Running entrypoint for job {self._job_id}: {self._entrypoint}\n"
         sys.stdout.write(said)
         sys.stdout.flush()
@@ -158,10 +166,7 @@ def host(
             stdout=1,
             stderr=1,
             env=kept,
-            # Ray blocks it in its own processes.
-            preexec_fn=lambda: signal.pthread_sigmask(
-                signal.SIG_UNBLOCK, {signal.SIGINT}
-            ),
+            preexec_fn=_let_interrupt if env.get(_STOP) == "SIGINT" else None,
         )
         return child
 

@@ -61,7 +61,7 @@ class Gate:
         self.node: policies.Node | None = None
         self.problem: ProfileError | None = None
         self.launched = False
-        self._profiles: dict[tuple[str, frozenset[str]], profiles.Profile] = {}
+        self._profiles: dict[tuple[str, frozenset[str], float], profiles.Profile] = {}
         self._requests: dict[str, policies.Request] = {}
         self._runtime_env_seen = ""
         try:
@@ -102,23 +102,36 @@ class Gate:
         if self.problem is not None:
             raise self.problem
         if self.node is None:
-            key = ("", frozenset(resources))
+            key = ("", frozenset(resources), 1.0)
             if key not in self._profiles:
                 self._profiles[key] = profile_of(resources)
             return self._profiles[key]
         self._check_runtime_env(self.node, worker, task, resources)
-        key = (worker.current_job_id.hex(), frozenset(resources))
+        amount = policies.amount_of(
+            {name: sum(part for _, part in ids) for name, ids in resources.items()}
+        )
+        key = (worker.current_job_id.hex(), frozenset(resources), amount)
         if key not in self._profiles:
-            self._profiles[key] = self._decide(self.node, worker, task, resources)
+            self._profiles[key] = self._decide(
+                self.node, worker, task, resources, amount
+            )
         return self._profiles[key]
 
     def _decide(
-        self, node: policies.Node, worker: Any, task: str, resources: Mapping[str, Any]
+        self,
+        node: policies.Node,
+        worker: Any,
+        task: str,
+        resources: Mapping[str, Any],
+        amount: float,
     ) -> profiles.Profile:
         tag = policies.tag_of(resources)
         known = self._job(worker)
         request = policies.Request(
-            tag=tag, namespace=known.namespace, metadata=known.metadata
+            tag=tag,
+            amount=amount,
+            namespace=known.namespace,
+            metadata=known.metadata,
         )
         decision = policies.decide(node.policy, request)
         if decision.profile is None:

@@ -61,7 +61,7 @@ NODE_POLICY = (
     POLICY.replace("fast = 64", "fast = 64\ntrusted = 64")
     .replace('"fast"]', '"fast", "trusted"]')
 )  # fmt: skip
-TRUSTED = "resources={'sandbox:trusted': 0.01}"
+TRUSTED = "resources={'sandbox:trusted': 1}"
 
 
 class Driver:

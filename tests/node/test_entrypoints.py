@@ -214,7 +214,8 @@ def _follow(client: JobSubmissionClient, job: str) -> Any:
 
 def test_no_more_run_at_once_than_the_policy_offers(ours):
     """The fourth waits until one of three has ended."""
-    jobs = [ours.start("wait", 5) for _ in range(4)]
+    part = {"sandbox:trusted": 0.1}  # as if a tenth of a sandbox were enough
+    jobs = [ours.start("wait", 5, entrypoint_resources=part) for _ in range(4)]
     until, most = time.monotonic() + 90, 0
     while True:
         states = [ours.client.get_job_status(job).value for job in jobs]
@@ -301,6 +302,14 @@ def test_a_driver_registers_as_itself(ours):
         "register: a driver of somebody's job",
     ]
     assert ours.run("work")["task"][0] == 2
+
+
+def test_a_driver_hosts_no_others(ours):
+    """Nor does it choose a job: what workers say before they open anything is theirs.
+
+    Guards against a tree of drivers, each with eight more.
+    """
+    assert ours.run("bind", "77000000") == "not a worker"
 
 
 def test_one_message_does_not_end_the_node(ours):

@@ -136,12 +136,17 @@ def test_no_form_of_asking_gets_around_a_rule(node):
         for tag in ("small", "fast"):
             result[tag] = [
                 actor(tag), actor(tag, name=tag, lifetime="detached"),
-                grouped(tag), fraction(tag),
+                grouped(tag),
             ]
+        result["part"] = fraction("small")
         """,
         namespace="team-b",
     )
-    assert found["small"] == ["small"] * 4
+    assert found["small"] == ["small"] * 3
+    # As many as somebody likes would run at once.
+    assert found["part"]["error"] == "TaskRefused"
+    assert "it takes 0.001 of the tag" in found["part"]["text"]
+    assert "take a whole one: raysandbox.tag('small')" in found["part"]["text"]
     for answer in found["fast"]:
         assert (
             "rule 'team b' is for this job and allows strict, small" in answer["text"]

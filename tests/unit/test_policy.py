@@ -329,6 +329,41 @@ def test_the_tag_is_read_from_resources(resources, tag):
     assert policies.tag_of(resources) == tag
 
 
+def test_part_of_a_tag_is_none():
+    """The policy's counts hold whatever share a client asks for.
+
+    But where the count is as good as none: there a share is anybody's.
+    """
+    policy = rules(Rule(name="all", profiles=("fast",)))
+    policy = policy.model_copy(update={"offer": {"fast": 2}})
+    whole = decide(policy, policies.Request(tag="fast"))
+    part = decide(policy, policies.Request(tag="fast", amount=0.5))
+    assert (whole.profile, part.profile) == ("fast", None)
+    assert "it takes 0.5 of the tag, and the policy offers 2 of 'fast'" in part.why
+    loose = policy.model_copy(update={"offer": {"fast": policies.MOST_AT_ONCE}})
+    assert decide(loose, policies.Request(tag="fast", amount=0.5)).profile == "fast"
+
+
+@pytest.mark.parametrize(
+    ("resources", "amount"),
+    [
+        ({"CPU": 4}, 1.0),
+        ({"sandbox:fast": 0.1, "CPU": 1}, 0.1),
+        ({"sandbox:fast_group_0123456789abcdef01": 1}, 1.0),
+        (
+            {
+                "sandbox:a_group_1_0123456789abcdef01": 0.5,
+                "sandbox:a_group_" + "0" * 18: 0.5,
+            },
+            0.5,
+        ),
+    ],
+)
+def test_the_share_of_a_tag_is_read_from_resources(resources, amount):
+    """Also as placement groups rename it, twice."""
+    assert policies.amount_of(resources) == amount
+
+
 def test_two_tags_are_refused():
     """A task has one profile."""
     with pytest.raises(ProfileError, match="one sandbox tag"):
