@@ -238,7 +238,11 @@ def _gets(node: policies.Node, name: str) -> dict[str, Any]:
         "at_once": node.policy.offer.get(name),
         "source": profile.source,
         "runtime_env": {
-            "allows": ["env_vars", "working_dir", "py_modules", *allowed],
+            "allows": [
+                *("env_vars", "working_dir", "py_modules"),
+                *allowed,
+                *answers["py_executable"],
+            ],
             "refuses": [key for key, answer in answers.items() if answer == "refuse"],
         },
     }

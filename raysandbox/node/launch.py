@@ -26,6 +26,7 @@ from raysandbox.errors import ProfileError, SetupError, UnsupportedError
 from raysandbox.kernel import cgroup
 from raysandbox.node import (
     env_agent,
+    interpreters,
     job_agent,
     no_client,
     seams,
@@ -108,6 +109,7 @@ class Launcher:
                 replace=sockets.mounts() if sockets else {},
                 sockets={store_proxy.BIND: sockets.bind_socket} if sockets else {},
                 shared={shared: shared},
+                interpreters=interpreters.look(node.policy.runtime_env.py_executable),
             ),
             session,
             probe(),

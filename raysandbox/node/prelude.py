@@ -2,14 +2,15 @@
 
 Run by ``raysandbox-worker`` in place of Ray's ``setup_worker.py``::
 
-    python -I -S prelude.py LAUNCHER RESOURCES NODE_ID WRAPPER [setup_worker.py] …
+    python -I -S prelude.py LAUNCHER RESOURCES NODE_ID INTERPRETERS WRAPPER
+        [setup_worker.py] …
 
 It has the rights of raylet and what it reads was written by a client, or by an
 agent that a client told what to write. So it takes from it only directories
-that Ray unpacked below the session's runtime_resources, and runs nothing:
-neither the command that the agent would have put in front of the worker, nor
-another interpreter, nor with any variable of the client's. Those that a jail
-may see reach it by Ray's own copy of the runtime_env.
+that Ray unpacked below the session's runtime_resources, and runs nothing: neither
+the command that the agent would have put in front of the worker, nor another
+interpreter than one of the operator's, nor with any variable of the client's. Those
+that a jail may see reach it by Ray's own copy of the runtime_env.
 
 Uses the standard library alone: every worker with a runtime_env waits for it.
 """
@@ -23,7 +24,7 @@ import os
 import struct
 import sys
 
-_FILE, _BIND, _CHDIR, _ENV, _USER = 7, 5, 19, 20, 31
+_FILE, _BIND, _CHDIR, _ENV, _USER, _PROGRAM = 7, 5, 19, 20, 31, 35
 _READ_ONLY = 1
 _CONTEXT = "--serialized-runtime-env-context="
 _SPILL_TYPES = ("filesystem",)
@@ -68,6 +69,16 @@ class _Plan:
         self.unset(name)
         # Also without a value: so it was taken out of the environment.
         self.add(_ENV, _text(f"{name}={value}"))
+
+    def interpret_with(self, python: str) -> None:
+        """Start Ray's worker script with another interpreter."""
+        ((at, old),) = [
+            (at, payload)
+            for at, (kind, payload) in enumerate(self.records)
+            if kind == _PROGRAM
+        ]
+        script = os.fsdecode(old.split(b"\0")[1])
+        self.records[at] = (_PROGRAM, _text(python, script))
 
     def encode(self) -> bytes:
         body = b"".join(
@@ -167,7 +178,7 @@ def _option(arguments: list[str], name: str) -> str:
 
 def main(argv: list[str]) -> None:
     """Read, add, and become the launcher again."""
-    launcher, resources, node_id, wrapper, *arguments = argv
+    launcher, resources, node_id, interpreters, wrapper, *arguments = argv
     resources = os.path.realpath(resources)
     with open(wrapper + ".plan", "rb") as file:
         plan = _Plan(file.read())
@@ -184,7 +195,12 @@ def main(argv: list[str]) -> None:
     if _option(arguments, "--worker-type"):
         _for_spilling(plan, arguments, node_id)
     elif context:
-        directories, working = user_directories(json.loads(context), resources)
+        chosen = json.loads(context)
+        directories, working = user_directories(chosen, resources)
+        wanted = chosen.get("py_executable") if isinstance(chosen, dict) else None
+        for interpreter in json.loads(interpreters):
+            if interpreter == wanted:
+                plan.interpret_with(interpreter)
         for path in _outermost([*directories, *filter(None, [working])]):
             plan.bind(path, read_only=True)
         if directories:

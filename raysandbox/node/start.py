@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from raysandbox import policy as policies
 from raysandbox import profile as profiles
 from raysandbox.errors import ProfileError
-from raysandbox.node import launch
+from raysandbox.node import interpreters, launch
 
 if TYPE_CHECKING:
     from raysandbox.cluster.settings import ClusterDir
@@ -59,6 +59,7 @@ def start(
     problems = []
     try:
         node = policies.load_node(policies.find(policy))
+        interpreters.look(node.policy.runtime_env.py_executable)
         if cluster is not None and node.policy.jobs.entrypoint is not None:
             problems.append(
                 f"{node.policy.source}: jobs.entrypoint = "

@@ -118,6 +118,8 @@ class Wall:
         replace: Path that the worker sees to path on the host.
         sockets: The same, for sockets besides Ray's two.
         shared: The same, for directories that all workers write to.
+        interpreters: Those that a runtime_env may name besides the node's own, each
+            with what belongs to it, as `interpreters.look` says.
         raylet_ports: Raylet's arguments about ports, for profiles with
             ``boundary = "worker"``: the worker can't see raylet's command.
     """
@@ -129,6 +131,7 @@ class Wall:
     sockets: Mapping[str, str] = field(default_factory=dict)
     shared: Mapping[str, str] = field(default_factory=dict)
     raylet_ports: Mapping[str, str] = field(default_factory=dict)
+    interpreters: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 def compile(  # noqa: A001 - wall.compile, as plan.compile
@@ -168,6 +171,8 @@ def compile(  # noqa: A001 - wall.compile, as plan.compile
 def _worker_profile(wall: Wall) -> Profile:
     """What a worker sees and may call: enough for every jail that it makes."""
     read = {"@system": None, "@python": None}
+    for roots in wall.interpreters.values():
+        read |= dict.fromkeys(roots)
     write: dict[str, None] = {}
     devices: dict[str, None] = {}
     for each in wall.node.profiles.values():
@@ -560,6 +565,9 @@ class _WorkerBuilder(plan.Builder):
         if self.host.is_root:
             for path in (interpreter, os.path.realpath(interpreter)):
                 _require_reachable(path, self.context.python)
+            for other, roots in self.wall.interpreters.items():
+                for path in (other, os.path.realpath(other)):
+                    _require_reachable(path, roots)
         self.add(plan.Record.PROGRAM, plan.text(interpreter, session.worker_script))
         script = os.path.join(os.path.dirname(__file__), "prelude.py")
         for argument in (
@@ -570,6 +578,7 @@ class _WorkerBuilder(plan.Builder):
             program,
             session.resource_dir,
             session.node_id,
+            json.dumps([*self.wall.interpreters]),
         ):
             self.add(plan.Record.PRELUDE, plan.text(argument))
 

@@ -216,7 +216,6 @@ def _whose(request: Request) -> str:
 
 # Ray's key to ours; Ray stores some under another name than users write.
 _WRAPPERS = {
-    "py_executable": "py_executable",
     "image_uri": "image_uri",
     "container": "container",
     "nsight": "nsight",
@@ -284,6 +283,18 @@ def runtime_env_refusals(
                         f"runtime_env key {key!r}: {_scheme(uri)} refused by this "
                         f"node's policy ({why})"
                     )
+        elif key == "py_executable":
+            if value not in answers.py_executable:
+                named = ", ".join(answers.py_executable)
+                why = (
+                    f"runtime_env.py_executable allows {named} alone"
+                    if named
+                    else "runtime_env.py_executable = [PATH] would allow one that the "
+                    "operator made"
+                )
+                found.append(
+                    f"runtime_env key {key!r}: refused by this node's policy ({why})"
+                )
         elif key in _WRAPPERS:
             if getattr(answers, _WRAPPERS[key]) == "refuse":
                 refuse(key, _WRAPPERS[key])

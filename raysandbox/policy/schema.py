@@ -358,15 +358,16 @@ class Ceilings(Section):
 _Answer = Literal["refuse", "allow"]
 
 _OWN_INTERPRETER = (
-    "behind the node's wall a worker and its jails run the node's own interpreter, and "
-    "nothing is put in its place or around it; packages reach the jails by pip, uv, "
-    "py_modules and working_dir"
+    "behind the node's wall a worker and its jails run an interpreter of the "
+    "operator's, and nothing that a client chose is put in its place or around it; "
+    "packages reach the jails by pip, uv, py_modules and working_dir, whole "
+    "environments by py_executable"
 )
 _PYTHON_ALONE = "the launcher has a wall for Python workers alone"
 #: Keys of a runtime_env that no policy can allow, and why.
 NEVER: Mapping[str, str] = {
     **dict.fromkeys(
-        ("py_executable", "image_uri", "container", "nsight", "rocprof_sys", "conda"),
+        ("image_uri", "container", "nsight", "rocprof_sys", "conda"),
         _OWN_INTERPRETER,
     ),
     **dict.fromkeys(("java_jars", "java_workers", "cpp_workers"), _PYTHON_ALONE),
@@ -387,6 +388,16 @@ def _never(key: str) -> BeforeValidator:
 _Refused = Literal["refuse"]
 
 
+def _absolute_path(value: str) -> str:
+    if (
+        not value.startswith("/")
+        or set(value) & set("\0\n ")
+        or ".." in value.split("/")
+    ):
+        raise ValueError('must be an absolute path, without spaces and ".."')
+    return value
+
+
 class RuntimeEnv(Section):
     """What happens to a runtime_env that would reach around the worker's wall.
 
@@ -399,10 +410,24 @@ class RuntimeEnv(Section):
     )
 
     py_executable: Annotated[
-        _Refused,
-        _never("py_executable"),
-        Field(description="Another interpreter than the node's own: refused always."),
-    ] = "refuse"
+        tuple[Annotated[str, AfterValidator(_absolute_path)], ...],
+        BeforeValidator(lambda value: () if value == "refuse" else value),
+        Unique,
+        WithJsonSchema(
+            {
+                "anyOf": [
+                    {"const": "refuse"},
+                    {"type": "array", "items": {"type": "string", "pattern": "^/"}},
+                ]
+            }
+        ),
+        Field(
+            description="Paths of interpreters that the operator made, each with the "
+            "node's versions of Ray and raysandbox: a job may ask for one of these by "
+            "exactly that path. They run in the worker, so nobody else may be able to "
+            'write them. [] or "refuse": the node\'s own alone.'
+        ),
+    ] = ()
     image_uri: Annotated[
         _Refused,
         _never("image_uri"),
@@ -490,6 +515,11 @@ class RuntimeEnv(Section):
         Literal["drop", "refuse"],
         Field(description="env_vars of Ray's and ours (RAY_*, RAYSANDBOX_*)."),
     ] = "drop"
+
+    def deviations(self) -> list[str]:
+        """See `Section`."""
+        named = ["py_executable"] if self.py_executable else []
+        return [*super().deviations(), *named]
 
 
 class Jobs(Section):

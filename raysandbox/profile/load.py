@@ -330,6 +330,16 @@ def read_trusted(path: Path) -> bytes:
         os.close(fd)
 
 
+def check_trusted(path: Path) -> None:
+    """Refuse a file that others than root and we could change, or replace.
+
+    Raises:
+        ProfileError: By name, with the remedy.
+    """
+    real = _check_way(path)
+    _check_writers(path, real, path.stat())
+
+
 def _check_way(path: Path) -> str:
     """Check what the kernel passes on its way to a file; return the real path.
 

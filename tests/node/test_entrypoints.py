@@ -9,19 +9,22 @@ import json
 import re
 import shutil
 import sys
+import tempfile
 import time
+import venv
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from ray.job_submission import JobSubmissionClient
 
 from raysandbox import policy as policies
 from raysandbox.errors import ProfileError
 from tests.node.home import Home
-from tests.node.nodes import PLAIN, Node, free_port
+from tests.node.nodes import PLAIN, ROOT, Node, free_port
 
 pytestmark = [pytest.mark.ray, pytest.mark.root, pytest.mark.timeout(300)]
 
@@ -57,11 +60,12 @@ AGENTS_JOB = "01000000"
 class Jobs:
     """A node, and a client of its Jobs API."""
 
-    def __init__(self, kind: str, package: Path) -> None:
+    def __init__(self, kind: str, package: Path, interpreter: str) -> None:
         dashboard = free_port()
         self.node = Node(
             PLAIN if kind == "stock" else None,
-            policy=POLICY,
+            policy=f'{POLICY}\n[runtime_env]\npy_executable = ["{interpreter}"]\n'
+            'why = "It is ours."\n',
             arguments=[
                 "--include-dashboard=true",
                 f"--dashboard-port={dashboard}",
@@ -150,15 +154,30 @@ def secret(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def stock(package: Path) -> Iterator[Jobs]:
-    jobs = Jobs("stock", package)
+def interpreter() -> Iterator[str]:
+    """Of an environment that the operator made: the node's packages, and one more."""
+    made = Path(tempfile.mkdtemp(prefix="rsn-", dir="/srv"))
+    try:
+        made.chmod(0o755)
+        venv.create(made / "env", symlinks=True)
+        (site,) = (made / "env" / "lib").glob("python*/site-packages")
+        (site / "node.pth").write_text(f"{Path(ray.__file__).parents[1]}\n{ROOT}\n")
+        (site / "only_here.py").write_text("WORD = 'of the environment'\n")
+        yield str(made / "env" / "bin" / "python")
+    finally:
+        shutil.rmtree(made)
+
+
+@pytest.fixture(scope="module")
+def stock(package: Path, interpreter: str) -> Iterator[Jobs]:
+    jobs = Jobs("stock", package, interpreter)
     yield jobs
     jobs.node.close()
 
 
 @pytest.fixture(scope="module")
-def ours(package: Path, stock: Jobs) -> Iterator[Jobs]:
-    jobs = Jobs("ours", package)
+def ours(package: Path, interpreter: str, stock: Jobs) -> Iterator[Jobs]:
+    jobs = Jobs("ours", package, interpreter)
     yield jobs
     jobs.node.close()
 
@@ -238,6 +257,44 @@ def test_another_profile_can_not_be_asked_for(ours):
     job = ours.start("work", entrypoint_resources={"sandbox:standard": 1})
     assert ours.wait(job) == "FAILED"
     assert "a task takes one sandbox tag" in ours.client.get_job_info(job).message
+
+
+def test_an_interpreter_of_the_policy_runs_worker_and_jail(ours, interpreter):
+    """A whole environment that the operator made; nothing is installed for a job."""
+    found = ours.node.drive(f"""
+import json
+
+@ray.remote
+def where():
+    import os, sys, only_here
+    return sys.prefix, only_here.WORD, os.getpid()
+
+@ray.remote
+def here():
+    import sys
+    return sys.prefix
+
+chosen = {{"py_executable": {interpreter!r}}}
+print(json.dumps([
+    ray.get(where.options(runtime_env=chosen).remote()), ray.get(here.remote()),
+]))
+""")
+    (prefix, word, pid), other = json.loads(found)
+    assert prefix == str(Path(interpreter).parents[1])
+    assert word == "of the environment"
+    assert pid < 10
+    assert other != prefix
+
+
+def test_it_runs_an_entrypoint_too(ours, interpreter):
+    """Its ``python`` is that one."""
+    program = "import ray, only_here; ray.init(); print(only_here.WORD)"
+    job = ours.client.submit_job(
+        entrypoint=f"python -c '{program}'",
+        runtime_env={"py_executable": interpreter},
+    )
+    assert ours.wait(job) == "SUCCEEDED", ours.said(job)
+    assert ours.client.get_job_logs(job).endswith("of the environment\n")
 
 
 # --- attacks -----------------------------------------------------------------------

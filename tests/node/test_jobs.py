@@ -242,8 +242,8 @@ def test_what_the_agent_would_run_is_refused_before_it_does(ours, name):
     found, key = ours.found[name], REFUSED[name]
     said = found if isinstance(found, str) else found[1]
     assert f"runtime_env key '{key}': refused by this node's policy" in said
-    if key != "py_executable":  # which no policy can allow
-        assert f'runtime_env.{key} = "allow"' in said
+    allowing = "[PATH]" if key == "py_executable" else '"allow"'
+    assert f"runtime_env.{key} = {allowing}" in said
 
 
 def test_ray_client_is_refused_in_words(ours):

@@ -395,7 +395,6 @@ def test_keys_that_reach_around_the_wall_are_refused_by_name(runtime_env, key):
 @pytest.mark.parametrize(
     ("runtime_env", "key"),
     [
-        ({"py_executable": "sh -c evil"}, "py_executable"),
         ({"image_uri": "x"}, "image_uri"),
         ({"container": {"image": "x"}}, "container"),
         ({"nsight": "default"}, "nsight"),
@@ -410,6 +409,31 @@ def test_keys_that_no_policy_allows_are_refused_by_name(runtime_env, key):
     (text,) = policies.runtime_env_refusals(Policy(), runtime_env)
     assert f"no value of runtime_env.{key} allows it" in text
     assert "Python workers alone" in text or "pip, uv, py_modules" in text
+
+
+@pytest.mark.parametrize(
+    "value", ["sh -c evil", "/opt/ml/bin/python -u", "/opt/ml/bin/../bin/python", "", 7]
+)
+def test_an_interpreter_is_one_of_the_policy_s_or_refused(value):
+    """By exactly its path: with arguments, or another way there, it is another."""
+    ours = {"py_executable": ("/opt/ml/bin/python",), "why": "a test"}
+    policy = Policy.model_validate({"runtime_env": ours})
+    allowed = {"py_executable": "/opt/ml/bin/python"}
+    assert policies.runtime_env_refusals(policy, allowed) == []
+    (text,) = policies.runtime_env_refusals(Policy(), allowed)
+    assert "runtime_env.py_executable = [PATH] would allow one" in text
+    found = policies.runtime_env_refusals(policy, {"py_executable": value})
+    assert bool(found) == (value != "")  # Ray takes that for none
+    assert all("allows /opt/ml/bin/python alone" in text for text in found)
+
+
+@pytest.mark.parametrize("path", ["python3", "/opt/../bin/python", "/opt/a b/python"])
+def test_an_interpreter_of_the_policy_is_an_absolute_path(home, path):
+    """Ray gives the words to a shell: a space would be an argument."""
+    text = f'[runtime_env]\npy_executable = ["{path}"]\nwhy = "a test"'
+    with pytest.raises(ProfileError, match="must be an absolute path"):
+        policies.load(write(home, text))
+    assert policies.load(write(home, '[runtime_env]\npy_executable = "refuse"'))
 
 
 @pytest.mark.parametrize(
