@@ -113,7 +113,7 @@ def outlive(port):
             null = os.open(os.devnull, os.O_RDWR)
             for fd in range(3):
                 os.dup2(null, fd)
-            time.sleep(4)
+            time.sleep(3)
             with socket.create_connection(("127.0.0.1", int(port)), 2) as client:
                 client.sendall(b"outlived")
         os._exit(0)
