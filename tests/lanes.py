@@ -1,8 +1,9 @@
-"""Two lanes of tests, side by side under ``pytest -n 2``.
+"""Three lanes of tests, side by side under ``pytest -n 3``.
 
-One keeps a processor busy, the other mostly waits for nodes to start; a directory
-under tests/ is in one of them. A test that measures, or looks at the whole machine,
-is marked ``alone``: the other lane waits between two tests of its own meanwhile.
+One keeps a processor busy, one mostly waits for nodes to start, and one for machines
+of its own; a directory under tests/ is in one of them. A test that measures, or looks
+at the whole machine, is marked ``alone``: the other lanes wait between two tests of
+their own meanwhile.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class Kind:
     """What a directory's tests have in common.
 
     Attributes:
-        lane: ``busy`` or ``waiting``.
+        lane: ``busy``, ``nodes`` or ``machines``.
         limit_s: For one test.
         mark: Of pytest's, or none.
     """
@@ -39,10 +40,10 @@ KINDS = {
     "unit": Kind("busy", 120),
     "attacks": Kind("busy", 300),
     "ray": Kind("busy", 300, "ray"),
-    "node": Kind("waiting", 300, "ray"),
-    "cluster": Kind("waiting", 300, "cluster"),
-    "image": Kind("waiting", 600, "image"),
-    "qemu": Kind("waiting", 1500, "qemu"),
+    "node": Kind("nodes", 300, "ray"),
+    "cluster": Kind("machines", 300, "cluster"),
+    "image": Kind("machines", 600, "image"),
+    "qemu": Kind("machines", 1500, "qemu"),
 }
 
 _WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
@@ -51,7 +52,7 @@ LANE = int(_WORKER.removeprefix("gw") or 0)
 
 
 def side_by_side() -> bool:
-    """Whether another process has the other lane."""
+    """Whether other processes have the other lanes."""
     return bool(_WORKER)
 
 
@@ -71,7 +72,7 @@ def open_shared(config: pytest.Config, name: str) -> int:
 
 @contextlib.contextmanager
 def turn(config: pytest.Config, alone: bool) -> Iterator[None]:
-    """Run beside the other lane's tests, or wait for its test to end and be alone."""
+    """Run beside the other lanes' tests, or wait for theirs to end and be alone."""
     turnstile, running = (open_shared(config, name) for name in ("turn", "running"))
     try:
         # Who waits for the others to end keeps them from beginning anew.

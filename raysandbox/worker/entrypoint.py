@@ -25,7 +25,15 @@ from typing import Any
 from raysandbox import client
 from raysandbox.errors import UnsupportedError
 
-__all__ = ["LOG_KEY", "LOG_NAMESPACE", "NAME", "credentials", "host", "output_log"]
+__all__ = [
+    "LOG_KEY",
+    "LOG_NAMESPACE",
+    "NAME",
+    "check",
+    "credentials",
+    "host",
+    "output_log",
+]
 
 #: Ray's name for the creation of the actor that starts an entrypoint.
 NAME = "JobSupervisor.__init__"
@@ -47,6 +55,26 @@ _WHY_KILLED = (
 _METHODS = ("_configure_logger", "_exec_entrypoint", "_get_driver_env_vars")
 # A driver must not think that it is this worker.
 _NOT_INHERITED = ("RAYSANDBOX_", "__RAY_", "_RAY_", "RAY_AUTH_TOKEN_PATH")
+
+
+def check() -> None:
+    """Look whether this version of Ray starts entrypoints as it is taken to.
+
+    Raises:
+        UnsupportedError: It does not; nothing was changed.
+    """
+    import ray
+    from ray.dashboard.modules.job import job_supervisor
+
+    for name in _METHODS:
+        if not hasattr(job_supervisor.JobSupervisor, name):
+            raise UnsupportedError(
+                feature="entrypoints of the Jobs API",
+                need=f"JobSupervisor.{name}",
+                have=f"Ray {ray.__version__}, which has none",
+                remedy="install a Ray version that raysandbox supports, or leave "
+                "jobs.entrypoint out of the policy",
+            )
 
 
 def credentials(environ: Mapping[str, str]) -> dict[str, str]:
@@ -80,7 +108,7 @@ def host(
     user_path: Sequence[str],
     variables: Mapping[str, str],
 ) -> None:
-    """Let Ray's JobSupervisor work in this process.
+    """Let Ray's JobSupervisor work in this process, which `check` found possible.
 
     Args:
         worker: Ray's.
@@ -89,23 +117,10 @@ def host(
         python_path: Where the node's own modules are.
         user_path: Directories of the job's runtime environment, which come first.
         variables: `credentials`, and the job's own.
-
-    Raises:
-        UnsupportedError: This version of Ray starts entrypoints in another way.
     """
-    import ray
     from ray.dashboard.modules.job import job_log_storage_client, job_supervisor
 
     supervisor = job_supervisor.JobSupervisor
-    missing = [name for name in _METHODS if not hasattr(supervisor, name)]
-    if missing:
-        raise UnsupportedError(
-            feature="entrypoints of the Jobs API",
-            need=f"JobSupervisor.{missing[0]}",
-            have=f"Ray {ray.__version__}, which has none",
-            remedy="install a Ray version that raysandbox supports, or leave "
-            "jobs.entrypoint out of the policy",
-        )
     gcs, begins = worker.gcs_client, 0
     child: subprocess.Popen[bytes] | None = None
     search = ":".join(dict.fromkeys([*user_path, *python_path]))

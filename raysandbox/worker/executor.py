@@ -321,6 +321,7 @@ class JailExecutor(seams.Executor):
             threads=entered.threads,
             took_s=round(entered.took_s, 4),
             leaves_after_task=self._leaves,
+            hosts_drivers=hosts,
             protections=plan.described(entered.protections),
         )
         log.close()
@@ -353,6 +354,7 @@ class JailExecutor(seams.Executor):
         if not self._gate.launched or named != profile.name:
             name = entrypoint.NAME
             raise self._unsupported(profile, name, _ENTRYPOINT, _NO_JOBS)
+        entrypoint.check()
 
     def _show_inside(self, profile: profiles.Profile, group: str) -> None:
         """Write down that tasks run in this process; the last word is theirs."""
