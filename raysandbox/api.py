@@ -25,7 +25,8 @@ def tag(profile: str = "strict", amount: float = 1) -> dict[str, float]:
 
     Args:
         profile: Name of the profile.
-        amount: Share of the node's count for this profile; above 0.
+        amount: Share of the node's count for this profile; above 0. A node whose
+            policy counts the profile takes a whole one, and refuses less.
 
     Raises:
         ProfileError: The name can't be a profile's, or the amount is not
