@@ -17,7 +17,7 @@ SOURCES := pyproject.toml setup.py MANIFEST.in $(wildcard profiles/*.toml) \
 # Arguments for pytest: make test ARGS='-k seccomp'
 ARGS ?=
 # Side by side: what keeps a processor busy, and what waits. LANES= runs one by one.
-LANES ?= -n 3
+LANES ?= -n 2
 
 help:  ## list the targets
 	@grep -E '^[a-z.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | \

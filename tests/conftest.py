@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 from tests import again
-from tests.lanes import KINDS, LANE, kind_of, open_shared, turn
+from tests.lanes import KINDS, LANE, kind_of, lane_of, open_shared, turn
 from tests.require import require
 
 # Ordinary users, one for each lane: a signal to all of one's processes is an attack.
@@ -58,7 +58,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class Lanes(LoadScopeScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
-            return KINDS[kind_of(nodeid)].lane
+            return lane_of(nodeid)
 
     return Lanes(config, log)
 

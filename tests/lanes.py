@@ -1,9 +1,8 @@
-"""Three lanes of tests, side by side under ``pytest -n 3``.
+"""Two lanes of tests, side by side under ``pytest -n 2``.
 
-One keeps a processor busy, one mostly waits for nodes to start, and one for machines
-of its own; a directory under tests/ is in one of them. A test that measures, or looks
-at the whole machine, is marked ``alone``: the other lanes wait between two tests of
-their own meanwhile.
+One keeps a processor busy, the other mostly waits for nodes to start; a directory
+under tests/ is in one of them. A test that measures, or looks at the whole machine,
+is marked ``alone``: the other lane waits between two tests of its own meanwhile.
 """
 
 from __future__ import annotations
@@ -17,7 +16,16 @@ from pathlib import Path
 
 import pytest
 
-__all__ = ["KINDS", "LANE", "Kind", "kind_of", "open_shared", "side_by_side", "turn"]
+__all__ = [
+    "KINDS",
+    "LANE",
+    "Kind",
+    "kind_of",
+    "lane_of",
+    "open_shared",
+    "side_by_side",
+    "turn",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +33,7 @@ class Kind:
     """What a directory's tests have in common.
 
     Attributes:
-        lane: ``busy``, ``nodes`` or ``machines``.
+        lane: ``busy`` or ``waiting``.
         limit_s: For one test.
         mark: Of pytest's, or none.
     """
@@ -40,11 +48,14 @@ KINDS = {
     "unit": Kind("busy", 120),
     "attacks": Kind("busy", 300),
     "ray": Kind("busy", 300, "ray"),
-    "node": Kind("nodes", 300, "ray"),
-    "cluster": Kind("machines", 300, "cluster"),
-    "image": Kind("machines", 600, "image"),
-    "qemu": Kind("machines", 1500, "qemu"),
+    "node": Kind("waiting", 300, "ray"),
+    "cluster": Kind("waiting", 300, "cluster"),
+    "image": Kind("waiting", 600, "image"),
+    "qemu": Kind("waiting", 1500, "qemu"),
 }
+
+# Modules in the other lane than their directory, so that both end together.
+_MOVED = ("tests/node/test_entrypoints.py", "tests/node/test_jobs.py")
 
 _WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
 #: Which of the lanes this process runs; 0 where there is one for all.
@@ -52,7 +63,7 @@ LANE = int(_WORKER.removeprefix("gw") or 0)
 
 
 def side_by_side() -> bool:
-    """Whether other processes have the other lanes."""
+    """Whether another process has the other lane."""
     return bool(_WORKER)
 
 
@@ -60,6 +71,11 @@ def kind_of(nodeid: str) -> str:
     """Return the directory, a key of `KINDS`, of a test."""
     parts = nodeid.split("/")
     return parts[1] if len(parts) > 2 and parts[1] in KINDS else "unit"
+
+
+def lane_of(nodeid: str) -> str:
+    """Return the lane of a test."""
+    return "busy" if nodeid.startswith(_MOVED) else KINDS[kind_of(nodeid)].lane
 
 
 def open_shared(config: pytest.Config, name: str) -> int:
@@ -72,7 +88,7 @@ def open_shared(config: pytest.Config, name: str) -> int:
 
 @contextlib.contextmanager
 def turn(config: pytest.Config, alone: bool) -> Iterator[None]:
-    """Run beside the other lanes' tests, or wait for theirs to end and be alone."""
+    """Run beside the other lane's tests, or wait for its test to end and be alone."""
     turnstile, running = (open_shared(config, name) for name in ("turn", "running"))
     try:
         # Who waits for the others to end keeps them from beginning anew.
