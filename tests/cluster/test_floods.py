@@ -9,7 +9,14 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.conftest import HERE, Driver, Hardened, Stock, memory_bytes
+from tests.cluster.conftest import (
+    HERE,
+    ROGUE,
+    Driver,
+    Hardened,
+    Stock,
+    memory_bytes,
+)
 from tests.cluster.lab import Lab, wait_for
 
 pytestmark = pytest.mark.root
@@ -65,8 +72,11 @@ def test_honest_job_goes_on_and_memory_is_bounded(
     hardened: Hardened, lab: Lab, alice: Driver, flood: str
 ) -> None:
     """An honest job runs to its end during a flood, and the GCS does not grow."""
+    # One whose budget is whole: what it wrote in another flood counts against it.
+    flooder = flood.replace("_", "-")
+    hardened.issue("driver", flooder, flooder, ROGUE)
     before = memory_bytes(hardened.head, "gcs_server")
-    process = _flood(lab, hardened.target("mallory"), flood)
+    process = _flood(lab, hardened.target(flooder), flood)
     spent = alice("result = work()")
     process.wait(60)
     grown = memory_bytes(hardened.head, "gcs_server") - before

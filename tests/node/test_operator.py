@@ -117,7 +117,7 @@ def test_untagged_tasks_run_in_the_worker_where_the_policy_says_so(node, audit):
     (started,) = [e for e in events if e["event"] == "node_started"]
     if os.path.exists("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"):
         said = entered["protections"]["limits.cpu_cores"]
-        assert said.startswith("degraded: ")
+        assert said.startswith("degraded: "), started["protections"]
         said = started["protections"]["worker's control group"]
         assert said.startswith("degraded: worker.cpu: ")
         assert "and that holds" in said
