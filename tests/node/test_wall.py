@@ -227,4 +227,6 @@ def test_groups_of_the_dead_can_be_removed(stage):
     """What workers leave behind is empty; nobody of them lives on."""
     for base in stage["groups"]:
         for path in Path(base).glob(f"raysandbox-*-w{stage['raylet']}/**/cgroup.procs"):
-            assert path.read_text() == "", path
+            # Others' workers remove those of the dead, too.
+            with contextlib.suppress(FileNotFoundError):
+                assert path.read_text() == "", path

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.lanes import KINDS, kind_of, side_by_side
+from tests.lanes import KINDS, lane_of, side_by_side
 from tests.qemu import run
 from tests.qemu.parts import PARTS
 
@@ -23,7 +23,7 @@ class _Starter:
         self._session, self._items = session, items
 
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
-        lane = KINDS[kind_of(item.nodeid)].lane
+        lane = lane_of(item.nodeid)
         if side_by_side() and lane != KINDS["qemu"].lane:
             return
         config = self._session.config
