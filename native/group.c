@@ -112,6 +112,16 @@ leave_without_raylet(const struct worker_groups *groups, pid_t raylet)
     rs_die("cgroup_create", "raylet has ended");
 }
 
+/* What all nodes share goes with the last group in it, and may be made again.
+ * A node's own has the node's limits: without it no worker starts. */
+static int
+may_be_made_again(const char *base)
+{
+    const char *last = strrchr(base, '/');
+
+    return last != NULL && strcmp(last + 1, "raysandbox") == 0;
+}
+
 static void
 make_groups(struct worker_groups *groups, const struct plan *plan)
 {
@@ -136,10 +146,9 @@ make_groups(struct worker_groups *groups, const struct plan *plan)
         group->base = base;
         group->seen_at = field_str2(record, 4);
         groups->count++;
-        /* The base goes with the last group in it. */
         if (mkdir(group->path, 0755) != 0 &&
-            (errno != ENOENT || mkdir(base, 0755) != 0 ||
-             mkdir(group->path, 0755) != 0))
+            (errno != ENOENT || !may_be_made_again(base) ||
+             mkdir(base, 0755) != 0 || mkdir(group->path, 0755) != 0))
             rs_die("cgroup_create", group->path);
     }
     leave_without_raylet(groups, raylet);

@@ -76,6 +76,7 @@ __all__ = [
     "Status",
     "Usage",
     "discover",
+    "pid_namespace",
 ]
 
 CPU_PERIOD_US = 100_000
@@ -231,7 +232,8 @@ def _start_time(pid: int) -> int | None:
     return int(text.rpartition(")")[2].split()[19])
 
 
-def _pid_namespace() -> int:
+def pid_namespace() -> int:
+    """Return the inode of this process's pid namespace."""
     return os.stat("/proc/self/ns/pid").st_ino
 
 
@@ -297,7 +299,7 @@ class Cgroups:
             for controller in base.controllers:
                 self._by_controller.setdefault(controller, base)
         pid = os.getpid()
-        self._owner = f"{_pid_namespace()}-{pid}-{_start_time(pid)}"
+        self._owner = f"{pid_namespace()}-{pid}-{_start_time(pid)}"
         self._leftover: list[Cgroup] = []
 
     def __enter__(self) -> Self:
@@ -626,7 +628,7 @@ class Cgroups:
         Returns:
             The paths of the groups that were removed.
         """
-        here = _pid_namespace()
+        here = pid_namespace()
         alive: dict[tuple[int, int], bool] = {}
         stale: dict[str, list[tuple[Base, str]]] = {}
         for base in self._bases:

@@ -23,7 +23,8 @@ from raysandbox.policy import Percent, Totals
 
 __all__ = ["Amounts", "Group", "amounts", "enforce", "limits", "sweep"]
 
-_LEAF = re.compile(rf"{PREFIX}-node-(\d+)-([0-9a-f]{{8}})")
+# Its maker: pid namespace, pid, and a word that nobody had before.
+_LEAF = re.compile(rf"{PREFIX}-node-(\d+)-(\d+)-([0-9a-f]{{8}})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,8 @@ def enforce(totals: Totals) -> Group:
             have=missing.have,
             remedy=missing.remedy,
         )
-    leaf = f"{PREFIX}-node-{os.getpid()}-{secrets.token_hex(4)}"
+    maker = f"{cgroup.pid_namespace()}-{os.getpid()}"
+    leaf = f"{PREFIX}-node-{maker}-{secrets.token_hex(4)}"
     made = groups.create_parent(leaf, wanted, required=totals.required)
     return Group(made, wanted)
 
@@ -145,16 +147,18 @@ def sweep(groups: cgroup.Cgroups) -> list[str]:
     """Remove the groups of nodes that are gone, with what is left inside.
 
     A node's group is in use while its maker lives (it may be about to start
-    raylet) or a raylet has it in its environment.
+    raylet) or a raylet has it in its environment. Those made in another pid
+    namespace are left alone: neither can be seen from here.
 
     Returns:
         The names of those that were removed.
     """
+    here = cgroup.pid_namespace()
     leaves = {
-        name: int(match[1])
+        name: int(match[2])
         for base in groups.base_paths
         for name in _names(base)
-        if (match := _LEAF.fullmatch(name))
+        if (match := _LEAF.fullmatch(name)) and int(match[1]) == here
     }
     if not leaves:
         return []

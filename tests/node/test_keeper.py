@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import os
 import subprocess
 import time
@@ -113,28 +114,40 @@ def test_the_keeper_ends_with_its_raylet(tmp_path, base):
     other.rmdir()
 
 
-def test_no_group_is_made_after_raylet(tmp_path, base):
-    """A worker that starts as raylet ends leaves nothing: nobody would remove it."""
+def start_worker(directory: Path, base: tuple[int, str], parent: int) -> str:
+    """Start a worker of a plan that is too small for one; return what it says."""
     records = (
         base_record(base),
         (Record.PROGRAM, plan.text("/bin/true", "worker.py")),
         (Record.USER, plan.u32(os.geteuid(), 1) + plan.text("")),
         (Record.INNER_ID, plan.u32(1000, 1000)),
     )
-    wrapper = tmp_path / "worker"
-    write_plan(tmp_path / "worker.plan", *records)
+    wrapper = directory / "worker"
+    write_plan(directory / "worker.plan", *records)
     command = [launch.program_path("worker"), str(wrapper), "worker.py"]
     command.append(f"--worker-id={'a' * 56}")
+    done = subprocess.run(
+        command,
+        env={"__RAYSANDBOX_RAYLET": str(parent)},
+        capture_output=True,
+        text=True,
+    )
+    return done.stderr
 
-    def start(parent: int) -> str:
-        done = subprocess.run(
-            command,
-            env={"__RAYSANDBOX_RAYLET": str(parent)},
-            capture_output=True,
-            text=True,
-        )
-        return done.stderr
 
+def test_no_worker_starts_without_the_nodes_group(tmp_path, base):
+    """A node's group that somebody removed is not made again, without its limits."""
+    version, path = base
+    there, gone = (version, f"{path}/raysandbox-node-1-2-3"), (version, f"{path}/other")
+    os.mkdir(there[1])
+    assert "cgroup_create" not in start_worker(tmp_path, there, os.getpid())
+    assert "cgroup_create" in start_worker(tmp_path, gone, os.getpid())
+    assert not os.path.exists(gone[1])
+
+
+def test_no_group_is_made_after_raylet(tmp_path, base):
+    """A worker that starts as raylet ends leaves nothing: nobody would remove it."""
+    start = functools.partial(start_worker, tmp_path, base)
     # The control dies later, of what such a small plan lacks, and in its group.
     assert "raylet has ended" not in start(os.getpid())
     assert len(os.listdir(base[1])) > len(_files_of(base[1]))

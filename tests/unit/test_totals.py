@@ -144,3 +144,23 @@ def test_groups_of_nodes_that_are_gone_are_swept(group):
     totals.sweep(cgroup.discover())
     assert not any(Path(path).exists() for path in left)
     assert all(Path(path).is_dir() for path in group.group.paths)
+
+
+def test_a_node_in_a_container_leaves_the_hosts_groups_alone(group):
+    """Who lives outside of its pid namespace can't be seen from there.
+
+    Guards against a start in a container, which shares the host's groups, that takes
+    the node of the host for dead and ends its workers.
+    """
+    require("program:unshare")
+    code = (
+        "import os; from raysandbox.kernel import cgroup;"
+        "from raysandbox.node import totals;"
+        "print(os.getpid(), totals.sweep(cgroup.discover()))"
+    )
+    done = subprocess.run(
+        ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-c", code],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == "1 []\n"
+    assert all(Path(path).is_dir() for path in group.group.paths)
