@@ -61,6 +61,13 @@ def delegate(uid: int) -> list[str]:
     return made
 
 
+def _is_keeper(pid: int) -> bool:
+    try:
+        return os.path.basename(os.readlink(f"/proc/{pid}/exe")) == "raysandbox-node"
+    except OSError:
+        return False
+
+
 class Node:
     """Start one; `close` ends what was started, and nothing else."""
 
@@ -282,10 +289,13 @@ class Node:
         # Again and again: one of them may be about to start another.
         while (left := self.processes()) and time.monotonic() < end:
             for pid in left:
-                try:
-                    os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    continue
+                # The node's keeper removes its groups, and then ends.
+                if not _is_keeper(pid):
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
             time.sleep(0.05)
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         shutil.rmtree(self.temporary, ignore_errors=True)
         shutil.rmtree(self.site, ignore_errors=True)
