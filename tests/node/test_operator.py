@@ -111,9 +111,8 @@ def test_untagged_tasks_run_in_the_worker_where_the_policy_says_so(node, audit):
     )
     pid, _ = json.loads(out.splitlines()[-1])
     events = read_events(audit)
-    inside = [e for e in events if e["event"] == "worker_entered"]
-    (entered,) = [e for e in inside if e["pid"] == pid]
-    assert entered["profile"] == "trusted"
+    (entered,) = [e for e in events if e["event"] == "worker_entered"]
+    assert (entered["pid"], entered["profile"]) == (pid, "trusted")
     (started,) = [e for e in events if e["event"] == "node_started"]
     if os.path.exists("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"):
         said = entered["protections"]["limits.cpu_cores"]
