@@ -12,10 +12,6 @@ __all__ = ["HOOK", "init", "tag"]
 #: For ``runtime_env={"worker_process_setup_hook": HOOK}`` on any cluster.
 HOOK = "raysandbox.worker_hook"
 
-# How many sandboxed tasks of one profile a local node runs at once: CPUs bound
-# it, not this.
-_LOCAL_TAGS = 1_000_000
-
 
 def tag(profile: str = "strict", amount: float = 1) -> dict[str, float]:
     """Return the resources that make a task run under ``profile``.
@@ -101,9 +97,9 @@ def init(
     options["runtime_env"] = environment
     if is_local:
         from raysandbox import profile as profiles
-        from raysandbox.policy import TAG_PREFIX
+        from raysandbox.policy import MOST_AT_ONCE, TAG_PREFIX
 
-        tags = {f"{TAG_PREFIX}{name}": _LOCAL_TAGS for name in profiles.names()}
+        tags = {f"{TAG_PREFIX}{name}": MOST_AT_ONCE for name in profiles.names()}
         options["resources"] = {**tags, **(options.get("resources") or {})}
     return ray.init(*args, **options)
 

@@ -791,15 +791,6 @@ drivers_of(const struct worker *host)
     return count;
 }
 
-static int
-is_known(pid_t pid)
-{
-    for (struct worker *w = session.workers; w != NULL; w = w->next)
-        if (w->pid == pid)
-            return 1;
-    return 0;
-}
-
 static void
 refuse(int fd, const char *socket_name, const char *reason)
 {
@@ -852,7 +843,8 @@ accept_link(int listener, int is_plasma)
         refuse(fd, name, "not a process that raylet started");
         return;
     }
-    if (host != NULL && drivers_of(host) >= MOST_DRIVERS && !is_known(pid)) {
+    if (host != NULL && drivers_of(host) >= MOST_DRIVERS &&
+        worker_by_pid(pid) == NULL) {
         refuse(fd, name, "too many drivers of one worker");
         return;
     }

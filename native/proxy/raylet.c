@@ -153,7 +153,7 @@ register_driver(struct client *client, uint64_t type,
 
     if (type != TYPE_DRIVER)
         return end(client, "register: as what no driver is");
-    if (is_nil(job) || !job_is_new(job->data))
+    if (is_nil(job) || job_by_id(job->data) != NULL)
         return end(client, "register: a driver of somebody's job");
     if (worker_bind(worker, job->data, &none, &none) != 0)
         return end(client, "register: out of memory");
@@ -172,8 +172,8 @@ register_client(struct client *client, const struct flat *table)
     if (flat_scalar(table, 0, 4, TYPE_WORKER, &type) != 0 ||
         flat_string(table, 1, &worker_id) != 0 ||
         flat_scalar(table, 2, 8, 0, &pid) != 0 ||
-        read_nil_or(table, 3, JOB_SIZE) != 0 ||
         flat_string(table, 3, &job) != 0 ||
+        (job.size != JOB_SIZE && job.size != 0) ||
         flat_scalar(table, 4, 4, 0, &hash) != 0 ||
         flat_scalar(table, 5, 4, 0, &language) != 0 ||
         read_text(table, 6, MOST_TEXT) != 0 ||

@@ -21,13 +21,21 @@ now_ms(void)
 }
 
 struct worker *
+worker_by_pid(pid_t pid)
+{
+    for (struct worker *w = session.workers; w != NULL; w = w->next)
+        if (w->pid == pid)
+            return w;
+    return NULL;
+}
+
+struct worker *
 worker_of(pid_t pid)
 {
-    struct worker *worker;
+    struct worker *worker = worker_by_pid(pid);
 
-    for (worker = session.workers; worker != NULL; worker = worker->next)
-        if (worker->pid == pid)
-            return worker;
+    if (worker != NULL)
+        return worker;
     worker = calloc(1, sizeof *worker);
     if (worker == NULL)
         return NULL;
@@ -69,13 +77,21 @@ worker_by_serial(uint32_t serial)
 }
 
 struct job *
-job_of(const uint8_t *id)
+job_by_id(const uint8_t *id)
 {
-    struct job *job;
-
-    for (job = session.jobs; job != NULL; job = job->next)
+    for (struct job *job = session.jobs; job != NULL; job = job->next)
         if (memcmp(job->id, id, JOB_SIZE) == 0)
             return job;
+    return NULL;
+}
+
+struct job *
+job_of(const uint8_t *id)
+{
+    struct job *job = job_by_id(id);
+
+    if (job != NULL)
+        return job;
     job = calloc(1, sizeof *job);
     if (job == NULL)
         return NULL;
@@ -83,15 +99,6 @@ job_of(const uint8_t *id)
     job->next = session.jobs;
     session.jobs = job;
     return job;
-}
-
-int
-job_is_new(const uint8_t *id)
-{
-    for (struct job *job = session.jobs; job != NULL; job = job->next)
-        if (memcmp(job->id, id, JOB_SIZE) == 0)
-            return 0;
-    return 1;
 }
 
 void

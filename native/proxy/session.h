@@ -113,8 +113,8 @@ int worker_bind(struct worker *worker, const uint8_t *id,
                 const struct limits *job, const struct limits *own);
 
 void tighten(struct limits *limits, const struct limits *by);
-/* Whether a job is of nobody here yet. */
-int job_is_new(const uint8_t *id);
+struct worker *worker_by_pid(pid_t pid); /* these two: NULL if unknown */
+struct job *job_by_id(const uint8_t *id);
 
 /* Whether so much more fits, and take it. */
 int quota_fits(const struct worker *worker, uint64_t size);

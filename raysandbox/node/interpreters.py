@@ -4,7 +4,7 @@ A runtime_env's ``py_executable`` may be one of ``runtime_env.py_executable`` in
 policy: the worker runs it in the place of the node's own, and so do its jails. Nobody
 else may be able to change it, since it runs in the worker; and it must have the node's
 versions of Ray and raysandbox, since it speaks their protocols. Both are looked at when
-the node starts.
+the node starts: of the file and the way to it. Its modules are the operator's to keep.
 """
 
 from __future__ import annotations
