@@ -27,13 +27,14 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from fnmatch import fnmatchcase
 from typing import Any
 
 from google.protobuf.message import DecodeError
 from ray.core.generated import common_pb2, pubsub_pb2
 
+from raysandbox.cluster import submission
 from raysandbox.cluster.budget import PENALTY_S, Account, OverBudgetError
 from raysandbox.cluster.methods import CONTENT, STREAM
 from raysandbox.cluster.settings import (
@@ -44,6 +45,7 @@ from raysandbox.cluster.settings import (
     Settings,
 )
 from raysandbox.cluster.shapes import flaw, request_types
+from raysandbox.worker.entrypoint import LOG_KEY, LOG_NAMESPACE
 
 __all__ = ["Access", "Decision", "grpc_message"]
 
@@ -52,6 +54,9 @@ _pubsub: Any = pubsub_pb2
 _common: Any = common_pb2
 
 FUN, PACKAGE, JOB, USAGE = b"fun", b"gcs://", b"job", b"usage_stats"
+# Of submitted jobs: the head's own namespace for what supervises them, and Ray's key
+# of a job's state. See `raysandbox.worker.entrypoint` for the key of its log.
+SUPERVISORS, STATE = "SUPERVISOR_ACTOR_RAY_NAMESPACE", b"_ray_internal_job_info_"
 # Written by Ray's own head and read by everybody who starts.
 SHARED = {
     b"", b"session", b"cluster", b"tracing", b"dashboard", b"healthcheck",
@@ -61,7 +66,7 @@ JOB_BYTES = 4
 # What is known by name, and survives a restart.
 TABLES = (
     "jobs", "bound", "namespaces", "job_namespace", "job_node", "nodes", "actors",
-    "submissions", "added", "workers",
+    "submissions", "added", "workers", "detached", "ended",
 )  # fmt: skip
 # Resources that Ray can count: ten thousandths (ray/common/constants.h).
 LEAST, MOST = 0.0001, 1e12
@@ -69,6 +74,11 @@ MOST_ACCOUNTS = 100_000
 MOST_WORKERS = 100_000
 ACTOR_CREATION = _common.ACTOR_CREATION_TASK
 SYSTEM = "head/"
+
+
+#: Namespace and key; owner, bytes and, of a package, digest.
+Name = tuple[bytes, bytes]
+Entry = tuple[str, int, bytes]
 
 
 class Decision:
@@ -154,10 +164,12 @@ class Access:
         self.job_node: dict[str, str] = {}
         self.nodes: dict[str, str] = {}
         self.actors: dict[str, str] = {}
-        self.keys: dict[tuple[bytes, bytes], tuple[str, int, bytes]] = {}
+        self.keys: dict[Name, Entry] = {}
         self.submissions: dict[str, str] = {}
         self.workers: dict[str, str] = {}
         self.actor_owner: dict[str, tuple[str, str]] = {}
+        self.detached: dict[str, str] = {}
+        self.ended: dict[str, str] = {}
         self.dead: set[str] = set()
         self.added: dict[str, str] = {}
         self._adding: dict[str, tuple[str, str]] = {}
@@ -203,7 +215,7 @@ class Access:
         for (namespace, key), (owner, size, digest) in self.keys.items():
             yield ["keys", namespace.hex(), key.hex(), owner, size, digest.hex()]
 
-    def ended(self, request_id: str) -> None:
+    def call_ended(self, request_id: str) -> None:
         """A call has ended, in whatever way: its place in flight is free."""
         account = self._accounts.get(self._open.pop(request_id, ""))
         if account is not None:
@@ -227,6 +239,51 @@ class Access:
         known = self.keys.pop((namespace, key), None)
         if known:
             self._stored[self._payer(known[0])] -= known[1]
+
+    def forget(
+        self, present: Mapping[bytes, Set[bytes]], absent: Mapping[Name, Entry]
+    ) -> dict[Name, Entry]:
+        """Forget keys that the GCS has removed by itself, with the job that had them.
+
+        A key that was written in between is another entry, and stays.
+
+        Args:
+            present: Namespace to the keys that the GCS has in it.
+            absent: What this returned a while ago.
+
+        Returns:
+            What is not there: to be forgotten if it still isn't next time.
+        """
+        missing = {
+            name: entry
+            for name, entry in self.keys.items()
+            if name[0] in present and name[1] not in present[name[0]]
+        }
+        gone = [name for name, entry in missing.items() if absent.get(name) is entry]
+        for name in gone:
+            self._forget(name)
+            del missing[name]
+        return missing
+
+    def orphans(self) -> list[Name]:
+        """Return keys that nobody can own any more.
+
+        Those of a submitted job belong to its supervisor, whose identity ended with
+        it; what the job's detached actors may still need stays.
+        """
+        return [
+            name
+            for name, (owner, _, _) in self.keys.items()
+            if self._supervisor_of(owner) in self.ended
+            and not (owner in self.jobs and owner in self.detached)
+        ]
+
+    def _supervisor_of(self, owner: str) -> str:
+        return self.jobs.get(owner, owner)
+
+    def _forget(self, name: Name) -> None:
+        self._journal(["gone", name[0].hex(), name[1].hex()])
+        self._drop_key(*name)
 
     def _payer(self, owner: str) -> str:
         """Return the identity that pays for what a job or identity stores."""
@@ -318,8 +375,16 @@ class Access:
         """
         if call.role != "worker":
             return call.who
-        owner = self.jobs.get(self.bound.get(call.uri, ""), "")
-        return call.uri if owner.startswith(SYSTEM) else owner
+        if self._supervises(call):
+            return call.uri
+        return self.jobs.get(self.bound.get(call.uri, ""), "")
+
+    def _supervises(self, call: _Call) -> bool:
+        """Whether the caller is a worker of the head's own job."""
+        return call.role == "worker" and self._is_supervisor(call.uri)
+
+    def _is_supervisor(self, uri: str) -> bool:
+        return self.jobs.get(self.bound.get(uri, ""), "").startswith(SYSTEM)
 
     def _bind(self, call: _Call, job: str) -> None:
         """Refuse a job that is not the caller's; bind a worker that has none."""
@@ -341,6 +406,10 @@ class Access:
         if owner != call.who:
             raise _RefusedError(f"job {job} is not a job of {call.who}")
 
+    def _is_of_head(self, call: _Call, job: str) -> bool:
+        """Whether a job is the head's, and the caller isn't."""
+        return call.role != "head" and self.jobs.get(job, "").startswith(SYSTEM)
+
     def _same_owner(self, call: _Call, job: str) -> bool:
         if call.role == "head":
             return True
@@ -352,6 +421,8 @@ class Access:
     def _may_use(self, call: _Call, namespace: str) -> bool:
         if call.role in ("head", "operator"):
             return True
+        if namespace == SUPERVISORS:
+            return False
         owner = self._owner(call)
         holder = self.namespaces.get(namespace)
         if holder is not None and holder in (owner, call.uri):
@@ -381,6 +452,9 @@ class Access:
         for key in ask.keys if many else [ask.key]:
             if namespace == FUN:
                 self._bind(call, _job_of_key(key))
+                # The next supervisor would run what this one put there.
+                if write and self._is_of_head(call, _job_of_key(key)):
+                    raise _RefusedError("the head's functions are its own")
             elif write:
                 self._write_key(call, namespace, key)
             else:
@@ -403,8 +477,10 @@ class Access:
                 raise _RefusedError(f"keys of another owner under {_text(prefix)!r}")
 
     def _owns(self, call: _Call, owner: str) -> bool:
-        if owner in (call.who, call.uri, self.bound.get(call.uri)):
+        if owner in (call.who, call.uri):
             return True
+        if owner == self.bound.get(call.uri):
+            return not self._supervises(call)
         return owner in self.jobs and self._same_owner(call, owner)
 
     def _read_key(self, call: _Call, namespace: bytes, key: bytes) -> None:
@@ -421,6 +497,9 @@ class Access:
 
     def _write_key(self, call: _Call, namespace: bytes, key: bytes) -> None:
         if call.role == "head":
+            if namespace == JOB and (JOB, key) not in self.keys:
+                # A job under a name that another had.
+                self._fact("submissions", key.hex(), "")
             return
         known = self.keys.get((namespace, key))
         if namespace == b"" and key.startswith(PACKAGE):
@@ -440,6 +519,13 @@ class Access:
             raise _RefusedError("a node writes its agent's address alone", alert=True)
         if namespace == JOB:
             self._submission(call, key)
+            if (value := getattr(call.ask, "value", None)) is None:
+                raise _RefusedError("a submitted job is deleted by the head alone")
+            if problem := submission.flaw(value, self._is_heads_address):
+                raise _RefusedError(f"malformed state of a submitted job: {problem}")
+            return
+        if namespace == LOG_NAMESPACE:
+            self._log_of(call, key)
             return
         if namespace == USAGE and not getattr(call.ask, "value", b"-"):
             # Sets of names, an empty value each: nothing to write over.
@@ -453,15 +539,30 @@ class Access:
 
     def _submission(self, call: _Call, key: bytes) -> None:
         """A submitted job's state: for the one worker that supervises it."""
-        job = self.bound.get(call.uri)
         name = key.hex()
-        if job is None or not self.jobs.get(job, "").startswith(SYSTEM):
+        if not self._supervises(call):
             raise _RefusedError("a submitted job's state is Ray's own")
         holder = self.submissions.get(name)
         mine = [key for key, uri in self.submissions.items() if uri == call.uri]
-        if holder not in (None, call.uri) or mine not in ([], [name]):
+        if holder not in (None, "", call.uri) or mine not in ([], [name]):
             raise _RefusedError("another worker supervises that job")
         self._fact("submissions", name, call.uri)
+
+    def _log_of(self, call: _Call, key: bytes) -> None:
+        """Where a submitted job's output is: in the log of its own supervisor."""
+        prefix, _, job = key.rpartition(b":")
+        if prefix + b":" != LOG_KEY.partition("{")[0].encode():
+            raise _RefusedError("the namespace is raysandbox's own")
+        self._submission(call, STATE + job)
+        log = bytes(getattr(call.ask, "value", b"")).split(b"-")
+        worker = log[1].decode("ascii", "replace") if len(log) > 2 else ""
+        if self.workers.get(worker) != call.uri:
+            raise _RefusedError("the log is not the supervisor's")
+
+    def _is_heads_address(self, address: str) -> bool:
+        return any(
+            n.head and n.has_address(address) for n in self.inventory.nodes.values()
+        )
 
     def _keep(self, call: _Call, namespace: bytes, ask: Any) -> None:
         """Remember who wrote what, and charge for it."""
@@ -479,14 +580,14 @@ class Access:
                         )
             for name in names:
                 if name in self.keys:
-                    self._journal(["gone", name[0].hex(), name[1].hex()])
-                    self._drop_key(*name)
+                    self._forget(name)
             return
         size = len(ask.key) + len(ask.value)
         call.writes += size
         known = self.keys.get((namespace, key))
         if known and not ask.overwrite:
-            return
+            # Which of the two it is, the GCS knows: it may have removed the old one.
+            size = max(size, known[1])
         owner = known[0] if known else self._new_owner(call, namespace, key)
         payer = self._payer(owner)
         limit = self.settings.limits.roles[call.role]  # type: ignore[index]
@@ -504,9 +605,9 @@ class Access:
     def _new_owner(self, call: _Call, namespace: bytes, key: bytes) -> str:
         if namespace == FUN:
             return _job_of_key(key)
-        if call.role == "worker":
+        if call.role == "worker" and not self._supervises(call):
             return self.bound.get(call.uri, call.uri)
-        return call.who
+        return call.uri if call.role == "worker" else call.who
 
     def named_actor(self, call: _Call) -> None:
         """Named actors are found in the caller's own namespaces."""
@@ -552,6 +653,8 @@ class Access:
             self._bind(call, job)
         elif not self._same_owner(call, job):
             raise _RefusedError(f"job {job} is not a job of {call.who}")
+        if self._is_of_head(call, job):
+            raise _RefusedError("actors of the head's job are made by the head")
         # The GCS aborts on a task of another kind, on an owner without an id, without
         # a namespace, and on a job that it does not have yet.
         if spec.type != ACTOR_CREATION:
@@ -567,6 +670,8 @@ class Access:
             raise _RefusedError("the actor has no namespace")
         if made.actor_id.hex()[-2 * JOB_BYTES :] != job:
             raise _RefusedError("the actor's id names another job")
+        if made.is_detached:
+            self._fact("detached", job, made.actor_id.hex())
         self.actor_owner[made.actor_id.hex()] = (
             owner.worker_id.hex(), owner.node_id.hex(),
         )  # fmt: skip
@@ -659,7 +764,7 @@ class Access:
         self._adding[call.request_id] = job, call.who
         self._fact("job_node", job, call.who)
         self._fact("job_namespace", job, namespace)
-        if namespace and namespace not in self.namespaces:
+        if namespace and namespace not in (SUPERVISORS, *self.namespaces):
             self._fact("namespaces", namespace, owner)
 
     def finish_job(self, call: _Call) -> None:
@@ -674,7 +779,9 @@ class Access:
         if call.method.endswith("ReportWorkerFailure"):
             data = ask.worker_failure
             self._is_dead(data.worker_address.worker_id)
-            self.workers.pop(data.worker_address.worker_id.hex(), None)
+            uri = self.workers.pop(data.worker_address.worker_id.hex(), "")
+            if uri and self._is_supervisor(uri) and uri not in self.workers.values():
+                self._fact("ended", uri, data.worker_address.node_id.hex())
         else:
             data = ask.worker_data
             # It stays in the GCS, and here.

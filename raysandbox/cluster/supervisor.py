@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from raysandbox.cluster import guard, pki
-from raysandbox.cluster.access import Access, grpc_message
+from raysandbox.cluster.access import Access, Entry, Name, grpc_message
 from raysandbox.cluster.audit import AuditLog, Fold, tail_problem
 from raysandbox.cluster.errors import ClusterError
 from raysandbox.cluster.journal import Journal
@@ -62,6 +62,8 @@ WAITING_POSTS = 100
 CHECK_ENDS_S = 12 * 3600
 # The guard takes a moment, and more where a flood has the machine busy.
 LOAD_S = 30.0
+# How often the keys that the GCS has are compared with those that are known.
+KEYS_S = 15.0
 SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 REGISTER = "/ray.rpc.NodeInfoGcsService/RegisterNode"
 
@@ -437,7 +439,7 @@ class HeadWorker(NodeWorker):
         request_id = str(entry.get("id", ""))
         about, why = self._verdicts.pop(request_id, ("", ""))
         name = "/".join(who.split("/")[:2])
-        self.access.ended(request_id)
+        self.access.call_ended(request_id)
         details = str(entry.get("details", ""))
         why = str(entry.get("why", "")) or why or _why(details)
         role = name.partition("/")[0]
@@ -667,7 +669,8 @@ class HeadWorker(NodeWorker):
         await self._spawn()
         await self._until_listening()
         tasks = [
-            self._watch_envoy(), self._write(), self._watch_gcs(), self._watch_ends()
+            self._watch_envoy(), self._write(), self._watch_gcs(), self._watch_ends(),
+            self._watch_keys(),
         ]  # fmt: skip
         if self.settings.audit.metrics_port:
             await asyncio.start_server(
@@ -790,6 +793,25 @@ class HeadWorker(NodeWorker):
                         "node_not_removed", object=f"node {node_id} {address}",
                         who=who or "", why=f"{type(error).__name__}: {error}"[:500],
                     )  # fmt: skip
+
+    # -- keys whose owners are gone ---------------------------------------------------
+
+    async def _watch_keys(self) -> None:
+        """Stop counting keys that the GCS has removed, and remove those of nobody."""
+        from raysandbox.cluster.watch import Watcher
+
+        watcher = Watcher(self.dir)
+        absent: dict[Name, Entry] = {}
+        while True:
+            await asyncio.sleep(KEYS_S)
+            try:
+                for name in self.access.orphans():
+                    await watcher.delete_key(*name)
+                spaces = {namespace for namespace, _ in self.access.keys}
+                present = {space: await watcher.keys(space) for space in spaces}
+                absent = self.access.forget(present, absent)
+            except Exception:  # noqa: BLE001 - the GCS may be away, a disk full
+                self.metrics.events.labels("watch_failed").inc()
 
     async def _metrics(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter

@@ -1,4 +1,4 @@
-"""Looks into the real GCS, as the guard: which nodes it holds to be alive."""
+"""Looks into the real GCS, as the guard: what nodes and keys it has."""
 
 from __future__ import annotations
 
@@ -32,6 +32,8 @@ class Watcher:
         self._channel = grpc.aio.secure_channel(f"127.0.0.1:{port}", credentials)
         stub: Any = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(self._channel)
         self._stub = stub
+        kv: Any = gcs_service_pb2_grpc.InternalKVGcsServiceStub(self._channel)
+        self._kv = kv
         token = read_secret(cluster.token).decode().strip()
         self._metadata = (("authorization", f"Bearer {token}"),)
 
@@ -61,4 +63,21 @@ class Watcher:
         asked.node_death_info.reason_message = "refused by raysandbox admission"
         await self._stub.UnregisterNode(
             asked, metadata=self._metadata, timeout=TIMEOUT_S
+        )
+
+    async def keys(self, namespace: bytes) -> frozenset[bytes]:
+        """Return the keys of a namespace."""
+        request: Any = gcs_service_pb2.InternalKVKeysRequest
+        reply = await self._kv.InternalKVKeys(
+            request(namespace=namespace), metadata=self._metadata, timeout=TIMEOUT_S
+        )
+        return frozenset(reply.results)
+
+    async def delete_key(self, namespace: bytes, key: bytes) -> None:
+        """Remove a key; none is there afterwards."""
+        request: Any = gcs_service_pb2.InternalKVDelRequest
+        await self._kv.InternalKVDel(
+            request(namespace=namespace, key=key),
+            metadata=self._metadata,
+            timeout=TIMEOUT_S,
         )

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
 import stat
 import sys
 from collections.abc import Awaitable, Callable
@@ -86,6 +85,7 @@ def main(argv: list[str]) -> None:
 
     from raysandbox import policy
     from raysandbox.api import HOOK
+    from raysandbox.node.become import become
 
     with open(policy_file, "rb") as file:
         node = policy.unseal(file.read())
@@ -98,13 +98,7 @@ def main(argv: list[str]) -> None:
     unpack_without_ids()
     # The agent's script imports its siblings by their bare names.
     sys.modules[SEAM[0].rpartition(".")[2]] = module
-    if command[0] == "-m":
-        sys.argv = command[1:]
-        runpy.run_module(command[1], run_name="__main__", alter_sys=True)
-        return
-    sys.argv = command
-    sys.path.insert(0, command[0].rpartition("/")[0])
-    runpy.run_path(command[0], run_name="__main__")
+    become(command)
 
 
 if __name__ == "__main__":

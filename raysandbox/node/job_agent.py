@@ -1,23 +1,28 @@
 """Ray's agent of a node whose policy runs entrypoints of the Jobs API.
 
-``python job_agent.py PROFILE SCRIPT ARGS…``
+``python job_agent.py PROFILE WHERE SCRIPT ARGS…`` or ``… -m MODULE ARGS…``
 
 The agent makes an actor for each entrypoint, and reads the entrypoint's output. Here
 that actor asks for the policy's profile by its tag, as any task would, so that the
 profile's count bounds how many run at once; and the output is read from the log of
-the worker that hosts it (`raysandbox.worker.entrypoint`).
+the worker that hosts it (`raysandbox.worker.entrypoint`). WHERE is `HERE` or
+`ANYWHERE`.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import runpy
 import sys
 from collections.abc import AsyncIterator
 from typing import Any
 
-__all__ = ["main", "serve"]
+__all__ = ["ANYWHERE", "HERE", "main", "serve"]
+
+#: Entrypoints are hosted on the agent's own node alone, or where Ray finds room for
+#: what they ask for. The dashboard asks the agent there for the output, with the
+#: cluster's token, and in a hardened cluster no agent is reached from elsewhere.
+HERE, ANYWHERE = "here", "anywhere"
 
 _LOG = re.compile(rb"(worker-[0-9a-f]{56}-[0-9a-f]{8}-[0-9]{1,10}\.out) ([0-9]{1,15})")
 # Of an output that is longer the end is shown.
@@ -26,22 +31,30 @@ _AT_ONCE = 20_000
 
 
 class _Tagged:
-    """Ray's actor class, whose actors ask for a profile."""
+    """Ray's actor class, whose actors ask for a profile, and maybe for a node."""
 
-    def __init__(self, actor: Any, tag: str) -> None:
-        self._actor, self._tag = actor, tag
+    def __init__(self, actor: Any, tag: str, where: str) -> None:
+        self._actor, self._tag, self._where = actor, tag, where
 
     def options(self, **options: Any) -> Any:
         # A whole one, whatever part of it a client would like to have.
         resources = {**(options.pop("resources", None) or {}), self._tag: 1}
+        if self._where == HERE:
+            import ray
+
+            node = ray.get_runtime_context().get_node_id()
+            wanted = options.pop("label_selector", None) or {}
+            key = ray._raylet.RAY_NODE_ID_KEY
+            options["label_selector"] = {**wanted, key: node}
         return self._actor.options(**options, resources=resources)
 
 
-def serve(tag: str) -> None:
+def serve(tag: str, where: str) -> None:
     """Change Ray's job manager of this process.
 
     Args:
         tag: Resource by which the policy's profile is asked for.
+        where: `HERE` or `ANYWHERE`.
     """
     from ray.dashboard.modules.job import job_log_storage_client, job_manager
 
@@ -52,7 +65,7 @@ def serve(tag: str) -> None:
 
     def initialize(self: Any, gcs_client: Any, *args: Any, **kwargs: Any) -> None:
         original(self, gcs_client, *args, **kwargs)
-        self._supervisor_actor_cls = _Tagged(self._supervisor_actor_cls, tag)
+        self._supervisor_actor_cls = _Tagged(self._supervisor_actor_cls, tag, where)
         self._log_client = Logs(gcs_client)
 
     class Logs(job_log_storage_client.JobLogStorageClient):  # type: ignore[misc]
@@ -108,15 +121,14 @@ def _end_of(path: str, begins: int) -> str:
 
 def main(argv: list[str]) -> None:
     """Change what is to be changed, then become the agent."""
-    profile, script, *arguments = argv
-    # From the node's packages, and not from this file's directory.
+    profile, where, *command = argv
+    # As in `raysandbox.node.env_agent`.
     sys.path[0] = __file__.rpartition("/raysandbox/")[0]
+    from raysandbox.node.become import become
     from raysandbox.policy import TAG_PREFIX
 
-    serve(f"{TAG_PREFIX}{profile}")
-    sys.argv = [script, *arguments]
-    sys.path.insert(0, script.rpartition("/")[0])
-    runpy.run_path(script, run_name="__main__")
+    serve(f"{TAG_PREFIX}{profile}", where)
+    become(command)
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ class Launcher:
             directory.
         wrap: Put the wrapper into raylet's Python command; not where somebody
             else starts it.
-        replace: See `wall.Wall`; called with the session.
+        entrypoints: Where those of the Jobs API are hosted, see `job_agent`.
         protections: What the wall came to, once raylet has been started.
         proxy: What stands in front of Ray's sockets, once raylet has been
             started; it ends when raylet does.
@@ -75,9 +75,11 @@ class Launcher:
         ports: tuple[int, int] | None = None,
         wrapper: str = "",
         wrap: bool = True,
+        entrypoints: str = job_agent.ANYWHERE,
     ) -> None:
         self.load, self.use_totals, self.ports = load, use_totals, ports
         self.wrapper, self.wrap = wrapper, wrap
+        self.entrypoints = entrypoints
         self.protections: tuple[Protection, ...] = ()
         self._of_totals: tuple[Protection, ...] = ()
         self.proxy: store_proxy.StoreProxy | None = None
@@ -139,6 +141,7 @@ class Launcher:
                 sys.executable,
                 _beside(job_agent),
                 node.policy.jobs.entrypoint,
+                self.entrypoints,
             )
         process.command = [
             launch.program_path("node"),

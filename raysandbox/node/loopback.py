@@ -18,10 +18,11 @@ and are left alone.
 from __future__ import annotations
 
 import ctypes
-import runpy
 import socket
 import struct
 import sys
+
+from raysandbox.node.become import become
 
 __all__ = ["confine", "confine_listeners", "is_confined", "main"]
 
@@ -92,11 +93,9 @@ def confine_listeners() -> None:
 def main() -> None:
     """Confine, then become the script."""
     confine_listeners()
-    sys.argv = sys.argv[1:]
-    script = sys.argv[0]
-    # As `python SCRIPT` does: the agents import their siblings.
-    sys.path[0] = script.rpartition("/")[0]
-    runpy.run_path(script, run_name="__main__")
+    # What the starter's directory holds is nothing of Ray's.
+    del sys.path[0]
+    become(sys.argv[1:])
 
 
 if __name__ == "__main__":

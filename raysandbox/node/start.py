@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from raysandbox import policy as policies
 from raysandbox import profile as profiles
 from raysandbox.errors import ProfileError
-from raysandbox.node import interpreters, launch
+from raysandbox.node import interpreters, job_agent, launch
 
 if TYPE_CHECKING:
     from raysandbox.cluster.settings import ClusterDir
@@ -60,13 +60,6 @@ def start(
     try:
         node = policies.load_node(policies.find(policy))
         interpreters.look(node.policy.runtime_env.py_executable)
-        if cluster is not None and node.policy.jobs.entrypoint is not None:
-            problems.append(
-                f"{node.policy.source}: jobs.entrypoint = "
-                f"{node.policy.jobs.entrypoint!r}: an entrypoint is a driver, and here "
-                "a driver has a certificate of its own, which no worker is given: "
-                "leave it out, and start drivers with `raysandbox cluster env`"
-            )
     except ProfileError as error:
         if cluster is None:
             raise
@@ -77,6 +70,7 @@ def start(
 
         launcher.wrapper = str(cluster.run / "launcher" / "worker")
         launcher.wrap = False
+        launcher.entrypoints = job_agent.HERE
         launch.uninstall()  # it comes after the cluster's own
         hardened.start(
             cluster,

@@ -273,6 +273,7 @@ class JailExecutor(seams.Executor):
         """Raise the profile's walls around this process, then take the seals off."""
         hosts = self._is_entrypoint()
         self._bind(inside=profile, drivers=hosts)
+        seams.speak_for_job(self._worker)
         boundaries = _boundaries(self._gate.node)
         log = EventLog(self._log_directory())
         try:

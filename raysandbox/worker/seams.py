@@ -44,7 +44,7 @@ from ray.core.generated import common_pb2
 from ray.exceptions import RayTaskError
 
 from raysandbox.api import HOOK
-from raysandbox.errors import ProfileError, UnsupportedError
+from raysandbox.errors import ProfileError, SetupError, UnsupportedError
 
 _raylet: Any = ray._raylet
 
@@ -702,6 +702,26 @@ def leave(reason: str) -> NoReturn:
     leaving = SystemExit(1)
     leaving.ray_terminate_msg = reason  # type: ignore[attr-defined]
     raise leaving
+
+
+def speak_for_job(worker: Any) -> None:
+    """Make this worker's first call to its job's function table.
+
+    By that call the guard of a hardened cluster knows whose the worker is, for life.
+    Ray makes it before it runs what it found there; it makes none for code from
+    files (``code_search_path``), whose first call could name any job.
+
+    Raises:
+        SetupError: The GCS refuses it, or does not answer.
+    """
+    job = worker.current_job_id.hex()
+    try:
+        worker.gcs_client.internal_kv_exists(
+            f"RemoteFunction:{job}:".encode(),
+            ray_constants.KV_NAMESPACE_FUNCTION_TABLE,
+        )
+    except ray.exceptions.RayError as error:
+        raise SetupError(step="function_table", detail=str(error)) from error
 
 
 def ray_ports() -> tuple[frozenset[int], str]:

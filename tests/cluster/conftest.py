@@ -60,6 +60,7 @@ SUBMIT = ("ray", "job", "submit", "--address=http://127.0.0.1:8265",
 NODE_POLICY = (
     POLICY.replace("fast = 64", "fast = 64\ntrusted = 64")
     .replace('"fast"]', '"fast", "trusted"]')
+    + '[jobs]\nentrypoint = "trusted"\nwhy = "Those who reach the Jobs API may."\n'
 )  # fmt: skip
 TRUSTED = "resources={'sandbox:trusted': 1}"
 

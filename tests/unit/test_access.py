@@ -16,7 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from ray.core.generated import common_pb2, gcs_service_pb2
 
-from raysandbox.cluster.access import Access, Decision, grpc_message
+from raysandbox.cluster.access import SUPERVISORS, Access, Decision, grpc_message
 from raysandbox.cluster.methods import CONTENT, METHODS, PLAIN, STREAM, methods_of
 from raysandbox.cluster.settings import (
     ROLES,
@@ -30,6 +30,7 @@ from raysandbox.cluster.settings import (
 from raysandbox.cluster.settings import (
     Access as Grants,
 )
+from raysandbox.worker.entrypoint import LOG_KEY, LOG_NAMESPACE
 
 pb: Any = gcs_service_pb2
 SEEN = json.loads(
@@ -41,6 +42,7 @@ ACTOR = "/ray.rpc.ActorInfoGcsService/"
 GROUP = "/ray.rpc.PlacementGroupInfoGcsService/"
 NODE = "/ray.rpc.NodeInfoGcsService/"
 JOB = "/ray.rpc.JobInfoGcsService/"
+WORKER_INFO = "/ray.rpc.WorkerInfoGcsService/"
 ALICE, BOB = "spiffe://prod/driver/alice/driver", "spiffe://prod/driver/bob/driver"
 HEAD, N1 = "spiffe://prod/head/head/raylet", "spiffe://prod/node/n1/raylet"
 OPERATOR, OBSERVER = "spiffe://prod/operator/o/cli", "spiffe://prod/observer/v/cli"
@@ -475,6 +477,194 @@ def test_placement_group_is_its_jobs(world: World) -> None:
     world.ok(ALICE, GROUP + "RemovePlacementGroup", remove)
 
 
+# -- submitted jobs -----------------------------------------------------------------
+
+HEADS_JOB = 9
+HEAD_NODE = b"\x22" * 28
+FIRST, SECOND = "spiffe://prod/worker/head/s1", "spiffe://prod/worker/head/s2"
+STATE = json.dumps({"status": "RUNNING", "entrypoint": "true"}).encode()
+
+
+def supervised() -> World:
+    """Return a cluster with submitted jobs "a" and "b", and who supervises them."""
+    world = World()
+    info = world.access
+    node = register(node_id=HEAD_NODE, address="10.0.0.1", head=True, resources={})
+    world.ok(HEAD, NODE + "RegisterNode", node)
+    info.learn_job("spiffe://prod/head/head/agent", HEADS_JOB)
+    message = pb.AddJobRequest()
+    message.data.job_id = job_id(HEADS_JOB)
+    message.data.driver_address.node_id = HEAD_NODE
+    message.data.config.ray_namespace = SUPERVISORS
+    world.ok(HEAD, JOB + "AddJob", message)
+    info.learn_added("")
+    for name, uri in (("a", FIRST), ("b", SECOND)):
+        world.ok(HEAD, KV + "Put", put(state_of(name), STATE, b"job"))
+        world.ok(uri, KV + "Get", get(fun(HEADS_JOB), b"fun"))
+        world.ok(uri, KV + "Get", get(state_of(name), b"job"))
+        world.ok(uri, WORKER_INFO + "AddWorkerInfo", worker_info(uri))
+    return world
+
+
+def state_of(name: str) -> bytes:
+    """Return the key of a submitted job's state."""
+    return b"_ray_internal_job_info_" + name.encode()
+
+
+def worker_id(uri: str) -> bytes:
+    """Return an id for the worker with an identity."""
+    return uri.encode().rjust(28, b"\0")[:28]
+
+
+def worker_info(uri: str) -> Any:
+    """Return the request by which a worker makes itself known."""
+    message = pb.AddWorkerInfoRequest()
+    message.worker_data.worker_address.worker_id = worker_id(uri)
+    message.worker_data.worker_address.node_id = HEAD_NODE
+    return message
+
+
+def worker_end(uri: str) -> Any:
+    """Return the request by which a node reports a worker's end."""
+    message = pb.ReportWorkerFailureRequest()
+    message.worker_failure.worker_address.worker_id = worker_id(uri)
+    message.worker_failure.worker_address.node_id = HEAD_NODE
+    return message
+
+
+def test_submitted_jobs_state_is_its_supervisors() -> None:
+    """Another's, a driver's and a worker's of a driver is refused, as is deletion."""
+    world = supervised()
+    world.ok(FIRST, KV + "Put", put(state_of("a"), STATE, b"job"))
+    for uri in (SECOND, ALICE, WORKER):
+        world.no(uri, KV + "Put", put(state_of("a"), STATE, b"job"))
+    world.no(FIRST, KV + "Put", put(state_of("b"), STATE, b"job"))
+    world.no(FIRST, KV + "Put", put(state_of("new"), STATE, b"job"))
+    world.no(FIRST, KV + "Del", delete(state_of("a"), b"job"))
+    world.no(FIRST, KV + "Put", put(state_of("a"), b"{}", b"job"))
+    world.ok(HEAD, KV + "Del", delete(state_of("a"), b"job"))
+
+
+def test_submitted_jobs_name_is_used_again() -> None:
+    """When the head has deleted the job that had it; not before."""
+    world, third = supervised(), "spiffe://prod/worker/head/s3"
+    world.ok(third, KV + "Get", get(fun(HEADS_JOB), b"fun"))
+    world.ok(HEAD, KV + "Put", put(state_of("a"), STATE, b"job"))
+    world.no(third, KV + "Get", get(state_of("a"), b"job"))
+    world.ok(HEAD, KV + "Del", delete(state_of("a"), b"job"))
+    world.ok(HEAD, KV + "Put", put(state_of("a"), STATE, b"job"))
+    world.ok(third, KV + "Get", get(state_of("a"), b"job"))
+    world.no(FIRST, KV + "Get", get(state_of("a"), b"job"))
+
+
+def test_the_heads_job_is_used_and_not_changed_by_supervisors() -> None:
+    """What they run comes from its function table: the next one's too."""
+    world = supervised()
+    world.ok(FIRST, KV + "Get", get(fun(HEADS_JOB), b"fun"))
+    world.no(FIRST, KV + "Put", put(fun(HEADS_JOB), namespace=b"fun"))
+    world.no(FIRST, KV + "Del", delete(fun(HEADS_JOB), b"fun"))
+    world.no(FIRST, ACTOR + "RegisterActor", actor(HEADS_JOB, ""))
+    world.ok(HEAD, KV + "Put", put(fun(HEADS_JOB), namespace=b"fun"))
+
+
+def test_the_supervisors_namespace_is_the_heads() -> None:
+    """Even for who would have been the first to use it."""
+    for world in (World(), supervised()):
+        world.no(ALICE, ACTOR + "RegisterActor", actor(ALICES, "x", SUPERVISORS))
+        ask = pb.GetNamedActorInfoRequest(ray_namespace=SUPERVISORS, name="x")
+        world.no(ALICE, ACTOR + "GetNamedActorInfo", ask)
+        world.ok(HEAD, ACTOR + "GetNamedActorInfo", ask)
+    world.no(FIRST, ACTOR + "GetNamedActorInfo", ask)
+
+
+def test_submitted_jobs_log_is_its_supervisors_own() -> None:
+    """The head reads it out to who asks for the job's output."""
+    world = supervised()
+    key = LOG_KEY.format(submission="a").encode()
+
+    def log(uri: str) -> bytes:
+        return b"worker-%s-09000000-12.out 0" % worker_id(uri).hex().encode()
+
+    world.ok(FIRST, KV + "Put", put(key, log(FIRST), LOG_NAMESPACE))
+    world.no(FIRST, KV + "Put", put(key, log(SECOND), LOG_NAMESPACE))
+    world.no(FIRST, KV + "Put", put(key, b"", LOG_NAMESPACE))
+    world.no(SECOND, KV + "Put", put(key, log(SECOND), LOG_NAMESPACE))
+    world.no(FIRST, KV + "Put", put(b"else", log(FIRST), LOG_NAMESPACE))
+    for uri in (ALICE, WORKER):
+        world.no(uri, KV + "Put", put(key, log(FIRST), LOG_NAMESPACE))
+        world.no(uri, KV + "Put", put(b"else", b"x", LOG_NAMESPACE))
+
+
+def test_supervisors_share_no_keys() -> None:
+    """Though all are workers of the head's one job."""
+    world = supervised()
+    world.ok(FIRST, KV + "Put", put(b"k"))
+    world.ok(FIRST, KV + "Get", get(b"k"))
+    world.no(SECOND, KV + "Get", get(b"k"))
+    world.no(SECOND, KV + "Put", put(b"k"))
+
+
+def test_keys_of_a_submitted_job_go_when_its_supervisor_has_ended() -> None:
+    """But for what detached actors of the job may still need."""
+    world = supervised()
+    for uri, number in ((FIRST, 10), (SECOND, 11)):
+        world.access.learn_job(uri, number)
+        world.ok(uri, KV + "Put", put(b"of %d" % number))
+        world.ok(uri, KV + "Put", put(fun(number), namespace=b"fun"))
+        world.access.added[job_id(number).hex()] = "head/head"
+    lasting = actor(11, "")
+    lasting.task_spec.actor_creation_task_spec.is_detached = True
+    world.ok(SECOND, ACTOR + "RegisterActor", lasting)
+    # Whom `ask` has made known as the owner ends as well.
+    owner = lasting.task_spec.caller_address.worker_id.hex()
+    world.access.workers.pop(owner)
+    assert world.access.orphans() == []
+    for uri in (FIRST, SECOND):
+        world.no(N1, WORKER_INFO + "ReportWorkerFailure", worker_end(uri))
+        world.ok(HEAD, WORKER_INFO + "ReportWorkerFailure", worker_end(uri))
+    wanted = [(b"mine", b"of 10"), (b"fun", fun(10)), (b"mine", b"of 11")]
+    assert sorted(world.access.orphans()) == sorted(wanted)
+    again = world.new()
+    again.replay(world.journal)
+    assert sorted(again.orphans()) == sorted(wanted)
+
+
+# -- keys that the GCS removes -----------------------------------------------------
+
+
+def test_key_that_the_gcs_removed_is_not_counted_any_more() -> None:
+    """Ray removes a job's functions and packages; they would fill its owner's quota."""
+    world = limited(stored_bytes=500_000, write_bytes_per_s=1 << 30)
+    for _ in range(5):
+        world.ok(ALICE, KV + "Put", put(fun(ALICES), bytes(400_000), b"fun"))
+        world.no(ALICE, KV + "Put", put(b"more", bytes(200_000)))
+        absent = world.access.forget({b"fun": set()}, {})
+        assert list(absent) == [(b"fun", fun(ALICES))]
+        assert world.access.forget({b"fun": set()}, absent) == {}
+    world.ok(ALICE, KV + "Put", put(b"more", bytes(200_000)))
+
+
+def test_key_that_is_there_or_was_written_again_stays_counted() -> None:
+    """A look into the GCS may be older than the call that was just let through."""
+    world = limited(stored_bytes=500_000, write_bytes_per_s=1 << 30)
+    write = put(fun(ALICES), bytes(400_000), b"fun", overwrite=False)
+    world.ok(ALICE, KV + "Put", write)
+    absent = world.access.forget({b"fun": set(), b"other": {b"x"}}, {})
+    assert world.access.forget({b"fun": {fun(ALICES)}}, absent) == {}
+    world.ok(ALICE, KV + "Put", write)
+    assert list(world.access.forget({b"fun": set()}, absent)) == [(b"fun", fun(ALICES))]
+    world.no(ALICE, KV + "Put", put(b"more", bytes(200_000)))
+
+
+def test_key_that_was_removed_is_not_written_anew_uncounted() -> None:
+    """``overwrite=False`` writes where the GCS has nothing any more."""
+    world = limited(stored_bytes=500_000, write_bytes_per_s=1 << 30)
+    world.ok(ALICE, KV + "Put", put(fun(ALICES), b"small", b"fun", overwrite=False))
+    large = put(fun(ALICES), bytes(400_000), b"fun", overwrite=False)
+    world.ok(ALICE, KV + "Put", large)
+    world.no(ALICE, KV + "Put", put(b"more", bytes(200_000)))
+
+
 # -- nodes --------------------------------------------------------------------------
 
 
@@ -654,11 +844,11 @@ def test_large_calls_in_flight_are_counted_until_they_end() -> None:
     """The place is free when the log says so, or after two minutes unheard."""
     world = limited(read_burst_bytes=1 << 30, read_bytes_per_s=1 << 30, in_flight=2)
     world.ok(ALICE, KV + "Put", put(b"k", bytes(400_000)), request_id="w")
-    world.access.ended("w")
+    world.access.call_ended("w")
     world.ok(ALICE, KV + "Get", get(b"k"), request_id="a")
     world.ok(ALICE, KV + "Get", get(b"k"), request_id="b")
     assert world.ask(ALICE, KV + "Get", get(b"k"), request_id="c").retry
-    world.access.ended("a")
+    world.access.call_ended("a")
     world.ok(ALICE, KV + "Get", get(b"k"), request_id="c")
     assert world.ask(ALICE, KV + "Get", get(b"k"), request_id="d").retry
     world.now += 121
