@@ -536,8 +536,8 @@ class Jobs(Section):
         Field(
             description='A profile with boundary = "worker" that [offer] counts: each '
             "entrypoint runs inside its walls, and takes one of its tags. Whoever "
-            "reaches the Jobs API may run one. Ray 2.60; in a hardened cluster they run "
-            "on the head."
+            "reaches the Jobs API may run one. Ray 2.60; in a hardened cluster on the "
+            "head alone."
         ),
     ] = None
 
