@@ -6,7 +6,9 @@ local ROOT = "@ROOT@"
 local SYNC = "/ray.rpc.syncer.RaySyncer/StartSync"
 local ADD_JOB = "/ray.rpc.JobInfoGcsService/AddJob"
 local NEXT_JOB = "/ray.rpc.JobInfoGcsService/GetNextJobID"
-local MARKS = {"x-rsb-uri", "x-rsb-role", "x-rsb-who", "x-rsb-seen"}
+local MARKS = {"x-rsb-uri", "x-rsb-role", "x-rsb-who", "x-rsb-to", "x-rsb-seen"}
+-- What reads many bytes must not hold up what keeps the cluster alive.
+local TO = {head = "gcs-trusted", node = "gcs-trusted"}
 
 local function refuse(handle, why)
   handle:streamInfo():dynamicMetadata():set("rsb", "why", why)
@@ -41,6 +43,7 @@ function envoy_on_request(handle)
   headers:add("x-rsb-uri", uri)
   headers:add("x-rsb-role", role)
   headers:add("x-rsb-who", role == "worker" and uri or who)
+  headers:add("x-rsb-to", TO[role] or "gcs-users")
   handle:streamInfo():dynamicMetadata():set("rsb", "uri", uri)
 
   -- Raylet's syncer sends the token twice and HTTP/2 folds the copies into one

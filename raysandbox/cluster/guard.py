@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from raysandbox.cluster.errors import ClusterError
-from raysandbox.cluster.methods import CONTENT, METHODS, STREAM
+from raysandbox.cluster.methods import METHODS, PLAIN, STREAM
 from raysandbox.cluster.settings import (
     ClusterDir,
     Inventory,
@@ -45,8 +45,6 @@ __all__ = [
 
 Json = dict[str, Any]
 TYPE = "type.googleapis.com/envoy"
-# What reads many bytes must not hold up what keeps the cluster alive.
-TRUSTED = ("head", "node")
 STREAM_WINDOW_BYTES = 1 << 20
 CONNECTION_WINDOW_BYTES = 4 << 20
 
@@ -288,42 +286,32 @@ def _ext_authz(settings: Settings) -> Json:
 
 
 def _routes() -> list[Json]:
-    def route(match: Json, group: str, skip: bool, body: bool = True) -> Json:
+    """Return who is asked before a call goes on; whereto, the Lua filter says.
+
+    Envoy tries one after the other, for each call: few, and without expressions.
+    What is not named is looked into, and refused there if nobody knows it.
+    """
+
+    def route(match: Json, **authz: Any) -> Json:
         made: Json = {
             "match": match,
-            "route": {"cluster": f"gcs-{group}", "timeout": "0s", "idle_timeout": "0s"},
-        }
-        kind = "extensions.filters.http.ext_authz.v3.ExtAuthzPerRoute"
-        if skip:
+            "route": {
+                "cluster_header": "x-rsb-to", "timeout": "0s", "idle_timeout": "0s"
+            },
+        }  # fmt: skip
+        if authz:
+            kind = "extensions.filters.http.ext_authz.v3.ExtAuthzPerRoute"
             made["typed_per_filter_config"] = {
-                "envoy.filters.http.ext_authz": _typed(kind, disabled=True)
-            }
-        elif not body:
-            made["typed_per_filter_config"] = {
-                "envoy.filters.http.ext_authz": _typed(
-                    kind, check_settings={"disable_request_body_buffering": True}
-                )
+                "envoy.filters.http.ext_authz": _typed(kind, **authz)
             }
         return made
 
-    routes = []
-    for group, roles in (("trusted", TRUSTED), ("users", None)):
-        headers: list[Json] = []
-        if roles:
-            pattern = "|".join(roles)
-            headers = [
-                {
-                    "name": "x-rsb-role",
-                    "string_match": {"safe_regex": {"regex": pattern}},
-                }
-            ]
-        for method in sorted(CONTENT):
-            match = {"path": method, "headers": headers}
-            routes.append(route(match, group, skip=False, body=method != STREAM))
-        routes.append(
-            route({"prefix": "/ray.rpc.", "headers": headers}, group, skip=True)
-        )
-    return routes
+    no_body = {"disable_request_body_buffering": True}
+    return [
+        route({"path": STREAM}, check_settings=no_body),
+        *(route({"path": method}, disabled=True) for method in sorted(PLAIN)),
+        route({"prefix": "/ray.rpc."}),
+    ]
 
 
 LOG_FORMAT = {
