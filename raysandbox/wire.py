@@ -109,10 +109,6 @@ class Frame:
         self.kind, self.call, self.parts, self.size = kind, call, parts, size
 
 
-def _aligned(offset: int) -> int:
-    return (offset + ALIGN - 1) & -ALIGN
-
-
 def send(
     sock: socket.socket,
     kind: int,
@@ -133,23 +129,21 @@ def send(
     Raises:
         OSError: The other side is gone, or no memory is left for the memfd.
     """
-    views = [memoryview(part).cast("B") for part in parts]
-    table = struct.pack(f"<{len(views)}Q", *(view.nbytes for view in views))
+    views = [p if type(p) is bytes else memoryview(p).cast("B") for p in parts]
+    sizes = [len(view) for view in views]
+    table = struct.pack(f"<{len(views)}Q", *sizes)
     offsets, end = [], len(table)
-    for view in views:
-        start = _aligned(end)
-        offsets.append(start)
-        end = start + view.nbytes
+    pieces: list[bytes | memoryview] = [b"", table]
+    for view, size in zip(views, sizes):
+        padding = -end % ALIGN
+        pieces += (_PADDING[:padding], view)
+        offsets.append(end + padding)
+        end += padding + size
     if end <= INLINE_BYTES:
-        header = _HEADER.pack(_MAGIC, kind, 0, 0, call, len(views), end)
-        pieces: list[bytes | memoryview] = [header, table]
-        at = len(table)
-        for start, view in zip(offsets, views):
-            pieces += (_PADDING[: start - at], view)
-            at = start + view.nbytes
+        pieces[0] = _HEADER.pack(_MAGIC, kind, 0, 0, call, len(views), end)
         sock.send(b"".join(pieces))
         return end
-    content = [(0, memoryview(table)), *zip(offsets, views)]
+    content = [(0, memoryview(table)), *zip(offsets, [memoryview(v) for v in views])]
     lent = lend(content, end) if lend is not None else None
     if lent is None:
         fd = _new_memfd(content, end)
@@ -241,6 +235,8 @@ def _receive_packet(
         )
     except ConnectionResetError:
         return None  # it closed, and what we sent last it never read
+    if packet and not ancillary:
+        return packet, [], bool(got & (_CUT | _CONTROL_CUT))
     ints = array.array("i")
     for level, kind, data in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
@@ -330,7 +326,7 @@ def _split(body: memoryview, count: int) -> list[memoryview]:
     lengths = struct.unpack_from(f"<{count}Q", body)
     parts, end = [], table
     for length in lengths:
-        start = _aligned(end)
+        start = end + -end % ALIGN
         end = start + length
         if end > body.nbytes:
             raise WireError("a part that ends outside the body")

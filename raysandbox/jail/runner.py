@@ -1,15 +1,16 @@
 """What runs in a jail: one call after the other, until the worker ends it.
 
 Everything that a user made is unpickled here and nowhere else. A call is a
-frame whose first two parts say in JSON what to do: what rarely changes from one
-call to the next, and what does. The others are the function or class, and each
-argument as Ray serialized it::
+frame whose first part says in JSON what calls of a kind have in common (a jail
+that is told the same again looks no further), and whose second is `CALL_HEAD`:
+what to do, attempt, task. The others are the function or class, and each argument
+as Ray serialized it::
 
-    {"op": "task"}    function, arguments → result
-    {"op": "new"}     class, arguments → the jail's actor
-    {"op": "method"}  arguments → result of the actor's method
-    {"op": "split"}   the last result again, one value for each item
-    {"op": "retry"}   pickled exception types → is the last exception one?
+    TASK    function, arguments → result
+    NEW     class, arguments → the jail's actor
+    METHOD  arguments → result of the actor's method
+    SPLIT   the last result again, one value for each item
+    RETRY   pickled exception types → is the last exception one?
 
 A function has a number (``"function"``); where this jail has run it before, its
 part is empty.
@@ -37,6 +38,7 @@ from raysandbox import wire
 from raysandbox.jail import ray_facade, ray_objects
 
 __all__ = [
+    "CALL_HEAD",
     "ERROR_QUOTA",
     "ERROR_RESULT",
     "ERROR_UNSUPPORTED",
@@ -44,10 +46,20 @@ __all__ = [
     "MODE_DATA",
     "MODE_PICKLE",
     "MODE_RAW",
+    "Op",
     "rehearse",
     "run",
 ]
 
+
+class Op:
+    """What a call is for; plain numbers, which cost nothing to compare."""
+
+    TASK, NEW, METHOD, SPLIT, RETRY = range(5)
+
+
+#: An `Op`, the task's attempt, its id; the last two are zeros where they don't matter.
+CALL_HEAD = struct.Struct("<BxxxI24s")
 MODE_PICKLE, MODE_DATA, MODE_RAW = 1, 2, 3
 ERROR_USER, ERROR_UNSUPPORTED, ERROR_RESULT, ERROR_QUOTA = 1, 2, 3, 4
 ENTRY = struct.Struct("<BBHI")
@@ -75,7 +87,7 @@ class _State:
 
     actor: Any = None
     functions: dict[int, Any]
-    fixed: tuple[bytes, dict[str, Any]] = (b"", {})
+    told: tuple[bytes, dict[str, Any]] = (b"", {})
     result: Any = None
     error: BaseException | None = None
 
@@ -124,13 +136,12 @@ def _serve_next(sock: socket.socket, state: _State) -> bool:
 
 
 def _serve(sock: socket.socket, frame: wire.Frame, state: _State) -> None:
-    meta = _meta(frame, state)
-    op = meta["op"]
+    op, meta = _meta(frame, state)
     try:
-        if op == "retry":
+        if op == Op.RETRY:
             _reply(sock, frame.call, [(MODE_RAW, [_is_retryable(frame, state)])])
             return
-        if op == "split":
+        if op == Op.SPLIT:
             if state.result is None:
                 raise TypeError("the task returned one value where several belong")
             values = [_encode(item, meta) for item in state.result]
@@ -139,7 +150,8 @@ def _serve(sock: socket.socket, frame: wire.Frame, state: _State) -> None:
             return
         state.result = state.error = None
         _prepare(meta)
-        _set_up(meta)
+        if "setup" in meta:
+            _set_up(meta)
         value = _call(op, meta, frame, state)
         if isinstance(value, (tuple, list)):
             state.result = value
@@ -159,37 +171,38 @@ def _serve(sock: socket.socket, frame: wire.Frame, state: _State) -> None:
         _fail(sock, frame.call, kind, error, meta, state)
 
 
-def _meta(frame: wire.Frame, state: _State) -> dict[str, Any]:
+def _meta(frame: wire.Frame, state: _State) -> tuple[int, dict[str, Any]]:
+    """Return an `Op`, and what the call is told."""
     raw = bytes(frame.parts[0])
-    if raw != state.fixed[0]:
-        state.fixed = raw, json.loads(raw)
-    fixed, present = state.fixed[1], json.loads(bytes(frame.parts[1]))
-    context = {**fixed["context"], **present.get("context", {})}
-    return {**fixed, **present, "context": context}
+    if raw != state.told[0]:
+        state.told = raw, json.loads(raw)
+    meta = state.told[1]
+    op, attempt, task_id = CALL_HEAD.unpack(frame.parts[1])
+    context = meta["context"]
+    context["attempt"], context["task_id"] = attempt, task_id.hex()
+    return op, meta
 
 
 def _prepare(meta: dict[str, Any]) -> None:
     ray_facade.context.clear()
     ray_facade.context.update(meta["context"])
-    for path in meta.get("path", ()):
-        if path not in sys.path:
-            sys.path.append(path)
-    first = meta.get("first_path", ())
-    if first and list(first) != sys.path[: len(first)]:
+    first = meta["first_path"]
+    if first and first != sys.path[: len(first)]:
         sys.path[:] = [*first, *(p for p in sys.path if p not in first)]
-    os.environ.update(meta.get("env", {}))
-    if meta.get("cwd"):
+    if meta["env"]:
+        os.environ.update(meta["env"])
+    if meta["cwd"]:
         os.chdir(meta["cwd"])
 
 
 def _set_up(meta: dict[str, Any]) -> None:
     """Run the job's own setup hook, and import what the node preloads."""
-    for name in meta.get("modules", ()):
+    for name in meta["modules"]:
         try:
             importlib.import_module(name)
         except ImportError:
             continue  # as Ray does: it is an optimisation
-    setup = meta.get("setup") or {}
+    setup = meta["setup"] or {}
     if "module" in setup:
         module, _, name = setup["module"].rpartition(".")
         getattr(importlib.import_module(module), name)()
@@ -197,18 +210,18 @@ def _set_up(meta: dict[str, Any]) -> None:
         pickle.loads(base64.b64decode(setup["code"]))()
 
 
-def _call(op: str, meta: dict[str, Any], frame: wire.Frame, state: _State) -> Any:
-    if op == "method":
+def _call(op: int, meta: dict[str, Any], frame: wire.Frame, state: _State) -> Any:
+    if op == Op.METHOD:
         target = _method(state.actor, meta["method"])
         arguments = frame.parts[2:]
     else:
         target = _load(frame.parts[2], meta, state)
         arguments = frame.parts[3:]
     args, kwargs = _arguments(meta["layout"], arguments)
-    if op == "new":
+    if op == Op.NEW:
         state.actor = target.__new__(target)
         target = target.__init__.__get__(state.actor)
-    elif op == "method" and meta["method"] == "__ray_call__":
+    elif op == Op.METHOD and meta["method"] == "__ray_call__":
         function, *rest = args
         args = [state.actor, *rest]
         target = function
@@ -217,7 +230,7 @@ def _call(op: str, meta: dict[str, Any], frame: wire.Frame, state: _State) -> An
         raise _UnsupportedError("an async function")
     if inspect.isgenerator(value):
         raise _UnsupportedError("a generator")
-    return None if op == "new" else value
+    return None if op == Op.NEW else value
 
 
 def _method(actor: Any, name: str) -> Any:
@@ -272,7 +285,10 @@ def _encode(value: Any, meta: dict[str, Any]) -> tuple[int, list[Any]]:
         mode, parts = MODE_RAW, [value]
     elif type(value) in _ATOMS:
         # What cloudpickle would make of it, without its set-up.
-        mode, parts = MODE_PICKLE, [pickle.dumps([value], protocol=5)]
+        data = pickle.dumps([value], protocol=5)
+        if len(data) > meta["max_result_bytes"]:
+            raise _QuotaError(str(len(data)))
+        return MODE_PICKLE, [data]
     else:
         from ray import cloudpickle
 
@@ -298,10 +314,11 @@ def _flush() -> None:
 
 
 def _reply(sock: socket.socket, call: int, values: list[tuple[int, list[Any]]]) -> None:
-    table = b"".join(ENTRY.pack(mode, 0, 0, len(parts)) for mode, parts in values)
-    wire.send(
-        sock, wire.RESULT, call, [table, *(part for _, ps in values for part in ps)]
-    )
+    table, body = b"", []
+    for mode, parts in values:
+        table += ENTRY.pack(mode, 0, 0, len(parts))
+        body += parts
+    wire.send(sock, wire.RESULT, call, [table, *body])
 
 
 def _is_retryable(frame: wire.Frame, state: _State) -> bytes:

@@ -214,10 +214,16 @@ def _rehearse() -> None:
     method caches, modules that codecs look up) is then shared, not made and copied
     in each jail anew.
     """
-    fixed = {"module": __name__, "results": "data", "max_result_bytes": 1 << 20}
-    call = {"op": "task", "function": 0, "layout": []}
-    parts = [json.dumps(each).encode() for each in ({**fixed, "context": {}}, call)]
-    parts.append(pickle.dumps(_nothing))
+    told = {
+        "module": __name__, "results": "data", "max_result_bytes": 1 << 20,
+        "function": 0, "method": "", "layout": [], "context": {}, "first_path": [],
+        "env": {}, "cwd": None,
+    }  # fmt: skip
+    parts = [
+        json.dumps(told).encode(),
+        runner.CALL_HEAD.pack(runner.Op.TASK, 0, bytes(24)),
+        pickle.dumps(_nothing),
+    ]
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
         for number in range(_REHEARSALS):

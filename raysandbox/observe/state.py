@@ -64,6 +64,8 @@ _REQUEST = struct.Struct("<I60s")
 _REQUEST_AT = _RECORD_BYTES - _REQUEST.size
 assert _SEQUENCE.size + _BODY.size <= _REQUEST_AT  # noqa: S101
 
+# Places in it of what changes from call to call.
+_STATE, _CALLS, _DENIALS, _SINCE, _TASK, _NAME = 0, 2, 3, 7, 10, 13
 _FREE, _RUNNING, _IDLE = range(3)
 _STATES = {_RUNNING: "running", _IDLE: "idle"}
 # struct flock: l_type, l_whence, l_start, l_len, l_pid.
@@ -89,14 +91,15 @@ def _words(data: bytes) -> str:
 class Place:
     """One jail's record, as its worker writes it."""
 
-    __slots__ = ("_at", "_board", "_sequence", "fields", "number")
+    __slots__ = ("_at", "_board", "_name", "_sequence", "fields", "number")
 
     def __init__(self, board: Board, index: int) -> None:
         self._board = board
         self._at = _HEADER_BYTES + index * _RECORD_BYTES
         self._sequence = 0
         self.number = 0
-        self.fields: tuple[Any, ...] = ()
+        self.fields: list[Any] = []
+        self._name = ""
 
     def write(
         self,
@@ -130,7 +133,8 @@ class Place:
                 this jail, to be taken off what the group says.
         """
         cpu_time_s, oom_kills, refused = before
-        self.fields = (
+        self._name = name
+        self.fields = [
             _RUNNING if running else _IDLE,
             self.number,
             calls,
@@ -146,20 +150,28 @@ class Place:
             _text(profile, 48),
             _text(name, 120),
             _text(group, 96),
-        )
+        ]
+        self._put()
+
+    def call(self, calls: int, denials: int, task: bytes, name: str) -> None:
+        """Say that the jail has its next call; the rest is as `write` had it."""
+        fields = self.fields
+        fields[_STATE], fields[_CALLS], fields[_DENIALS] = _RUNNING, calls, denials
+        fields[_SINCE], fields[_TASK] = time.time(), task
+        if name != self._name:
+            fields[_NAME], self._name = _text(name, 120), name
         self._put()
 
     def idle(self, denials: int) -> None:
         """Say that the jail has answered and waits for its next call."""
-        _, number, calls, _, *rest = self.fields
-        rest[3] = time.time()
-        self.fields = (_IDLE, number, calls, denials, *rest)
+        fields = self.fields
+        fields[_STATE], fields[_DENIALS], fields[_SINCE] = _IDLE, denials, time.time()
         self._put()
 
     def denied(self, denials: int) -> None:
         """Say that system calls were denied."""
-        if self.fields[3] != denials:
-            self.fields = (*self.fields[:3], denials, *self.fields[4:])
+        if self.fields[_DENIALS] != denials:
+            self.fields[_DENIALS] = denials
             self._put()
 
     def _put(self) -> None:
@@ -176,8 +188,8 @@ class Place:
 
     def free(self) -> None:
         """Say that the jail is gone; the record serves another."""
-        self.fields = (_FREE, *self.fields[1:])
-        if len(self.fields) > 1:
+        if self.fields:
+            self.fields[_STATE] = _FREE
             self._put()
         self._board.give_back(self)
 

@@ -31,6 +31,7 @@ from raysandbox.errors import (
     TaskUnsupported,
 )
 from raysandbox.jail import runner
+from raysandbox.jail.runner import Op
 from raysandbox.kernel import cgroup
 from raysandbox.node import store_proxy
 from raysandbox.observe import state
@@ -53,6 +54,8 @@ __all__ = ["JailExecutor"]
 # A zygote costs memory: those of the profiles used last stay.
 _MOST_POOLS = 2
 _ERROR_PARTS = 6
+_SPLIT = runner.CALL_HEAD.pack(Op.SPLIT, 0, bytes(24))
+_RETRY = runner.CALL_HEAD.pack(Op.RETRY, 0, bytes(24))
 _ORDINARY = "use an ordinary function or an actor with ordinary methods"
 _ENTRYPOINT = (
     "an entrypoint of the Jobs API, whose driver would have all that the worker has"
@@ -98,6 +101,10 @@ class JailExecutor(seams.Executor):
         self._runtime_env: tuple[str, dict[str, str]] = ("", {})
         self._setup: dict[str, str] = {}
         self._resources: Mapping[str, Any] = {}
+        self._task_id = bytes(24)
+        # What the last call was told, and what kind of call that was.
+        self._told_last = b""
+        self._told_kind: tuple[Any, ...] = ()
         self._events: EventLog | None = None
         self._board = self._open_board()
         self._figures = Figures()
@@ -166,7 +173,7 @@ class JailExecutor(seams.Executor):
             pool = self._pool(profile)
             jail, keep = self._jail_for(pool)
             self._pending = (pool, jail, keep)
-            return self._call(pool, jail, name, "task", info, layout, parts)
+            return self._call(pool, jail, name, Op.TASK, info, layout, parts)
 
     def actor(
         self,
@@ -193,7 +200,7 @@ class JailExecutor(seams.Executor):
             pool, jail = self._actor
             layout, parts = self._arguments(pool.profile, name, args, kwargs)
             self._pending = (pool, jail, True)
-            return self._call(pool, jail, name, "method", info, layout, parts, method)
+            return self._call(pool, jail, name, Op.METHOD, info, layout, parts, method)
 
     def _new_actor(
         self,
@@ -216,7 +223,7 @@ class JailExecutor(seams.Executor):
         jail = self._take(pool)
         self._actor = (pool, jail)
         self._pending = (pool, jail, True)
-        self._call(pool, jail, name, "new", info, layout, parts)
+        self._call(pool, jail, name, Op.NEW, info, layout, parts)
 
     def is_retryable(self, error: BaseException, allowed: bytes) -> bool:
         """Ask the jail, which alone can open the list of types and the error."""
@@ -224,9 +231,10 @@ class JailExecutor(seams.Executor):
             if not isinstance(error, SealedError) or self._pending is None:
                 return False
             pool, jail, _ = self._pending
-            meta = _json({"op": "retry"})
             try:
-                frame = pool.call(jail, "retry_exceptions", [jail.fixed, meta, allowed])
+                frame = pool.call(
+                    jail, "retry_exceptions", [jail.told, _RETRY, allowed]
+                )
             except RaysandboxError:
                 return False
             return frame.kind == wire.RESULT and bytes(frame.parts[-1]) == b"1"
@@ -427,7 +435,10 @@ class JailExecutor(seams.Executor):
 
     def _profile(self, task: str) -> profiles.Profile:
         # Of an actor's calls, too: they have what it was made with.
-        self._resources = self._worker.core_worker.resource_ids()
+        resources = self._worker.core_worker.resource_ids()
+        if resources != self._resources:
+            # Else the very same: who kept something for it sees that at once.
+            self._resources = resources
         try:
             return self._gate.profile(self._worker, task, self._resources)
         except TaskRefused as error:
@@ -579,6 +590,10 @@ class JailExecutor(seams.Executor):
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
     ) -> tuple[list[str | None], list[Any]]:
+        of_job = self._limits(profile).of_job
+        if not args and not kwargs:
+            self._quotas.hold(self._job, of_job, ())
+            return [], []
         layout: list[str | None] = [None] * len(args)
         layout += kwargs
         parts: list[Any] = []
@@ -612,7 +627,7 @@ class JailExecutor(seams.Executor):
                     f"arguments of {seen} {unit} together",
                     "pass less, or ask for a profile with a larger limit",
                 )
-        refusal = self._quotas.hold(self._job, self._limits(profile).of_job, sizes)
+        refusal = self._quotas.hold(self._job, of_job, sizes)
         if refusal is not None:
             raise self._over_job(profile, task, refusal)
         return layout, parts
@@ -719,10 +734,10 @@ class JailExecutor(seams.Executor):
         )
 
     def _count_results(
-        self, pool: Pool, jail: Jail, task: str, frame: wire.Frame
+        self, pool: Pool, jail: Jail, task: str, sizes: list[int]
     ) -> None:
         """Count what Ray is about to store; in the order of the return values."""
-        profile, sizes = pool.profile, _sizes(frame)
+        profile = pool.profile
         limits = self._limits(profile)
         try:
             for seen, limit, key, unit in (
@@ -741,7 +756,7 @@ class JailExecutor(seams.Executor):
             refusal = self._quotas.store(
                 self._job,
                 limits.of_job,
-                self._worker.current_task_id.binary(),
+                self._task_id,
                 sizes,
             )
             if refusal is not None:
@@ -750,13 +765,25 @@ class JailExecutor(seams.Executor):
             jail.outcome = "TaskQuotaExceeded"
             raise
 
-    def _fixed(self, profile: profiles.Profile, info: seams.FunctionBytes) -> bytes:
-        """Return what a jail is told with each call of a function alike."""
+    def _told(
+        self,
+        profile: profiles.Profile,
+        info: seams.FunctionBytes,
+        layout: list[str | None],
+        method: str,
+        task: str,
+        first: Mapping[str, Any],
+    ) -> bytes:
+        """Return what a jail is told with each call of a kind alike."""
         worker, actor_id = self._worker, self._worker.actor_id
         visible = self._visible()
         user = [path for path in self._trusted.refused if path in visible]
         return _json(
             {
+                **first,
+                "function": info.number,
+                "method": method,
+                "layout": layout,
                 "module": info.module,
                 "results": profile.results.mode,
                 "max_result_bytes": profile.object_store.max_result_bytes,
@@ -774,35 +801,40 @@ class JailExecutor(seams.Executor):
                     "node_id": worker.current_node_id.hex(),
                     "worker_id": worker.worker_id.hex(),
                     "namespace": worker.namespace,
+                    "task_name": task,
+                    "function_name": worker.current_task_function_name,
+                    "resources": {
+                        name: sum(amount for _, amount in mapping)
+                        for name, mapping in self._resources.items()
+                    },
                 },
             }
         )
 
-    def _present(
+    def _tell(
         self,
-        operation: str,
+        pool: Pool,
+        jail: Jail,
         info: seams.FunctionBytes,
         layout: list[str | None],
         method: str,
-    ) -> dict[str, Any]:
-        """Return what is this call's alone."""
-        worker, core = self._worker, self._worker.core_worker
-        return {
-            "op": operation,
-            "function": info.number,
-            "method": method,
-            "layout": layout,
-            "context": {
-                "task_id": worker.current_task_id.hex(),
-                "task_name": worker.current_task_name,
-                "function_name": worker.current_task_function_name,
-                "attempt": core.get_current_task_attempt_number(),
-                "resources": {
-                    name: sum(amount for _, amount in mapping)
-                    for name, mapping in self._resources.items()
-                },
-            },
-        }
+        task: str,
+    ) -> None:
+        """Make up what this call is told, unless it is what the last one was."""
+        is_first = not jail.served
+        kind = (
+            pool.profile.name, is_first, info.number, method, layout, task,
+            self._resources, [*self._trusted.refused],
+        )  # fmt: skip
+        if self._told_kind != kind:
+            # Reads the runtime_env, which also says what comes first.
+            self._variables()
+            first = self._first() if is_first else {}
+            self._told_last = self._told(
+                pool.profile, info, layout, method, task, first
+            )
+            self._told_kind = kind
+        jail.told = self._told_last
 
     def _visible(self) -> list[str]:
         return self._user_directories() if self._trusted.refused else []
@@ -831,28 +863,26 @@ class JailExecutor(seams.Executor):
         pool: Pool,
         jail: Jail,
         task: str,
-        operation: str,
+        operation: int,
         info: seams.FunctionBytes,
         layout: list[str | None],
         parts: list[Any],
         method: str = "",
     ) -> seams.SealedResult:
-        present = self._present(operation, info, layout, method)
-        if jail.told != info.number:
-            # Reads the runtime_env, which also says what comes first.
-            jail.fixed, jail.told = self._fixed(pool.profile, info), info.number
-        if not jail.served:
-            present.update(self._first())
-        if operation != "method":
+        worker = self._worker
+        shown = task if operation == Op.TASK else str(worker.current_task_name)
+        self._tell(pool, jail, info, layout, method, shown)
+        if operation != Op.METHOD:
             parts.insert(0, b"" if info.number in jail.functions else info.code)
+        attempt = worker.core_worker.get_current_task_attempt_number()
+        self._task_id = worker.current_task_id.binary()
+        head = runner.CALL_HEAD.pack(operation, attempt, self._task_id)
         jail.serves(task)
         self._show(pool, jail, task)
         try:
             # The next jail is forked while this one works.
             ahead = None if self._keeps(jail) else pool.prepare
-            frame = pool.call(
-                jail, task, [jail.fixed, _json(present), *parts], then=ahead
-            )
+            frame = pool.call(jail, task, [jail.told, head, *parts], then=ahead)
         except BaseException as error:
             # Cancelled, or the jail is gone: in both cases nobody answers.
             self._abandon(pool, jail, error)
@@ -861,7 +891,7 @@ class JailExecutor(seams.Executor):
             jail.place.idle(jail.denied_count)
         if frame.kind == wire.ERROR:
             self._raise(pool, jail, task, frame)
-        if operation != "method":
+        if operation != Op.METHOD:
             jail.functions.add(info.number)
         return self._result(pool, jail, task, frame)
 
@@ -874,15 +904,16 @@ class JailExecutor(seams.Executor):
             if jail.place is None:
                 return
             jail.first_call = time.time()
-            jail.about = self._about(pool, jail)
-        jail.place.write(
-            running=True,
-            calls=jail.served,
-            denials=jail.denied_count,
-            task=self._worker.current_task_id.binary(),
-            name=task,
-            **jail.about,
-        )
+            jail.place.write(
+                running=True,
+                calls=jail.served,
+                denials=jail.denied_count,
+                task=self._task_id,
+                name=task,
+                **self._about(pool, jail),
+            )
+            return
+        jail.place.call(jail.served, jail.denied_count, self._task_id, task)
 
     def _about(self, pool: Pool, jail: Jail) -> dict[str, Any]:
         """Return what stays the same in a jail's record."""
@@ -922,24 +953,28 @@ class JailExecutor(seams.Executor):
     def _result(
         self, pool: Pool, jail: Jail, task: str, frame: wire.Frame
     ) -> seams.SealedResult:
-        value = self._open(pool, jail, task, frame, most=1)[0]
-        self._count_results(pool, jail, task, frame)
+        (value,), sizes = self._open(pool, jail, task, frame, most=1)
+        self._count_results(pool, jail, task, sizes)
         jail.outcome = jail.outcome or "ok"
 
         def split() -> list[Any]:
-            answer = pool.call(jail, task, [jail.fixed, _json({"op": "split"})])
+            answer = pool.call(jail, task, [jail.told, _SPLIT])
             if answer.kind == wire.ERROR:
                 self._raise(pool, jail, task, answer)
-            values = self._open(pool, jail, task, answer, most=1 << 16)
-            self._count_results(pool, jail, task, answer)
+            values, sizes = self._open(pool, jail, task, answer, most=1 << 16)
+            self._count_results(pool, jail, task, sizes)
             return [seams.SealedResult(each, _no_split) for each in values]
 
         return seams.SealedResult(value, split)
 
     def _open(
         self, pool: Pool, jail: Jail, task: str, frame: wire.Frame, *, most: int
-    ) -> list[Any]:
-        """Turn a RESULT frame into what Ray serializes, by the profile's mode."""
+    ) -> tuple[list[Any], list[int]]:
+        """Turn a RESULT frame into what Ray serializes, by the profile's mode.
+
+        Returns:
+            The values, and how many bytes each of them has.
+        """
         profile = pool.profile
         try:
             return _values(frame, profile, most)
@@ -1056,15 +1091,6 @@ def _least(*limits: int | None) -> int | None:
     return min((limit for limit in limits if limit is not None), default=None)
 
 
-def _sizes(frame: wire.Frame) -> list[int]:
-    """Return the bytes of each value of a RESULT frame that `_values` has checked."""
-    parts = iter(frame.parts[1:])
-    return [
-        sum(next(parts).nbytes for _ in range(count))
-        for _, _, _, count in runner.ENTRY.iter_unpack(frame.parts[0])
-    ]
-
-
 def _no_split() -> NoReturn:
     raise TypeError("one of several results is not taken apart again")
 
@@ -1091,8 +1117,8 @@ def _sealed_parts(value: Any) -> tuple[bytes, Any]:
 
 def _values(
     frame: wire.Frame, profile: profiles.Profile, most: int
-) -> list[Callable[[Any, Callable[..., Any]], Any]]:
-    """Check a RESULT frame and return, for each value, what serializes it."""
+) -> tuple[list[Callable[[Any, Callable[..., Any]], Any]], list[int]]:
+    """Check a RESULT frame; return what serializes each value, and its bytes."""
     if not frame.parts or len(frame.parts[0]) % runner.ENTRY.size:
         raise wire.WireError("a result without its table")
     entries = list(runner.ENTRY.iter_unpack(frame.parts[0]))
@@ -1100,11 +1126,12 @@ def _values(
         raise wire.WireError(f"{len(entries)} values where 1 to {most} belong")
     if sum(entry[3] for entry in entries) != len(frame.parts) - 1:
         raise wire.WireError("a table that does not fit its parts")
-    made, position, total = [], 1, 0
+    made, sizes, position, total = [], [], 1, 0
     for mode, zero, zeros, count in entries:
         parts = frame.parts[position : position + count]
         position += count
-        total += sum(part.nbytes for part in parts)
+        sizes.append(sum([part.nbytes for part in parts]))
+        total += sizes[-1]
         if zero or zeros or not parts:
             raise wire.WireError("a table of an unknown form")
         if total > profile.object_store.max_put_bytes:
@@ -1113,7 +1140,7 @@ def _values(
                 f"{profile.object_store.max_put_bytes}"
             )
         made.append(_value(mode, parts, profile))
-    return made
+    return made, sizes
 
 
 def _value(

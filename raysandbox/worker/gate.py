@@ -64,6 +64,8 @@ class Gate:
         self._profiles: dict[tuple[str, frozenset[str], float], profiles.Profile] = {}
         self._requests: dict[str, policies.Request] = {}
         self._runtime_env_seen = ""
+        # What was asked last, and the answer.
+        self._last: tuple[tuple[Any, ...], profiles.Profile] | None = None
         try:
             self._load()
         except ProfileError as error:
@@ -101,6 +103,14 @@ class Gate:
         """
         if self.problem is not None:
             raise self.problem
+        asked = resources, worker.current_job_id, worker.runtime_env
+        if self._last is None or self._last[0] != asked:
+            self._last = asked, self._find(worker, task, resources)
+        return self._last[1]
+
+    def _find(
+        self, worker: Any, task: str, resources: Mapping[str, Any]
+    ) -> profiles.Profile:
         if self.node is None:
             key = ("", frozenset(resources), 1.0)
             if key not in self._profiles:

@@ -117,15 +117,13 @@ class Jail:
     called: float = field(default_factory=time.monotonic)
     # Its record for whoever looks, and who asked for its end.
     place: state.Place | None = None
-    about: dict[str, Any] = field(default_factory=dict)
     ended_by: str = ""
     # How many tasks it was given, and the first different names among them.
     served: int = 0
     tasks: list[str] = field(default_factory=list)
-    # The functions it has; what it was told with each call of one, and of which.
+    # The functions it has; what it was told with its last call.
     functions: set[int] = field(default_factory=set)
-    fixed: bytes = b""
-    told: int = 0
+    told: bytes = b""
     outcome: str = ""
     # Its end is being looked into: the event waits for the finding.
     inquest: bool = False
