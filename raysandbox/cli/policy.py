@@ -242,6 +242,7 @@ def _gets(node: policies.Node, name: str) -> dict[str, Any]:
                 *("env_vars", "working_dir", "py_modules"),
                 *allowed,
                 *answers["py_executable"],
+                *(f"conda {name}" for name in answers["conda"]),
             ],
             "refuses": [key for key, answer in answers.items() if answer == "refuse"],
         },

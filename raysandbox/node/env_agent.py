@@ -14,11 +14,12 @@ table ``[runtime_env]``.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import stat
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 __all__ = ["SEAM", "guard", "main", "unpack_without_ids"]
@@ -28,16 +29,27 @@ __all__ = ["SEAM", "guard", "main", "unpack_without_ids"]
 SEAM = ("ray._private.runtime_env.agent.runtime_env_agent", "RuntimeEnvAgent")
 
 
-def guard(agent: type, refusals: Callable[[dict[str, Any]], list[str]]) -> None:
+def guard(
+    agent: type,
+    refusals: Callable[[dict[str, Any]], list[str]],
+    as_made: Callable[[dict[str, Any]], Mapping[str, Any]] = lambda wanted: wanted,
+) -> None:
     """Put `refusals` in front of an agent's class.
 
     Args:
         agent: Ray's RuntimeEnvAgent.
         refusals: Says what of a runtime_env is refused; nothing if it returns none.
+        as_made: What the agent is to make instead of one that is not.
     """
     from ray.core.generated import runtime_env_agent_pb2 as messages
 
     original: Callable[[Any, Any], Awaitable[Any]] = agent.GetOrCreateRuntimeEnv  # type: ignore[attr-defined]
+    let_go: Callable[[Any, Any], Awaitable[Any]] = agent.DeleteRuntimeEnvIfPossible  # type: ignore[attr-defined]
+
+    def rewrite(request: Any, wanted: dict[str, Any]) -> None:
+        made = as_made(wanted)
+        if made is not wanted:
+            request.serialized_runtime_env = json.dumps(made, sort_keys=True)
 
     async def create(self: Any, request: Any) -> Any:
         try:
@@ -47,6 +59,7 @@ def guard(agent: type, refusals: Callable[[dict[str, Any]], list[str]]) -> None:
         except (ValueError, AttributeError, TypeError) as error:
             why = f"the runtime_env can't be read: {error}"
         if not why:
+            rewrite(request, wanted)
             return await original(self, request)
         return messages.GetOrCreateRuntimeEnvReply(
             status=messages.AGENT_RPC_STATUS_FAILED,
@@ -54,7 +67,14 @@ def guard(agent: type, refusals: Callable[[dict[str, Any]], list[str]]) -> None:
             "of the runtime_env, or have the operator allow it, where the policy can",
         )
 
+    async def delete(self: Any, request: Any) -> Any:
+        # It has its references under what was made.
+        with contextlib.suppress(ValueError, AttributeError, TypeError):
+            rewrite(request, json.loads(request.serialized_runtime_env))
+        return await let_go(self, request)
+
     agent.GetOrCreateRuntimeEnv = create  # type: ignore[attr-defined]
+    agent.DeleteRuntimeEnvIfPossible = delete  # type: ignore[attr-defined]
 
 
 def unpack_without_ids() -> None:
@@ -94,7 +114,11 @@ def main(argv: list[str]) -> None:
         return policy.runtime_env_refusals(node.policy, wanted, own_hook=HOOK)
 
     module = importlib.import_module(SEAM[0])
-    guard(getattr(module, SEAM[1]), refusals)
+
+    def as_made(wanted: dict[str, Any]) -> Mapping[str, Any]:
+        return policy.as_made(node.policy, wanted)
+
+    guard(getattr(module, SEAM[1]), refusals, as_made)
     unpack_without_ids()
     # The agent's script imports its siblings by their bare names.
     sys.modules[SEAM[0].rpartition(".")[2]] = module

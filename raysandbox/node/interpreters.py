@@ -1,10 +1,11 @@
 """Interpreters besides the node's own: those that the operator's policy names.
 
 A runtime_env's ``py_executable`` may be one of ``runtime_env.py_executable`` in the
-policy: the worker runs it in the place of the node's own, and so do its jails. Nobody
-else may be able to change it, since it runs in the worker; and it must have the node's
-versions of Ray and raysandbox, since it speaks their protocols. Both are looked at when
-the node starts: of the file and the way to it. Its modules are the operator's to keep.
+policy, and its ``conda`` a name that ``runtime_env.conda`` has: the worker runs it in
+the place of the node's own, and so do its jails. Nobody else may be able to change it,
+since it runs in the worker; and it must have the node's versions of Ray and raysandbox,
+since it speaks their protocols. Both are looked at when the node starts: of the file
+and the way to it. Its modules are the operator's to keep.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import functools
 import json
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from raysandbox.profile.load import check_trusted
 
 __all__ = ["look"]
 
-_WHERE = "runtime_env.py_executable"
 _LIMIT_S = 60
 # -I: as in a worker, nothing of whoever starts it.
 _CODE = """
@@ -36,17 +36,20 @@ print(json.dumps({
 """
 
 
-def look(paths: Iterable[str]) -> Mapping[str, list[str]]:
+def look(paths: Mapping[str, str]) -> Mapping[str, list[str]]:
     """Return what each of these interpreters and its modules are, as paths.
+
+    Args:
+        paths: Of interpreters; each with the policy's key that has it.
 
     Raises:
         ProfileError: One can't be used; by name, with what it lacks.
     """
-    return {path: _roots(path) for path in paths}
+    return {path: _roots(path, key) for path, key in paths.items()}
 
 
 @functools.cache  # asked before anything is started, and when raylet is
-def _roots(path: str) -> list[str]:
+def _roots(path: str, key: str) -> list[str]:
     check_trusted(Path(path))
     try:
         done = subprocess.run(
@@ -62,12 +65,15 @@ def _roots(path: str) -> list[str]:
         found = json.loads(done.stdout)
     except subprocess.CalledProcessError as error:
         said = (error.stderr.strip().splitlines() or ["nothing"])[-1]
-        raise _unusable(path, f"can't import ray and raysandbox: {said}") from error
+        raise _unusable(
+            path, key, f"can't import ray and raysandbox: {said}"
+        ) from error
     except (OSError, subprocess.TimeoutExpired, ValueError) as error:
-        raise _unusable(path, f"is no Python that starts: {error}") from error
+        raise _unusable(path, key, f"is no Python that starts: {error}") from error
     for name, ours in _ours().items():
         if found[name] != ours:
-            raise _unusable(path, f"has {name} {found[name]}, and the node has {ours}")
+            why = f"has {name} {found[name]}, and the node has {ours}"
+            raise _unusable(path, key, why)
     return [str(root) for root in found["roots"]]
 
 
@@ -84,5 +90,6 @@ def _ours() -> dict[str, Any]:
     }
 
 
-def _unusable(path: str, why: str) -> ProfileError:
-    return ProfileError(source="<policy>", where=_WHERE, value=path, reason=why)
+def _unusable(path: str, key: str, why: str) -> ProfileError:
+    where = f"runtime_env.{key}"
+    return ProfileError(source="<policy>", where=where, value=path, reason=why)

@@ -111,7 +111,7 @@ class Launcher:
                 replace=sockets.mounts() if sockets else {},
                 sockets={store_proxy.BIND: sockets.bind_socket} if sockets else {},
                 shared={shared: shared},
-                interpreters=interpreters.look(node.policy.runtime_env.py_executable),
+                interpreters=interpreters.look(node.policy.runtime_env.interpreters()),
             ),
             session,
             probe(),

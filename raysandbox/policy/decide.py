@@ -23,6 +23,7 @@ from raysandbox.policy.schema import (
     Policy,
     Rule,
     RuntimeEnv,
+    python_of,
 )
 
 __all__ = [
@@ -222,7 +223,6 @@ _WRAPPERS = {
     "_nsight": "nsight",
     "rocprof_sys": "rocprof_sys",
     "_rocprof_sys": "rocprof_sys",
-    "conda": "conda",
     "pip": "pip",
     "uv": "uv",
     "java_jars": "java_jars",
@@ -295,11 +295,18 @@ def runtime_env_refusals(
                 found.append(
                     f"runtime_env key {key!r}: refused by this node's policy ({why})"
                 )
+        elif key == "conda":
+            if why := _conda_problem(value, answers):
+                found.append(
+                    f"runtime_env key {key!r}: refused by this node's policy ({why})"
+                )
         elif key in _WRAPPERS:
             if getattr(answers, _WRAPPERS[key]) == "refuse":
                 refuse(key, _WRAPPERS[key])
         elif key not in _HARMLESS and answers.other == "refuse":
             refuse(key, "other")
+    if runtime_env.get("conda") and runtime_env.get("py_executable"):
+        found.append("runtime_env keys 'conda' and 'py_executable': one interpreter")
     hook = runtime_env.get("worker_process_setup_hook")
     if hook and hook != own_hook and answers.setup_hook == "refuse":
         refuse("worker_process_setup_hook", "setup_hook", "jail")
@@ -311,6 +318,33 @@ def runtime_env_refusals(
         elif kind == "ray" and answers.ray_variables == "refuse":
             refuse(f"env_vars.{name}", "ray_variables", "drop")
     return found
+
+
+def _conda_problem(value: object, answers: RuntimeEnv) -> str:
+    """Say why a conda environment is refused; "" if the policy names it."""
+    if not isinstance(value, str):
+        return (
+            "no value of runtime_env.conda allows a specification: its installer "
+            "would run the job's code on the node; the operator can make the "
+            "environment and name it there"
+        )
+    if value in answers.conda:
+        return ""
+    if named := ", ".join(answers.conda):
+        return f"runtime_env.conda allows {named} alone"
+    return "runtime_env.conda = {NAME = PREFIX} would allow one that the operator made"
+
+
+def as_made(policy: Policy, runtime_env: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what Ray's agent is to make of a runtime_env that is not refused.
+
+    An environment that the policy has under a name is asked for by its interpreter.
+    """
+    name = runtime_env.get("conda")
+    if not isinstance(name, str) or name not in policy.runtime_env.conda:
+        return runtime_env
+    rest = {key: value for key, value in runtime_env.items() if key != "conda"}
+    return {**rest, "py_executable": python_of(policy.runtime_env.conda[name])}
 
 
 def _package_problem(uri: object, answers: RuntimeEnv) -> str:

@@ -361,13 +361,13 @@ _OWN_INTERPRETER = (
     "behind the node's wall a worker and its jails run an interpreter of the "
     "operator's, and nothing that a client chose is put in its place or around it; "
     "packages reach the jails by pip, uv, py_modules and working_dir, whole "
-    "environments by py_executable"
+    "environments by py_executable and conda"
 )
 _PYTHON_ALONE = "the launcher has a wall for Python workers alone"
 #: Keys of a runtime_env that no policy can allow, and why.
 NEVER: Mapping[str, str] = {
     **dict.fromkeys(
-        ("image_uri", "container", "nsight", "rocprof_sys", "conda"),
+        ("image_uri", "container", "nsight", "rocprof_sys"),
         _OWN_INTERPRETER,
     ),
     **dict.fromkeys(("java_jars", "java_workers", "cpp_workers"), _PYTHON_ALONE),
@@ -396,6 +396,11 @@ def _absolute_path(value: str) -> str:
     ):
         raise ValueError('must be an absolute path, without spaces and ".."')
     return value
+
+
+def python_of(prefix: str) -> str:
+    """Return the path of an environment's interpreter."""
+    return f"{prefix.rstrip('/')}/bin/python"
 
 
 class RuntimeEnv(Section):
@@ -449,13 +454,27 @@ class RuntimeEnv(Section):
         Field(description="A profiler around the worker: refused always."),
     ] = "refuse"
     conda: Annotated[
-        _Refused,
-        _never("conda"),
-        Field(
-            description="Another interpreter, and an installer that runs the job's "
-            "code on the node, outside of every wall: refused always."
+        Mapping[str, Annotated[str, AfterValidator(_absolute_path)]],
+        BeforeValidator(lambda value: {} if value == "refuse" else value),
+        WithJsonSchema(
+            {
+                "anyOf": [
+                    {"const": "refuse"},
+                    {
+                        "type": "object",
+                        "additionalProperties": {"type": "string", "pattern": "^/"},
+                    },
+                ]
+            }
         ),
-    ] = "refuse"
+        Field(
+            description="Names of environments that the operator made, with the "
+            "directory (prefix) of each: a job that asks for one by its name runs "
+            "PREFIX/bin/python, as if py_executable allowed that. Conda itself is not "
+            "used, and a specification is refused always: its installer would run "
+            "the job's code on the node, outside of every wall."
+        ),
+    ] = {}
     pip: Annotated[
         _Answer,
         Field(
@@ -518,8 +537,13 @@ class RuntimeEnv(Section):
 
     def deviations(self) -> list[str]:
         """See `Section`."""
-        named = ["py_executable"] if self.py_executable else []
+        named = [key for key in ("py_executable", "conda") if getattr(self, key)]
         return [*super().deviations(), *named]
+
+    def interpreters(self) -> dict[str, str]:
+        """Return the paths of all that a job may ask for, each with its key here."""
+        named = {python_of(at): f"conda.{name}" for name, at in self.conda.items()}
+        return {**named, **dict.fromkeys(self.py_executable, "py_executable")}
 
 
 class Jobs(Section):

@@ -65,6 +65,7 @@ class Jobs:
         self.node = Node(
             PLAIN if kind == "stock" else None,
             policy=f'{POLICY}\n[runtime_env]\npy_executable = ["{interpreter}"]\n'
+            f'conda = {{made = "{Path(interpreter).parents[1]}"}}\n'
             'why = "It is ours."\n',
             arguments=[
                 "--include-dashboard=true",
@@ -271,8 +272,10 @@ def test_another_profile_can_not_be_asked_for(ours):
     assert "a task takes one sandbox tag" in ours.client.get_job_info(job).message
 
 
-def test_an_interpreter_of_the_policy_runs_worker_and_jail(ours, interpreter):
+@pytest.mark.parametrize("by", ["its path", "a name"])
+def test_an_interpreter_of_the_policy_runs_worker_and_jail(ours, interpreter, by):
     """A whole environment that the operator made; nothing is installed for a job."""
+    asked = {"py_executable": interpreter} if by == "its path" else {"conda": "made"}
     found = ours.node.drive(f"""
 import json
 
@@ -286,7 +289,7 @@ def here():
     import importlib.util
     return importlib.util.find_spec("only_here") is None
 
-chosen = {{"py_executable": {interpreter!r}}}
+chosen = {asked!r}
 print(json.dumps([
     ray.get(where.options(runtime_env=chosen).remote()), ray.get(here.remote()),
 ]))
@@ -306,6 +309,24 @@ def test_it_runs_an_entrypoint_too(ours, interpreter):
     )
     assert ours.wait(job) == "SUCCEEDED", ours.said(job)
     assert ours.client.get_job_logs(job).endswith("of the environment\n")
+
+
+def test_with_the_hook_alone_its_tasks_are_in_jails(stock):
+    """The entrypoint itself is where Ray has it: no worker of ours starts it."""
+    program = (
+        "import ray; ray.init(log_to_driver=False); "
+        "where = ray.remote(lambda: __import__(\"os\").getpid()); "
+        "print(ray.get(where.remote()))"
+    )
+    hook = {"worker_process_setup_hook": "raysandbox.worker_hook"}
+    seen = []
+    for environment in (hook, {}):
+        job = stock.client.submit_job(
+            entrypoint=f"{sys.executable} -c '{program}'", runtime_env=environment
+        )
+        assert stock.wait(job) == "SUCCEEDED", stock.said(job)
+        seen.append(int(stock.client.get_job_logs(job).split()[-1]))
+    assert seen[0] < 10 < seen[1]  # a jail's pid
 
 
 # --- attacks -----------------------------------------------------------------------

@@ -29,7 +29,7 @@ def script(directory: Path, prints: str) -> str:
 def test_one_with_the_node_s_versions_is_taken():
     """What belongs to it is what its worker must see."""
     interpreters._roots.cache_clear()
-    (roots,) = interpreters.look([sys.executable]).values()
+    (roots,) = interpreters.look({sys.executable: "py_executable"}).values()
     assert any(Path(sys.executable).is_relative_to(root) for root in roots)
     assert any(Path(os.__file__).is_relative_to(root) for root in roots)
 
@@ -49,7 +49,7 @@ def test_what_it_lacks_is_named(directory, prints, says):
     """With key and path; a worker that can't start would be tried for ever."""
     path = script(directory, prints)
     with pytest.raises(ProfileError) as caught:
-        interpreters.look([path])
+        interpreters.look({path: "py_executable"})
     assert f"runtime_env.py_executable = '{path}': " in str(caught.value).replace(
         '"', "'"
     )
@@ -61,6 +61,6 @@ def test_one_that_others_can_write_is_refused(directory):
     path = script(directory, "exit 0")
     os.chmod(path, 0o777)
     with pytest.raises(ProfileError, match="group or others can write it"):
-        interpreters.look([path])
+        interpreters.look({path: "py_executable"})
     with pytest.raises(ProfileError, match="can't be read"):
-        interpreters.look([f"{directory}/none"])
+        interpreters.look({f"{directory}/none": "conda.x"})

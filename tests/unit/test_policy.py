@@ -400,7 +400,6 @@ def test_keys_that_reach_around_the_wall_are_refused_by_name(runtime_env, key):
         ({"nsight": "default"}, "nsight"),
         ({"_nsight": {"t": "cuda"}}, "nsight"),
         ({"_rocprof_sys": {}, "rocprof_sys": "default"}, "rocprof_sys"),
-        ({"conda": "env"}, "conda"),
         ({"java_jars": ["x.jar"]}, "java_jars"),
     ],
 )
@@ -427,13 +426,48 @@ def test_an_interpreter_is_one_of_the_policy_s_or_refused(value):
     assert all("allows /opt/ml/bin/python alone" in text for text in found)
 
 
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ("other", "allows science alone"),
+        ("/opt/science", "allows science alone"),
+        ({"dependencies": ["x"]}, "a specification"),
+        (["science"], "a specification"),
+        (7, "a specification"),
+    ],
+)
+def test_a_conda_environment_is_one_of_the_policy_s_or_refused(value, says):
+    """By its name; the agent is asked for its interpreter instead."""
+    ours = {"conda": {"science": "/opt/science"}, "why": "a test"}
+    policy = Policy.model_validate({"runtime_env": ours})
+    named = {"conda": "science", "env_vars": {"A": "b"}}
+    assert policies.runtime_env_refusals(policy, named) == []
+    assert policies.as_made(policy, named) == {
+        "py_executable": "/opt/science/bin/python", "env_vars": {"A": "b"}
+    }  # fmt: skip
+    assert policy.runtime_env.interpreters() == {
+        "/opt/science/bin/python": "conda.science"
+    }
+    (text,) = policies.runtime_env_refusals(policy, {"conda": value})
+    assert says in text
+    assert policies.as_made(policy, {"conda": value}) == {"conda": value}
+    (text,) = policies.runtime_env_refusals(Policy(), {"conda": "science"})
+    assert "runtime_env.conda = {NAME = PREFIX} would allow one" in text
+    both = {"conda": "science", "py_executable": "/opt/science/bin/python"}
+    assert len(policies.runtime_env_refusals(policy, both)) == 2
+
+
 @pytest.mark.parametrize("path", ["python3", "/opt/../bin/python", "/opt/a b/python"])
 def test_an_interpreter_of_the_policy_is_an_absolute_path(home, path):
     """Ray gives the words to a shell: a space would be an argument."""
     text = f'[runtime_env]\npy_executable = ["{path}"]\nwhy = "a test"'
     with pytest.raises(ProfileError, match="must be an absolute path"):
         policies.load(write(home, text))
-    assert policies.load(write(home, '[runtime_env]\npy_executable = "refuse"'))
+    text = f'[runtime_env]\nconda = {{x = "{path}"}}\nwhy = "a test"'
+    with pytest.raises(ProfileError, match="must be an absolute path"):
+        policies.load(write(home, text))
+    for key in ("py_executable", "conda"):
+        assert policies.load(write(home, f'[runtime_env]\n{key} = "refuse"'))
 
 
 @pytest.mark.parametrize(
