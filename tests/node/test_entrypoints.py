@@ -315,7 +315,7 @@ def test_with_the_hook_alone_its_tasks_are_in_jails(stock):
     """The entrypoint itself is where Ray has it: no worker of ours starts it."""
     program = (
         "import ray; ray.init(log_to_driver=False); "
-        "where = ray.remote(lambda: __import__(\"os\").getpid()); "
+        'where = ray.remote(lambda: __import__("os").getpid()); '
         "print(ray.get(where.remote()))"
     )
     hook = {"worker_process_setup_hook": "raysandbox.worker_hook"}
