@@ -269,17 +269,16 @@ class Access:
         """Return keys that nobody can own any more.
 
         Those of a submitted job belong to its supervisor, whose identity ended with
-        it; what the job's detached actors may still need stays.
+        it. What the job's detached actors may still need stays, and packages, which
+        others may use by the same name: Ray counts these itself.
         """
         return [
             name
-            for name, (owner, _, _) in self.keys.items()
-            if self._supervisor_of(owner) in self.ended
+            for name, (owner, _, digest) in self.keys.items()
+            if self.jobs.get(owner, owner) in self.ended
             and not (owner in self.jobs and owner in self.detached)
+            and not digest
         ]
-
-    def _supervisor_of(self, owner: str) -> str:
-        return self.jobs.get(owner, owner)
 
     def _forget(self, name: Name) -> None:
         self._journal(["gone", name[0].hex(), name[1].hex()])
@@ -778,10 +777,6 @@ class Access:
         ask: Any = call.ask
         if call.method.endswith("ReportWorkerFailure"):
             data = ask.worker_failure
-            self._is_dead(data.worker_address.worker_id)
-            uri = self.workers.pop(data.worker_address.worker_id.hex(), "")
-            if uri and self._is_supervisor(uri) and uri not in self.workers.values():
-                self._fact("ended", uri, data.worker_address.node_id.hex())
         else:
             data = ask.worker_data
             # It stays in the GCS, and here.
@@ -802,6 +797,18 @@ class Access:
         node = self.nodes.get(data.worker_address.node_id.hex(), "")
         if node.partition("/")[2] != call.who.partition("/")[2]:
             raise _RefusedError("the worker is not of this node")
+        if call.method.endswith("ReportWorkerFailure"):
+            self._worker_ended(call, data.worker_address.worker_id)
+
+    def _worker_ended(self, call: _Call, identifier: bytes) -> None:
+        uri = self.workers.get(identifier.hex(), "")
+        role, _, name = _who(uri).partition("/")
+        if role == "worker" and name != call.who.partition("/")[2]:
+            raise _RefusedError("the worker is another node's")
+        self._is_dead(identifier)
+        self.workers.pop(identifier.hex(), None)
+        if self._is_supervisor(uri) and uri not in self.workers.values():
+            self._fact("ended", uri, call.who)
 
     def register_node(self, call: _Call) -> None:
         """A node joins as its inventory entry says, or not at all."""

@@ -611,6 +611,8 @@ def test_keys_of_a_submitted_job_go_when_its_supervisor_has_ended() -> None:
         world.access.learn_job(uri, number)
         world.ok(uri, KV + "Put", put(b"of %d" % number))
         world.ok(uri, KV + "Put", put(fun(number), namespace=b"fun"))
+        package = put(b"gcs://_ray_pkg_%d.zip" % number, namespace=b"")
+        world.ok(uri, KV + "Put", package)
         world.access.added[job_id(number).hex()] = "head/head"
     lasting = actor(11, "")
     lasting.task_spec.actor_creation_task_spec.is_detached = True
@@ -620,7 +622,12 @@ def test_keys_of_a_submitted_job_go_when_its_supervisor_has_ended() -> None:
     world.access.workers.pop(owner)
     assert world.access.orphans() == []
     for uri in (FIRST, SECOND):
-        world.no(N1, WORKER_INFO + "ReportWorkerFailure", worker_end(uri))
+        foreign = worker_end(uri)
+        world.no(N1, WORKER_INFO + "ReportWorkerFailure", foreign)
+        foreign.worker_failure.worker_address.node_id = NODE_ID
+        world.no(N1, WORKER_INFO + "ReportWorkerFailure", foreign)
+    assert world.access.orphans() == []
+    for uri in (FIRST, SECOND):
         world.ok(HEAD, WORKER_INFO + "ReportWorkerFailure", worker_end(uri))
     wanted = [(b"mine", b"of 10"), (b"fun", fun(10)), (b"mine", b"of 11")]
     assert sorted(world.access.orphans()) == sorted(wanted)
