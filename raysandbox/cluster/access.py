@@ -497,7 +497,9 @@ class Access:
     def _write_key(self, call: _Call, namespace: bytes, key: bytes) -> None:
         if call.role == "head":
             if namespace == JOB and (JOB, key) not in self.keys:
-                # A job under a name that another had.
+                # A job under a name that another had, whose supervisor may live on.
+                if before := self.submissions.get(key.hex()):
+                    self._fact("ended", before, call.who)
                 self._fact("submissions", key.hex(), "")
             return
         known = self.keys.get((namespace, key))
@@ -541,6 +543,8 @@ class Access:
         name = key.hex()
         if not self._supervises(call):
             raise _RefusedError("a submitted job's state is Ray's own")
+        if call.uri in self.ended:
+            raise _RefusedError("the submitted job has ended")
         holder = self.submissions.get(name)
         mine = [key for key, uri in self.submissions.items() if uri == call.uri]
         if holder not in (None, "", call.uri) or mine not in ([], [name]):
