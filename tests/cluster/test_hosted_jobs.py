@@ -15,15 +15,13 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.conftest import TRUSTED, Driver, Hardened
+from tests.cluster.conftest import HEAD, NODE, TRUSTED, Driver, Hardened
 from tests.cluster.lab import wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
 
 HERE = Path(__file__).parent
 PROBE, ATTACK = HERE / "probes" / "submitted.py", HERE / "attack.py"
-
-
 CLIENT = """
 from ray.job_submission import JobSubmissionClient
 jobs = JobSubmissionClient('http://127.0.0.1:8265')
@@ -151,6 +149,21 @@ def test_one_job_is_kept_from_anothers(jobs: Jobs, begun: float) -> None:
     jobs.ask("jobs.stop_job('victim')")
     for word in ("supervises", "functions are its own", "malformed state"):
         jobs.hardened.expect_event(begun, who="^worker/", why=word)
+
+
+def test_none_runs_on_another_node(jobs: Jobs) -> None:
+    """There the dashboard would ask for its output in clear, with the token.
+
+    Control: what asks for the head in the same way runs.
+    """
+    ask = (
+        "jobs.submit_job(entrypoint='echo it runs', "
+        "entrypoint_resources={{'node:{}': 0.01}})"
+    )
+    assert "it runs" in jobs.wait(jobs.ask(ask.format(HEAD)))
+    said = jobs.wait(jobs.ask(ask.format(NODE)))
+    assert said.startswith("FAILED")
+    assert "could not be scheduled" in said
 
 
 def test_a_list_of_jobs_survives_a_hostile_state(jobs: Jobs) -> None:
