@@ -18,6 +18,7 @@ enum {
     JANITOR_MS = 2000, /* for a worker's janitor, from the worker's end */
     FORGET_MS = 60000, /* the end of a worker whose group has long been removed */
     MOST_GONE = 256,   /* workers that have ended, and are still known */
+    BASE_ATTEMPTS = 100,
 };
 
 unsigned long long
@@ -99,19 +100,6 @@ raylet_pid(void)
     return told != NULL ? (pid_t)strtol(told, NULL, 10) : getppid();
 }
 
-/* A group that is there before raylet ends is removed by raylet's keeper.  One
- * that is made later may be too late for it: so its maker looks afterwards. */
-static void
-leave_without_raylet(const struct worker_groups *groups, pid_t raylet)
-{
-    if (getppid() == raylet)
-        return;
-    for (size_t i = 0; i < groups->count; i++)
-        rmdir(groups->each[i].path);
-    errno = ESRCH;
-    rs_die("cgroup_create", "raylet has ended");
-}
-
 /* What all nodes share goes with the last group in it, and may be made again.
  * A node's own has the node's limits: without it no worker starts. */
 static int
@@ -120,6 +108,36 @@ may_be_made_again(const char *base)
     const char *last = strrchr(base, '/');
 
     return last != NULL && strcmp(last + 1, "raysandbox") == 0;
+}
+
+/* A group that is there before raylet ends is removed by raylet's keeper.  One
+ * that is made later may be too late for it: so its maker looks afterwards. */
+static void
+leave_without_raylet(const struct worker_groups *groups, pid_t raylet)
+{
+    if (getppid() == raylet)
+        return;
+    for (size_t i = 0; i < groups->count; i++) {
+        rmdir(groups->each[i].path);
+        if (may_be_made_again(groups->each[i].base))
+            rmdir(groups->each[i].base);
+    }
+    errno = ESRCH;
+    rs_die("cgroup_create", "raylet has ended");
+}
+
+/* Others make what all share at the same time, and remove it when it is empty. */
+static int
+make_in(const char *base, const char *path)
+{
+    for (int attempt = 0; attempt < BASE_ATTEMPTS; attempt++) {
+        if (mkdir(path, 0755) == 0)
+            return 0;
+        if (errno != ENOENT || !may_be_made_again(base) ||
+            (mkdir(base, 0755) != 0 && errno != EEXIST))
+            return -1;
+    }
+    return -1;
 }
 
 static void
@@ -146,9 +164,7 @@ make_groups(struct worker_groups *groups, const struct plan *plan)
         group->base = base;
         group->seen_at = field_str2(record, 4);
         groups->count++;
-        if (mkdir(group->path, 0755) != 0 &&
-            (errno != ENOENT || !may_be_made_again(base) ||
-             mkdir(base, 0755) != 0 || mkdir(group->path, 0755) != 0))
+        if (make_in(base, group->path) != 0)
             rs_die("cgroup_create", group->path);
     }
     leave_without_raylet(groups, raylet);

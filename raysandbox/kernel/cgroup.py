@@ -81,6 +81,8 @@ __all__ = [
 
 CPU_PERIOD_US = 100_000
 _LEAST_QUOTA_US = 1000
+# Tries to make a group while others remove what they share with it.
+_BASE_ATTEMPTS = 100
 
 # Which controller a limit needs, by version.
 _CONTROLLER = {
@@ -575,22 +577,19 @@ class Cgroups:
         return Cgroup(self, name, made, report)
 
     def _mkdir(self, base: Base, path: str) -> None:
-        try:
-            os.mkdir(path, 0o755)
-            return
-        except FileNotFoundError:
-            # Another worker closed and took the shared base with it.
-            pass
-        except OSError as error:
-            raise _setup_error("cgroup_create", error, path) from None
-        if base.owned and base.version == 2:
-            make_v2_base(base.path, base.controllers, True)
-        elif base.owned:
-            make_v1_base(base.path)
-        try:
-            os.mkdir(path, 0o755)
-        except OSError as error:
-            raise _setup_error("cgroup_create", error, path) from None
+        for attempt in range(_BASE_ATTEMPTS):
+            try:
+                os.mkdir(path, 0o755)
+                return
+            except OSError as error:
+                # Others close at the same time, and take an empty shared base away.
+                gone = base.owned and error.errno == errno.ENOENT
+                if not gone or attempt == _BASE_ATTEMPTS - 1:
+                    raise _setup_error("cgroup_create", error, path) from None
+            if base.version == 2:
+                make_v2_base(base.path, base.controllers, True)
+            else:
+                make_v1_base(base.path)
 
     def _apply(self, step: _Write, path: str, report: dict[str, Status]) -> None:
         try:

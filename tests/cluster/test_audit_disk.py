@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import json
+import secrets
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,7 +36,8 @@ class DiskGuard(Guard):
                  str(self.path / "audit"))  # fmt: skip
 
     def start_as(self, policy: str, **more: Any) -> None:
-        """Start the guard under a policy, on an empty disk."""
+        """Start the guard anew under a policy, on an empty disk."""
+        self.cli("down")
         self.host.run("sh", "-c", f"rm -rf {self.path}/audit/* {self.path}/run")
         text = (self.path / "cluster.toml").read_text().partition("[audit]")[0]
         for key, value in more.items():
@@ -91,7 +93,6 @@ def test_closed_refuses_every_call_until_there_is_room(guard: DiskGuard) -> None
 
 def test_open_lets_calls_through_and_says_so(guard: DiskGuard) -> None:
     """Every call passes, UNRECORDED, and the alert says that."""
-    guard.cli("down")
     guard.start_as("open")
     assert guard.passes()
     guard.fill()
@@ -162,12 +163,11 @@ def test_observing_lets_a_stranger_through_with_an_alert(guard: DiskGuard) -> No
 
     The same join is refused with admission = "enforce".
     """
-    guard.host.raysandbox(
-        "cluster", "certs", "issue", "node", "ghost", "--address", HEAD,
-        "--out", str(guard.host.home / "ghost"), "--cluster", str(guard.path),
-    )  # fmt: skip
+    ghost = f"ghost-{secrets.token_hex(4)}"
+    guard.cli("certs", "issue", "node", ghost, "--address", HEAD,
+              "--out", str(guard.host.home / ghost))  # fmt: skip
     join = {
-        "who": "ghost/identity/raylet",
+        "who": f"{ghost}/identity/raylet",
         "method": "/ray.rpc.NodeInfoGcsService/RegisterNode",
         "kind": "RegisterNodeRequest",
         "fields": {
@@ -179,7 +179,6 @@ def test_observing_lets_a_stranger_through_with_an_alert(guard: DiskGuard) -> No
     }
     guard.cli("reload")
     assert not guard.passes(**join)
-    guard.cli("down")
     guard.start_as("closed", admission="observe")
     assert guard.passes(**join)
     wait_for("the alert", lambda: '"alert": "unexpected_node"' in guard.said())

@@ -8,6 +8,7 @@ what runs there: it has everything that its supervisor has.
 from __future__ import annotations
 
 import json
+import secrets
 import shutil
 import time
 from pathlib import Path
@@ -99,10 +100,11 @@ def test_a_submitted_job_works(jobs: Jobs) -> None:
 
 def test_a_name_can_be_used_again(jobs: Jobs) -> None:
     """Once the job that had it was deleted, and the actor of its name is gone."""
+    name = f"again-{secrets.token_hex(4)}"
 
     def runs() -> bool:
-        said = jobs.wait(jobs.submit("nothing", name="again"))
-        assert jobs.ask("jobs.delete_job('again')")
+        said = jobs.wait(jobs.submit("nothing", name=name))
+        assert jobs.ask(f"jobs.delete_job({name!r})")
         # Ray takes the old actor for the new one until it is gone; stock Ray, too.
         assert any(word in said for word in ("SUCCEEDED", "exit_actor", "already"))
         return "SUCCEEDED" in said

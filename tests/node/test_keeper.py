@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import fcntl
 import functools
 import os
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -156,6 +158,50 @@ def test_no_group_is_made_after_raylet(tmp_path, base):
     )
     assert "raylet has ended" in start(1)
     assert len(os.listdir(base[1])) == len(_files_of(base[1]))
+
+
+def test_what_all_share_goes_with_the_last_group_in_it(tmp_path, base):
+    """The maker of a group that is too late takes an empty base along, too."""
+    version, path = base
+    shared = (version, f"{path}/raysandbox")
+    assert "raylet has ended" in start_worker(tmp_path, shared, 1)
+    assert not os.path.exists(shared[1])
+    os.makedirs(f"{shared[1]}/raysandbox-of-another")
+    assert "raylet has ended" in start_worker(tmp_path, shared, 1)
+    assert os.listdir(shared[1])
+
+
+def test_workers_start_while_what_they_share_is_removed(tmp_path, base):
+    """Nodes end and start side by side: neither is in the other's way."""
+    shared = Path(base[1], "raysandbox")
+    done = threading.Event()
+
+    def remove() -> None:
+        while not done.is_set():
+            with contextlib.suppress(OSError):
+                shared.rmdir()
+
+    def start(number: int) -> set[str]:
+        said = set()
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        for _ in range(40):
+            said.add(start_worker(directory, (base[0], str(shared)), os.getpid()))
+            for left in shared.glob("raysandbox-*"):
+                if not os.path.exists(f"/proc/{left.name.split('-')[2]}"):
+                    # The other threads look for them, too.
+                    for group in (left / "inner", left):
+                        with contextlib.suppress(OSError):
+                            group.rmdir()
+        return said
+
+    remover = threading.Thread(target=remove)
+    remover.start()
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        said = set().union(*pool.map(start, range(4)))
+    done.set()
+    remover.join()
+    assert not [words for words in said if "cgroup_create" in words]
 
 
 def _files_of(directory: str) -> list[str]:

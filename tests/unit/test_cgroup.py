@@ -11,6 +11,7 @@ import errno
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -387,6 +388,26 @@ def test_close_removes_the_base_and_create_makes_it_again(
     group = groups.create("again", CgroupLimits(pids=5))
     assert all(os.path.isdir(p) for p in group.paths)
     assert group.remove()
+
+
+def test_groups_are_made_while_others_remove_the_base(groups: Cgroups) -> None:
+    """Closing ones take an empty base away at any moment."""
+    done = threading.Event()
+
+    def close() -> None:
+        while not done.is_set():
+            groups.close()
+
+    others = [threading.Thread(target=close) for _ in range(2)]
+    for other in others:
+        other.start()
+    try:
+        for count in range(200):
+            assert groups.create(f"beside-{count}", CgroupLimits(pids=5)).remove()
+    finally:
+        done.set()
+        for other in others:
+            other.join()
 
 
 def _unified() -> str:
