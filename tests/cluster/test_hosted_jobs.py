@@ -99,18 +99,14 @@ def test_a_submitted_job_works(jobs: Jobs) -> None:
 
 
 def test_a_name_can_be_used_again(jobs: Jobs) -> None:
-    """Once the job that had it was deleted, and the actor of its name is gone."""
+    """Once the job that had it was deleted."""
     name = f"again-{secrets.token_hex(4)}"
-
-    def runs() -> bool:
-        said = jobs.wait(jobs.submit("nothing", name=name))
+    for _ in range(2):
+        assert "SUCCEEDED" in jobs.wait(jobs.submit("nothing", name=name))
+        # Ray looks after each job once a second. For one that is deleted before it
+        # has seen the end it writes a new state, of a failure: stock Ray, too.
+        time.sleep(5)
         assert jobs.ask(f"jobs.delete_job({name!r})")
-        # Ray takes the old actor for the new one until it is gone; stock Ray, too.
-        assert any(word in said for word in ("SUCCEEDED", "exit_actor", "already"))
-        return "SUCCEEDED" in said
-
-    assert runs()
-    wait_for("a second job of that name", runs, 60)
 
 
 def test_it_is_stopped(jobs: Jobs) -> None:
