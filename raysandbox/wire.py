@@ -8,7 +8,8 @@
 
 A body of up to :data:`INLINE_BYTES` follows the header in the same packet; a
 larger one is a sealed memfd that travels beside it, so that each side copies
-the data once at most and the receiver maps it read-only.
+the data once at most and the receiver maps it read-only. A body that is one part
+may come without its table (`send_whole`): most calls and answers are small.
 
 A worker's memfd may be one that it keeps and fills again (``worker/buffers.py``):
 longer than the body, and sealed against everybody but the worker. It may come
@@ -32,7 +33,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 __all__ = ["CALL", "ERROR", "INLINE_BYTES", "RESULT", "Frame", "WireError"]
-__all__ += ["receive", "send"]
+__all__ += ["receive", "send", "send_whole"]
 
 CALL, RESULT, ERROR = 1, 2, 3
 
@@ -40,13 +41,18 @@ INLINE_BYTES = 64 << 10
 ALIGN = 64
 _PADDING = bytes(ALIGN)
 _HEADER = struct.Struct("<4sBBHIIQ")
+# One byte more than any frame has.
+_PACKET_BYTES = _HEADER.size + INLINE_BYTES + 1
+# Tables of parts, by their number; those of most calls.
+_TABLES = [struct.Struct(f"<{count}Q") for count in range(16)]
 _MAGIC = b"RSB1"
-_IN_MEMFD, _IN_KEPT, _AHEAD = 1, 2, 4
+_IN_MEMFD, _IN_KEPT, _AHEAD, _WHOLE = 1, 2, 4, 8
 _MAX_FDS = 4
 _CONTROL_BYTES = socket.CMSG_SPACE(_MAX_FDS * array.array("i").itemsize)
 # As plain numbers: each operation on the enumeration costs a microsecond.
 _CLOEXEC, _CUT = int(socket.MSG_CMSG_CLOEXEC), int(socket.MSG_TRUNC)
 _CONTROL_CUT = int(socket.MSG_CTRUNC)
+_ANY_CUT = _CUT | _CONTROL_CUT
 
 _F_ADD_SEALS, _F_GET_SEALS = 1033, 1034
 # Against further seals, shrinking, growing and writing.
@@ -130,17 +136,20 @@ def send(
         OSError: The other side is gone, or no memory is left for the memfd.
     """
     views = [p if type(p) is bytes else memoryview(p).cast("B") for p in parts]
-    sizes = [len(view) for view in views]
-    table = struct.pack(f"<{len(views)}Q", *sizes)
+    sizes, count = [len(view) for view in views], len(views)
+    table = _table(count).pack(*sizes)
     offsets, end = [], len(table)
     pieces: list[bytes | memoryview] = [b"", table]
     for view, size in zip(views, sizes):
-        padding = -end % ALIGN
-        pieces += (_PADDING[:padding], view)
-        offsets.append(end + padding)
-        end += padding + size
+        if end % ALIGN:
+            padding = -end % ALIGN
+            pieces.append(_PADDING[:padding])
+            end += padding
+        offsets.append(end)
+        pieces.append(view)
+        end += size
     if end <= INLINE_BYTES:
-        pieces[0] = _HEADER.pack(_MAGIC, kind, 0, 0, call, len(views), end)
+        pieces[0] = _HEADER.pack(_MAGIC, kind, 0, 0, call, count, end)
         sock.send(b"".join(pieces))
         return end
     content = [(0, memoryview(table)), *zip(offsets, [memoryview(v) for v in views])]
@@ -158,11 +167,21 @@ def send(
                 sock.sendmsg([header], rights)
                 rights = []
             lent.fill()
-        header = _HEADER.pack(_MAGIC, kind, flags, 0, call, len(views), end)
+        header = _HEADER.pack(_MAGIC, kind, flags, 0, call, count, end)
         sock.sendmsg([header], rights)
     finally:
         os.close(fd)
     return end
+
+
+def send_whole(sock: socket.socket, kind: int, call: int, part: bytes) -> None:
+    """Send a frame of one part of at most :data:`INLINE_BYTES`; see `send`."""
+    head = _HEADER.pack(_MAGIC, kind, _WHOLE, 0, call, 1, len(part))
+    sock.send(head + part)
+
+
+def _table(count: int) -> struct.Struct:
+    return _TABLES[count] if count < len(_TABLES) else struct.Struct(f"<{count}Q")
 
 
 def _new_memfd(pieces: list[tuple[int, memoryview]], end: int) -> int:
@@ -209,10 +228,19 @@ def receive(
     """
     ahead: memoryview | None = None
     while True:
-        received = _receive_packet(sock, flags)
-        if received is None:
+        try:
+            packet, ancillary, got, _ = sock.recvmsg(
+                _PACKET_BYTES, _CONTROL_BYTES, flags | _CLOEXEC
+            )
+        except ConnectionResetError:
+            return None  # it closed, and what we sent last it never read
+        is_cut = bool(got & _ANY_CUT)
+        if ancillary:
+            fds = _descriptors(ancillary)
+        elif not packet and not is_cut:
             return None
-        packet, fds, is_cut = received
+        else:
+            fds = []
         try:
             if is_cut:
                 raise WireError("a packet that is larger than any frame's")
@@ -225,25 +253,13 @@ def receive(
                 os.close(fd)
 
 
-def _receive_packet(
-    sock: socket.socket, flags: int
-) -> tuple[bytes, list[int], bool] | None:
-    """Return a packet, what came with it, and whether anything was cut off."""
-    try:
-        packet, ancillary, got, _ = sock.recvmsg(
-            _HEADER.size + INLINE_BYTES + 1, _CONTROL_BYTES, flags | _CLOEXEC
-        )
-    except ConnectionResetError:
-        return None  # it closed, and what we sent last it never read
-    if packet and not ancillary:
-        return packet, [], bool(got & (_CUT | _CONTROL_CUT))
+def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
+    """Return the descriptors that came with a packet."""
     ints = array.array("i")
     for level, kind, data in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             ints.frombytes(data[: len(data) - len(data) % ints.itemsize])
-    if not packet and not ints and not got & _CONTROL_CUT:
-        return None
-    return packet, list(ints), bool(got & (_CUT | _CONTROL_CUT))
+    return list(ints)
 
 
 def _is_ahead(packet: bytes) -> bool:
@@ -284,12 +300,16 @@ def _parse(
         if length != ahead.nbytes:
             raise WireError("a body that is not as long as announced")
         body = ahead
-    elif flags == 0:
+    elif flags in (0, _WHOLE):
         if fds:
             raise WireError("a descriptor where none belongs")
         if len(packet) - _HEADER.size != length:
             raise WireError("a body that is not as long as announced")
         body = memoryview(packet)[_HEADER.size :]
+        if flags:
+            if count != 1:
+                raise WireError(f"one part that is {count}")
+            return Frame(kind, call, [body], length)
     elif flags == _IN_MEMFD or (flags == _IN_KEPT and takes_kept):
         if len(fds) != 1 or len(packet) != _HEADER.size:
             raise WireError("not exactly one descriptor beside the header")
@@ -323,14 +343,13 @@ def _split(body: memoryview, count: int) -> list[memoryview]:
     table = 8 * count
     if table > body.nbytes:
         raise WireError("a table of parts that is cut short")
-    lengths = struct.unpack_from(f"<{count}Q", body)
-    parts, end = [], table
-    for length in lengths:
+    parts, end, size = [], table, body.nbytes
+    for length in _table(count).unpack_from(body):
         start = end + -end % ALIGN
         end = start + length
-        if end > body.nbytes:
+        if end > size:
             raise WireError("a part that ends outside the body")
         parts.append(body[start:end])
-    if end != body.nbytes:
+    if end != size:
         raise WireError("bytes behind the last part")
     return parts

@@ -1,10 +1,9 @@
 """What runs in a jail: one call after the other, until the worker ends it.
 
 Everything that a user made is unpickled here and nowhere else. A call is a
-frame whose first part says in JSON what calls of a kind have in common (a jail
-that is told the same again looks no further), and whose second is `CALL_HEAD`:
-what to do, attempt, task. The others are the function or class, and each argument
-as Ray serialized it::
+frame whose first part says in JSON what calls of a kind have in common (empty: the
+same as the last time), and whose second is `CALL_HEAD`: what to do, attempt, task.
+The others are the function or class, and each argument as Ray serialized it::
 
     TASK    function, arguments → result
     NEW     class, arguments → the jail's actor
@@ -13,17 +12,18 @@ as Ray serialized it::
     RETRY   pickled exception types → is the last exception one?
 
 A function has a number (``"function"``); where this jail has run it before, its
-part is empty.
+part is empty. A call that is a `CALL_HEAD` and nothing else is the last task again,
+which had no arguments.
 
 Replies: RESULT, whose first part has 8 bytes for each value (mode, zeros, u32
-number of parts), or ERROR, whose first part is the error's kind.
+number of parts), or ERROR, whose first part is the error's kind. A RESULT of one
+part has the 8 bytes and the one part of its one value.
 """
 
 from __future__ import annotations
 
 import base64
 import importlib
-import inspect
 import json
 import os
 import pickle
@@ -32,6 +32,7 @@ import socket
 import struct
 import sys
 import traceback
+import types
 from typing import Any
 
 from raysandbox import wire
@@ -67,10 +68,13 @@ ERROR_HEAD = struct.Struct("<Bi")
 #: Metadata of an argument that is text and nothing else.
 PLAIN_TEXT = b"RAYSANDBOX_TEXT"
 
+_WHOLE_BYTES = wire.INLINE_BYTES - ENTRY.size
 _MAX_CALL_BYTES = 1 << 48
 _MAX_CALL_PARTS = 1 << 20
 _TEXT_BYTES = 256 << 10
 _ATOMS = frozenset((type(None), bool, int, float, str))
+_PICKLED_NONE = pickle.dumps([None], protocol=5)
+_ASYNCHRONOUS = (types.CoroutineType, types.AsyncGeneratorType)
 _INTERNAL = ("raysandbox/jail/runner.py", "ray/util/tracing/tracing_helper.py")
 
 
@@ -87,12 +91,13 @@ class _State:
 
     actor: Any = None
     functions: dict[int, Any]
-    told: tuple[bytes, dict[str, Any]] = (b"", {})
+    told: dict[str, Any]
+    task: Any = None
     result: Any = None
     error: BaseException | None = None
 
     def __init__(self) -> None:
-        self.functions = {}
+        self.functions, self.told = {}, {}
 
 
 def rehearse(sock: socket.socket) -> None:
@@ -136,7 +141,11 @@ def _serve_next(sock: socket.socket, state: _State) -> bool:
 
 
 def _serve(sock: socket.socket, frame: wire.Frame, state: _State) -> None:
-    op, meta = _meta(frame, state)
+    is_again = len(frame.parts) == 1
+    if not is_again and frame.parts[0]:
+        state.told = json.loads(bytes(frame.parts[0]))
+    meta = state.told
+    op, attempt, task_id = CALL_HEAD.unpack(frame.parts[0 if is_again else 1])
     try:
         if op == Op.RETRY:
             _reply(sock, frame.call, [(MODE_RAW, [_is_retryable(frame, state)])])
@@ -149,15 +158,19 @@ def _serve(sock: socket.socket, frame: wire.Frame, state: _State) -> None:
             _reply(sock, frame.call, values)
             return
         state.result = state.error = None
-        _prepare(meta)
-        if "setup" in meta:
-            _set_up(meta)
-        value = _call(op, meta, frame, state)
-        if isinstance(value, (tuple, list)):
-            state.result = value
-        encoded = [_encode(value, meta)]
+        _prepare(meta, attempt, task_id)
+        value = state.task() if is_again else _call(op, meta, frame, state)
+        if type(value) not in _ATOMS:
+            _check(value)
+            if isinstance(value, (tuple, list)):
+                state.result = value
+        mode, parts = _encode(value, meta)
         _flush()
-        _reply(sock, frame.call, encoded)
+        entry = ENTRY.pack(mode, 0, 0, len(parts))
+        if len(parts) == 1 and len(parts[0]) <= _WHOLE_BYTES and mode != MODE_DATA:
+            wire.send_whole(sock, wire.RESULT, frame.call, entry + parts[0])
+        else:
+            wire.send(sock, wire.RESULT, frame.call, [entry, *parts])
     except (SystemExit, KeyboardInterrupt) as error:
         _fail(sock, frame.call, ERROR_USER, error, meta, state)
     except _UnsupportedError as error:
@@ -171,21 +184,18 @@ def _serve(sock: socket.socket, frame: wire.Frame, state: _State) -> None:
         _fail(sock, frame.call, kind, error, meta, state)
 
 
-def _meta(frame: wire.Frame, state: _State) -> tuple[int, dict[str, Any]]:
-    """Return an `Op`, and what the call is told."""
-    raw = bytes(frame.parts[0])
-    if raw != state.told[0]:
-        state.told = raw, json.loads(raw)
-    meta = state.told[1]
-    op, attempt, task_id = CALL_HEAD.unpack(frame.parts[1])
-    context = meta["context"]
+def _check(value: Any) -> None:
+    if isinstance(value, _ASYNCHRONOUS):
+        raise _UnsupportedError("an async function")
+    if isinstance(value, types.GeneratorType):
+        raise _UnsupportedError("a generator")
+
+
+def _prepare(meta: dict[str, Any], attempt: int, task_id: bytes) -> None:
+    context = ray_facade.context
+    context.clear()
+    context.update(meta["context"])
     context["attempt"], context["task_id"] = attempt, task_id.hex()
-    return op, meta
-
-
-def _prepare(meta: dict[str, Any]) -> None:
-    ray_facade.context.clear()
-    ray_facade.context.update(meta["context"])
     first = meta["first_path"]
     if first and first != sys.path[: len(first)]:
         sys.path[:] = [*first, *(p for p in sys.path if p not in first)]
@@ -193,6 +203,8 @@ def _prepare(meta: dict[str, Any]) -> None:
         os.environ.update(meta["env"])
     if meta["cwd"]:
         os.chdir(meta["cwd"])
+    if "setup" in meta:
+        _set_up(meta)
 
 
 def _set_up(meta: dict[str, Any]) -> None:
@@ -217,7 +229,8 @@ def _call(op: int, meta: dict[str, Any], frame: wire.Frame, state: _State) -> An
     else:
         target = _load(frame.parts[2], meta, state)
         arguments = frame.parts[3:]
-    args, kwargs = _arguments(meta["layout"], arguments)
+    layout = meta["layout"]
+    args, kwargs = _arguments(layout, arguments) if layout else ([], {})
     if op == Op.NEW:
         state.actor = target.__new__(target)
         target = target.__init__.__get__(state.actor)
@@ -225,12 +238,13 @@ def _call(op: int, meta: dict[str, Any], frame: wire.Frame, state: _State) -> An
         function, *rest = args
         args = [state.actor, *rest]
         target = function
+    if op == Op.TASK:
+        state.task = target
     value = target(*args, **kwargs)
-    if inspect.iscoroutine(value) or inspect.isasyncgen(value):
-        raise _UnsupportedError("an async function")
-    if inspect.isgenerator(value):
-        raise _UnsupportedError("a generator")
-    return None if op == Op.NEW else value
+    if op == Op.NEW:
+        _check(value)
+        return None
+    return value
 
 
 def _method(actor: Any, name: str) -> Any:
@@ -285,7 +299,7 @@ def _encode(value: Any, meta: dict[str, Any]) -> tuple[int, list[Any]]:
         mode, parts = MODE_RAW, [value]
     elif type(value) in _ATOMS:
         # What cloudpickle would make of it, without its set-up.
-        data = pickle.dumps([value], protocol=5)
+        data = _PICKLED_NONE if value is None else pickle.dumps([value], protocol=5)
         if len(data) > meta["max_result_bytes"]:
             raise _QuotaError(str(len(data)))
         return MODE_PICKLE, [data]

@@ -165,6 +165,8 @@ class Place:
     def idle(self, denials: int) -> None:
         """Say that the jail has answered and waits for its next call."""
         fields = self.fields
+        if fields[_STATE] == _IDLE:
+            return
         fields[_STATE], fields[_DENIALS], fields[_SINCE] = _IDLE, denials, time.time()
         self._put()
 

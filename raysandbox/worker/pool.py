@@ -121,7 +121,7 @@ class Jail:
     # How many tasks it was given, and the first different names among them.
     served: int = 0
     tasks: list[str] = field(default_factory=list)
-    # The functions it has; what it was told with its last call.
+    # The functions it has; what it was told last.
     functions: set[int] = field(default_factory=set)
     told: bytes = b""
     outcome: str = ""
@@ -375,6 +375,12 @@ class Pool:
         except SetupError:
             return  # the next take() says why
 
+    def rest(self) -> None:
+        """Say of the jails that no call is running; between calls only."""
+        for jail in self._jails.values():
+            if jail.place is not None:
+                jail.place.idle(jail.denied_count)
+
     # -- jails --------------------------------------------------------------
 
     def prepare(self) -> None:
@@ -581,6 +587,16 @@ class Pool:
             raise self._post_mortem(jail, task, f"before the call: {error}") from None
         if then is not None:
             then()
+        return self.wait(jail, task, number)
+
+    def call_again(self, jail: Jail, task: str, head: bytes) -> wire.Frame:
+        """Have a jail do what it did last; see :meth:`call`."""
+        jail.calls += 1
+        number = jail.calls & 0xFFFFFFFF
+        try:
+            wire.send_whole(jail.call, wire.CALL, number, head)
+        except OSError as error:
+            raise self._post_mortem(jail, task, f"before the call: {error}") from None
         return self.wait(jail, task, number)
 
     def wait(self, jail: Jail, task: str, number: int) -> wire.Frame:

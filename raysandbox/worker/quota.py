@@ -438,6 +438,11 @@ class Quotas:
         self._holds = False
         self._counted: list[bytes] = []
 
+    @property
+    def is_in_use(self) -> bool:
+        """Whether anything is held or counted for the task of the last `hold`."""
+        return self._holds or bool(self._counted)
+
     def hold(self, job: str, limits: Limits, sizes: Sequence[int]) -> Refusal | None:
         """Count a task's arguments, until `let_go`."""
         self._counted = []  # of a task that is over
