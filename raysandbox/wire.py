@@ -35,14 +35,15 @@ from dataclasses import dataclass
 __all__ = ["CALL", "ERROR", "INLINE_BYTES", "RESULT", "Frame", "WireError"]
 __all__ += ["receive", "send", "send_whole"]
 
-CALL, RESULT, ERROR = 1, 2, 3
+CALL, RESULT, ERROR = _KINDS = 1, 2, 3
 
 INLINE_BYTES = 64 << 10
 ALIGN = 64
 _PADDING = bytes(ALIGN)
 _HEADER = struct.Struct("<4sBBHIIQ")
+_HEAD_BYTES = _HEADER.size
 # One byte more than any frame has.
-_PACKET_BYTES = _HEADER.size + INLINE_BYTES + 1
+_PACKET_BYTES = _HEAD_BYTES + INLINE_BYTES + 1
 # Tables of parts, by their number; those of most calls.
 _TABLES = [struct.Struct(f"<{count}Q") for count in range(16)]
 _MAGIC = b"RSB1"
@@ -234,11 +235,24 @@ def receive(
             )
         except ConnectionResetError:
             return None  # it closed, and what we sent last it never read
-        is_cut = bool(got & _ANY_CUT)
+        is_cut = got & _ANY_CUT
         if ancillary:
             fds = _descriptors(ancillary)
         elif not packet and not is_cut:
             return None
+        elif len(packet) > _HEAD_BYTES and ahead is None and not is_cut:
+            # Before all else, because most frames are such.
+            magic, kind, what, zero, call, count, size = _HEADER.unpack_from(packet)
+            if (
+                what == _WHOLE
+                and magic == _MAGIC
+                and kind in _KINDS
+                and not zero
+                and count == 1
+                and len(packet) - _HEAD_BYTES == size <= limit_bytes
+            ):
+                return Frame(kind, call, [memoryview(packet)[_HEAD_BYTES:]], size)
+            fds = []
         else:
             fds = []
         try:
@@ -263,7 +277,7 @@ def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
 
 
 def _is_ahead(packet: bytes) -> bool:
-    return len(packet) == _HEADER.size and _HEADER.unpack(packet)[2] == _AHEAD
+    return len(packet) == _HEAD_BYTES and _HEADER.unpack(packet)[2] == _AHEAD
 
 
 def _map_ahead(packet: bytes, fds: list[int], limit_bytes: int) -> memoryview:
@@ -281,10 +295,10 @@ def _parse(
     takes_kept: bool,
     ahead: memoryview | None,
 ) -> Frame:
-    if len(packet) < _HEADER.size:
+    if len(packet) < _HEAD_BYTES:
         raise WireError("a packet that is shorter than a header")
     magic, kind, flags, zero, call, count, length = _HEADER.unpack_from(packet)
-    if magic != _MAGIC or zero or kind not in (CALL, RESULT, ERROR):
+    if magic != _MAGIC or zero or kind not in _KINDS:
         raise WireError("a header of no known kind")
     if count > max_parts:
         raise WireError(f"{count} parts where {max_parts} are allowed")
@@ -295,7 +309,7 @@ def _parse(
             length,
         )
     if ahead is not None:
-        if flags != _IN_KEPT or fds or len(packet) != _HEADER.size:
+        if flags != _IN_KEPT or fds or len(packet) != _HEAD_BYTES:
             raise WireError("another body than the one that was announced")
         if length != ahead.nbytes:
             raise WireError("a body that is not as long as announced")
@@ -303,15 +317,15 @@ def _parse(
     elif flags in (0, _WHOLE):
         if fds:
             raise WireError("a descriptor where none belongs")
-        if len(packet) - _HEADER.size != length:
+        if len(packet) - _HEAD_BYTES != length:
             raise WireError("a body that is not as long as announced")
-        body = memoryview(packet)[_HEADER.size :]
-        if flags:
+        body = memoryview(packet)[_HEAD_BYTES:]
+        if flags == _WHOLE:
             if count != 1:
                 raise WireError(f"one part that is {count}")
             return Frame(kind, call, [body], length)
     elif flags == _IN_MEMFD or (flags == _IN_KEPT and takes_kept):
-        if len(fds) != 1 or len(packet) != _HEADER.size:
+        if len(fds) != 1 or len(packet) != _HEAD_BYTES:
             raise WireError("not exactly one descriptor beside the header")
         body = _map(fds[0], length, kept=flags == _IN_KEPT)
     else:

@@ -65,6 +65,8 @@ MODE_PICKLE, MODE_DATA, MODE_RAW = 1, 2, 3
 ERROR_USER, ERROR_UNSUPPORTED, ERROR_RESULT, ERROR_QUOTA = 1, 2, 3, 4
 ENTRY = struct.Struct("<BBHI")
 ERROR_HEAD = struct.Struct("<Bi")
+# What a task answers that was called for its effects.
+_NONE = ENTRY.pack(MODE_PICKLE, 0, 0, 1) + pickle.dumps([None], protocol=5)
 #: Metadata of an argument that is text and nothing else.
 PLAIN_TEXT = b"RAYSANDBOX_TEXT"
 
@@ -73,7 +75,6 @@ _MAX_CALL_BYTES = 1 << 48
 _MAX_CALL_PARTS = 1 << 20
 _TEXT_BYTES = 256 << 10
 _ATOMS = frozenset((type(None), bool, int, float, str))
-_PICKLED_NONE = pickle.dumps([None], protocol=5)
 _ASYNCHRONOUS = (types.CoroutineType, types.AsyncGeneratorType)
 _INTERNAL = ("raysandbox/jail/runner.py", "ray/util/tracing/tracing_helper.py")
 
@@ -158,12 +159,21 @@ def _serve(sock: socket.socket, frame: wire.Frame, state: _State) -> None:
             _reply(sock, frame.call, values)
             return
         state.result = state.error = None
-        _prepare(meta, attempt, task_id)
+        context = ray_facade.context
+        context.clear()
+        context.update(meta["context"])
+        context["attempt"], context["task_id"] = attempt, task_id.hex()
+        if meta["env"] or meta["cwd"] or meta["first_path"] or "setup" in meta:
+            _prepare(meta)
         value = state.task() if is_again else _call(op, meta, frame, state)
         if type(value) not in _ATOMS:
             _check(value)
             if isinstance(value, (tuple, list)):
                 state.result = value
+        if value is None and meta["results"] == "pickle":
+            _flush()
+            wire.send_whole(sock, wire.RESULT, frame.call, _NONE)
+            return
         mode, parts = _encode(value, meta)
         _flush()
         entry = ENTRY.pack(mode, 0, 0, len(parts))
@@ -191,11 +201,7 @@ def _check(value: Any) -> None:
         raise _UnsupportedError("a generator")
 
 
-def _prepare(meta: dict[str, Any], attempt: int, task_id: bytes) -> None:
-    context = ray_facade.context
-    context.clear()
-    context.update(meta["context"])
-    context["attempt"], context["task_id"] = attempt, task_id.hex()
+def _prepare(meta: dict[str, Any]) -> None:
     first = meta["first_path"]
     if first and first != sys.path[: len(first)]:
         sys.path[:] = [*first, *(p for p in sys.path if p not in first)]
@@ -299,7 +305,7 @@ def _encode(value: Any, meta: dict[str, Any]) -> tuple[int, list[Any]]:
         mode, parts = MODE_RAW, [value]
     elif type(value) in _ATOMS:
         # What cloudpickle would make of it, without its set-up.
-        data = _PICKLED_NONE if value is None else pickle.dumps([value], protocol=5)
+        data = pickle.dumps([value], protocol=5)
         if len(data) > meta["max_result_bytes"]:
             raise _QuotaError(str(len(data)))
         return MODE_PICKLE, [data]
@@ -320,11 +326,14 @@ def _encode(value: Any, meta: dict[str, Any]) -> tuple[int, list[Any]]:
 
 
 def _flush() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except (OSError, ValueError):
-            continue  # closed by the task, or nobody reads it any more
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        pass  # closed by the task, or nobody reads it any more
+    try:
+        sys.stderr.flush()
+    except (OSError, ValueError):
+        pass  # the same
 
 
 def _reply(sock: socket.socket, call: int, values: list[tuple[int, list[Any]]]) -> None:

@@ -61,6 +61,7 @@ _SEQUENCE = struct.Struct("<I")
 _BODY = struct.Struct("<BxxxIIIIIddd4s24s16s48s120s96s")
 # number of the jail to end, who asks
 _REQUEST = struct.Struct("<I60s")
+_NUMBER = struct.Struct("<I")
 _REQUEST_AT = _RECORD_BYTES - _REQUEST.size
 assert _SEQUENCE.size + _BODY.size <= _REQUEST_AT  # noqa: S101
 
@@ -153,14 +154,20 @@ class Place:
         ]
         self._put()
 
-    def call(self, calls: int, denials: int, task: bytes, name: str) -> None:
-        """Say that the jail has its next call; the rest is as `write` had it."""
+    def call(self, calls: int, denials: int, task: bytes, name: str) -> bool:
+        """Say that the jail has its next call; the rest is as `write` had it.
+
+        Returns:
+            Whether somebody asked for its end: see `asked_to_end`.
+        """
         fields = self.fields
         fields[_STATE], fields[_CALLS], fields[_DENIALS] = _RUNNING, calls, denials
         fields[_SINCE], fields[_TASK] = time.time(), task
         if name != self._name:
             fields[_NAME], self._name = _text(name, 120), name
         self._put()
+        at = self._at + _REQUEST_AT
+        return bool(_NUMBER.unpack_from(self._board.memory, at)[0] == self.number)
 
     def idle(self, denials: int) -> None:
         """Say that the jail has answered and waits for its next call."""
@@ -185,8 +192,11 @@ class Place:
 
     def asked_to_end(self) -> str | None:
         """Return who asked for this jail's end, or None."""
-        number, who = _REQUEST.unpack_from(self._board.memory, self._at + _REQUEST_AT)
-        return _words(who) or "?" if number == self.number else None
+        memory, at = self._board.memory, self._at + _REQUEST_AT
+        if _NUMBER.unpack_from(memory, at)[0] != self.number:
+            return None
+        _, who = _REQUEST.unpack_from(memory, at)
+        return _words(who) or "?"
 
     def free(self) -> None:
         """Say that the jail is gone; the record serves another."""

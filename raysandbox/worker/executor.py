@@ -122,6 +122,7 @@ class JailExecutor(seams.Executor):
     def __init__(self, trusted: seams.TrustedPath, gate: Gate) -> None:
         self._trusted, self._pump, self._gate = trusted, Pump(self._look), gate
         self._worker: Any = seams.global_worker()
+        self._core: Any = self._worker.core_worker
         self._resources_root = os.path.realpath(seams.runtime_resources()) + "/"
         self._pools: dict[str, Pool] = {}
         self._buffers = Buffers()
@@ -194,8 +195,9 @@ class JailExecutor(seams.Executor):
         with self._lock:
             if not args and not kwargs and self._last is not None:
                 last, self._last = self._last, None
-                if self._is_the_same(last, info):
-                    return self._call_again(last)
+                result = self._call_again(last, info)
+                if result is not None:
+                    return result
             self._settle()
             self._bind()
             self._buffers.serve(self._job)
@@ -224,29 +226,32 @@ class JailExecutor(seams.Executor):
         env, refused = str(self._worker.runtime_env), len(self._trusted.refused)
         return _Last(info, name, env, refused, pool, jail, most_bytes)
 
-    def _is_the_same(self, last: _Last, info: seams.FunctionBytes) -> bool:
-        """Whether a task without arguments is what the last one was."""
-        worker, jail = self._worker, last.jail
-        return bool(
-            last.info is info
-            and jail.status is None
-            and worker.core_worker.resource_ids() == self._resources
-            and worker.current_task_name == last.name
-            and worker.runtime_env == last.runtime_env
-            and len(self._trusted.refused) == last.refused
-            and not self._quotas.is_in_use
-            and (jail.place is None or jail.place.asked_to_end() is None)
-        )
+    def _call_again(
+        self, last: _Last, info: seams.FunctionBytes
+    ) -> seams.SealedResult | None:
+        """Do what `task` does, for a task that is what the last one was.
 
-    def _call_again(self, last: _Last) -> seams.SealedResult:
-        """Do what `task` does, for a task that is what the last one was."""
-        worker, pool, jail, task = self._worker, last.pool, last.jail, last.name
-        self._pending = (pool, jail, True)
-        self._task_id = worker.current_task_id.binary()
-        attempt = worker.core_worker.get_current_task_attempt_number()
-        jail.served += 1
-        if jail.place is not None:
-            jail.place.call(jail.served, jail.denied_count, self._task_id, task)
+        None if it is not, or its jail was gone before: nothing was run.
+        """
+        core, pool, jail, task = self._core, last.pool, last.jail, last.name
+        if (
+            last.info is not info
+            or jail.status is not None
+            or core.resource_ids() != self._resources
+            or core.get_current_task_name() != task
+            or core.get_current_runtime_env() != last.runtime_env
+            or len(self._trusted.refused) != last.refused
+            or self._quotas.is_in_use
+        ):
+            return None
+        self._task_id = core.get_current_task_id().binary()
+        attempt = core.get_current_task_attempt_number()
+        served, place = jail.served + 1, jail.place
+        if place is not None and place.call(
+            served, jail.denied_count, self._task_id, task
+        ):
+            return None  # somebody asked for its end
+        jail.served, self._pending = served, (pool, jail, True)
         try:
             head = runner.CALL_HEAD.pack(Op.TASK, attempt, self._task_id)
             frame = pool.call_again(jail, task, head)
@@ -254,6 +259,8 @@ class JailExecutor(seams.Executor):
             # Cancelled, or the jail is gone: in both cases nobody answers.
             self._abandon(pool, jail, error)
             raise
+        if frame is None:
+            return None
         if frame.kind == wire.ERROR:
             self._raise(pool, jail, task, frame)
         self._last = last
@@ -303,7 +310,7 @@ class JailExecutor(seams.Executor):
         kwargs: dict[str, Any],
     ) -> None:
         profile = self._profile(name)
-        core = self._worker.core_worker
+        core = self._core
         self._begin_jail(profile)
         if core.current_actor_is_asyncio():
             if name == entrypoint.NAME:
@@ -494,7 +501,7 @@ class JailExecutor(seams.Executor):
 
     def _check_inside(self, served: profiles.Profile) -> None:
         """Serve no other profile's task, even if raylet should send one."""
-        resources = self._worker.core_worker.resource_ids()
+        resources = self._core.resource_ids()
         key = tuple(resources)
         if key in self._checked:
             return
@@ -526,7 +533,7 @@ class JailExecutor(seams.Executor):
 
     def _profile(self, task: str) -> profiles.Profile:
         # Of an actor's calls, too: they have what it was made with.
-        resources = self._worker.core_worker.resource_ids()
+        resources = self._core.resource_ids()
         if resources != self._resources:
             # Else the very same: who kept something for it sees that at once.
             self._resources = resources
@@ -967,7 +974,7 @@ class JailExecutor(seams.Executor):
         told = self._tell(pool, jail, info, layout, method, shown)
         if operation != Op.METHOD:
             parts.insert(0, b"" if info.number in jail.functions else info.code)
-        attempt = worker.core_worker.get_current_task_attempt_number()
+        attempt = self._core.get_current_task_attempt_number()
         self._task_id = worker.current_task_id.binary()
         head = runner.CALL_HEAD.pack(operation, attempt, self._task_id)
         jail.serves(task)

@@ -113,8 +113,9 @@ class Jail:
     status: int | None = None
     calls: int = 0
     timed_out: str = ""
-    # When its present call was sent.
+    # When its present call was sent, and when it was last looked at more closely.
     called: float = field(default_factory=time.monotonic)
+    checked: float = 0.0
     # Its record for whoever looks, and who asked for its end.
     place: state.Place | None = None
     ended_by: str = ""
@@ -203,6 +204,8 @@ class Pool:
         self._next_id = 0
         self._mapped = 1
         self._shares_files = False
+        # Of a reply.
+        self._most_bytes = profile.object_store.max_result_bytes + _REPLY_OVERHEAD_BYTES
 
     # -- the zygote ---------------------------------------------------------
 
@@ -589,50 +592,36 @@ class Pool:
             then()
         return self.wait(jail, task, number)
 
-    def call_again(self, jail: Jail, task: str, head: bytes) -> wire.Frame:
-        """Have a jail do what it did last; see :meth:`call`."""
+    def call_again(self, jail: Jail, task: str, head: bytes) -> wire.Frame | None:
+        """Have a jail do what it did last; see :meth:`call`.
+
+        Returns:
+            Its reply; None if it was gone before.
+        """
         jail.calls += 1
         number = jail.calls & 0xFFFFFFFF
         try:
             wire.send_whole(jail.call, wire.CALL, number, head)
-        except OSError as error:
-            raise self._post_mortem(jail, task, f"before the call: {error}") from None
+        except OSError:
+            self._dies(jail)
+            return None
         return self.wait(jail, task, number)
 
     def wait(self, jail: Jail, task: str, number: int) -> wire.Frame:
         """Wait for the reply to call ``number``; see :meth:`call`."""
-        limits, store = self.profile.limits, self.profile.object_store
-        now = jail.called = time.monotonic()
-        deadline = None if limits.wall_time_s is None else now + limits.wall_time_s
-        next_check = now + _CHECK_S
+        jail.called = jail.checked = time.monotonic()
         while True:
             try:
                 frame = wire.receive(
                     jail.call,
-                    limit_bytes=store.max_result_bytes + _REPLY_OVERHEAD_BYTES,
+                    limit_bytes=self._most_bytes,
                     max_parts=_MAX_REPLY_PARTS,
                 )
                 break
             except BlockingIOError:
-                pass  # nothing came for a while: see `_pair`
+                self._look_after(jail, task)  # nothing came for a while: see `_pair`
             except (wire.WireError, OSError, ValueError) as error:
                 raise self._protocol_error(jail, task, str(error)) from None
-            while self._poll.poll(0):
-                self._handle(*self._receive(0))
-            if jail.status is not None:
-                raise self._post_mortem(jail, task, "")
-            now = time.monotonic()
-            if deadline is not None and now >= deadline:
-                jail.timed_out = "limits.wall_time"
-                raise self._post_mortem(jail, task, "")
-            if jail.over_output:
-                raise self._post_mortem(jail, task, "")
-            if now >= next_check:
-                next_check = now + _CHECK_S
-                self._buffers.trim()
-                self._check_usage(jail, task)
-                if jail.is_asked_to_end():
-                    raise self._post_mortem(jail, task, "")
         if frame is None:
             if not self._dies(jail):
                 what = "the end of its replies, and it lives on"
@@ -641,11 +630,31 @@ class Pool:
         if frame.call != number or frame.kind == wire.CALL:
             raise self._protocol_error(jail, task, "a reply to another call")
         # What it printed last may still be in the pipes.
-        if jail.slot.output is not None:
-            jail.slot.output.drain_all()
+        output = jail.slot.output
+        if output is not None:
+            output.drain_all()
+            if output.over_limit:
+                raise self._post_mortem(jail, task, "")
+        return frame
+
+    def _look_after(self, jail: Jail, task: str) -> None:
+        """Raise if a jail that has not answered yet is over a limit, or gone."""
+        while self._poll.poll(0):
+            self._handle(*self._receive(0))
+        if jail.status is not None:
+            raise self._post_mortem(jail, task, "")
+        limit_s, now = self.profile.limits.wall_time_s, time.monotonic()
+        if limit_s is not None and now >= jail.called + limit_s:
+            jail.timed_out = "limits.wall_time"
+            raise self._post_mortem(jail, task, "")
         if jail.over_output:
             raise self._post_mortem(jail, task, "")
-        return frame
+        if now >= jail.checked + _CHECK_S:
+            jail.checked = now
+            self._buffers.trim()
+            self._check_usage(jail, task)
+            if jail.is_asked_to_end():
+                raise self._post_mortem(jail, task, "")
 
     def _dies(self, jail: Jail) -> bool:
         """Whether a jail that closed its socket has ended, or is about to."""

@@ -423,6 +423,9 @@ class Quotas:
         which_stored: Which objects the node's store has, of those asked for by id.
         live_jobs: Which jobs run, as hex; asked when a new job's file is made, to
             remove those of jobs that have ended.
+
+    Attributes:
+        is_in_use: Something was counted since the last `hold`.
     """
 
     def __init__(
@@ -437,21 +440,19 @@ class Quotas:
         self._file: JobFile | None = None
         self._holds = False
         self._counted: list[bytes] = []
-
-    @property
-    def is_in_use(self) -> bool:
-        """Whether anything is held or counted for the task of the last `hold`."""
-        return self._holds or bool(self._counted)
+        self.is_in_use = False
 
     def hold(self, job: str, limits: Limits, sizes: Sequence[int]) -> Refusal | None:
         """Count a task's arguments, until `let_go`."""
         self._counted = []  # of a task that is over
+        self.is_in_use = False
         if not sizes or (
             limits.argument_bytes is None and limits.argument_objects is None
         ):
             return None
         refusal = self._of(job).hold(limits, sum(sizes), len(sizes))
         self._holds = self._holds or refusal is None
+        self.is_in_use = self._holds
         return refusal
 
     def let_go(self) -> None:
@@ -481,6 +482,7 @@ class Quotas:
         refusal = self._of(job).store(limits, objects, self._which_stored)
         if refusal is None:
             self._counted = [object_id for object_id, _ in objects]
+            self.is_in_use = True
         return refusal
 
     def _of(self, job: str) -> JobFile:

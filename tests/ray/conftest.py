@@ -26,6 +26,19 @@ PROFILES = {
         [limits]
         wall_time = "1s"
         """,
+    "brisk": """
+        extends = "fast"
+        why = "as fast, with less room"
+        [limits]
+        wall_time = "2s"
+        output = "64KiB"
+        [object_store]
+        max_result = "32KiB"
+        """,
+    "spare": """
+        extends = "fast"
+        why = "as fast"
+        """,
     "thrifty": """
         extends = "standard"
         [limits]

@@ -116,6 +116,19 @@ def descriptors_beside_an_inline_body() -> None:
     _send(_header(count=0, length=0), (os.open("/dev/null", os.O_RDONLY),))
 
 
+def a_whole_part_of_nothing() -> None:
+    _send(_header(flags=8, length=0))
+
+
+def a_whole_part_of_two_values() -> None:
+    _send(_header(flags=8, length=16) + struct.pack("<BBHIQ", 1, 0, 0, 2, 0))
+
+
+def a_whole_part_with_a_descriptor() -> None:
+    packet = _header(flags=8, length=16) + struct.pack("<BBHIQ", 1, 0, 0, 1, 0)
+    _send(packet, (os.open("/dev/null", os.O_RDONLY),))
+
+
 def closes_its_socket() -> None:
     for name in os.listdir("/proc/self/fd"):
         if int(name) > 2:
@@ -140,6 +153,9 @@ BROKEN = [
     a_file_instead_of_memory,
     many_descriptors,
     descriptors_beside_an_inline_body,
+    a_whole_part_of_nothing,
+    a_whole_part_of_two_values,
+    a_whole_part_with_a_descriptor,
     closes_its_socket,
 ]
 
@@ -157,6 +173,31 @@ def _ends(function: Callable[[], None]) -> BaseException:
         ray.get(task.remote(), timeout=60)
     assert time.monotonic() - started < 50
     return caught.value
+
+
+def test_what_a_jail_forges_for_its_next_call_is_checked() -> None:
+    """An answer that is none ends the jail, on the shorter way too."""
+
+    def forges(answer: bytes) -> None:
+        for call in range(3, 9):
+            _send(_header(flags=8, call=call, length=len(answer)) + answer)
+
+    def three() -> int:
+        return 3
+
+    options: dict[str, Any] = {"max_retries": 0, "num_cpus": 2}
+    fast, other = raysandbox.tag("fast"), raysandbox.tag("brisk")
+    for forged in (b"", b"x" * 8, struct.pack("<BBHI", 3, 0, 0, 1) + b"x",
+                   struct.pack("<BBHI", 1, 0, 0, 1) + bytes(70_000)):  # fmt: skip
+        plain = ray.remote(resources=fast, **options)(three)
+        assert ray.get([plain.remote() for _ in range(4)]) == [3] * 4
+        with pytest.raises(raysandbox.TaskError):
+            ray.get([
+                ray.remote(resources=fast, **options)(forges).remote(forged),
+                *[plain.remote() for _ in range(6)],
+            ])  # fmt: skip
+        assert ray.get(ray.remote(resources=other, **options)(three).remote()) == 3
+        assert ray.get([plain.remote() for _ in range(4)]) == [3] * 4
 
 
 @pytest.mark.parametrize("function", BROKEN, ids=[each.__name__ for each in BROKEN])
@@ -197,13 +238,16 @@ def test_a_second_reply_reaches_nobody() -> None:
 
         from raysandbox import wire
 
-        replied, original = threading.Event(), wire.send
+        replied, originals = threading.Event(), (wire.send, wire.send_whole)
 
-        def send(*arguments: Any, **options: Any) -> int:
-            wire.send = original
-            sent = original(*arguments, **options)
-            replied.set()
-            return sent
+        def patched(original: Callable[..., Any]) -> Callable[..., Any]:
+            def send(*arguments: Any, **options: Any) -> Any:
+                wire.send, wire.send_whole = originals
+                sent = original(*arguments, **options)
+                replied.set()
+                return sent
+
+            return send
 
         def later() -> None:
             replied.wait()
@@ -211,11 +255,11 @@ def test_a_second_reply_reaches_nobody() -> None:
             for sock in _reply_sockets():
                 for call in range(1, 9):
                     try:
-                        wire.send(sock, wire.RESULT, call, [b"second"])
+                        wire.send_whole(sock, wire.RESULT, call, b"second")
                     except OSError:
                         return
 
-        wire.send = send
+        wire.send, wire.send_whole = map(patched, originals)
         threading.Thread(target=later).start()
         return 1
 

@@ -102,10 +102,12 @@ def reference(packet: bytes) -> Reference | None:
         return None
     magic, kind, flags, zero, call, count, length = HEADER.unpack_from(packet)
     body = packet[HEADER.size :]
-    if (magic, flags, zero) != (b"RSB1", 0, 0) or kind not in (1, 2, 3):
+    if (magic, zero) != (b"RSB1", 0) or kind not in (1, 2, 3) or flags not in (0, 8):
         return None
     if count > MOST_PARTS or len(body) != length or length > wire.INLINE_BYTES:
         return None
+    if flags == 8:
+        return Reference(kind, call, [body]) if count == 1 else None
     if 8 * count > length:
         return None
     parts, end = [], 8 * count
@@ -136,7 +138,36 @@ def test_frames_arrive_as_they_were_sent(parts, pair) -> None:
     assert all(part.readonly for part in frame.parts)
 
 
-@settings(max_examples=150, deadline=None)
+@pytest.mark.parametrize("part", [b"", b"x", bytes(wire.INLINE_BYTES)], ids=len)
+def test_a_whole_part_arrives_as_it_was_sent(part, pair) -> None:
+    """Without a table, and with nothing beside it."""
+    jail, worker = pair
+    wire.send_whole(jail, wire.RESULT, 9, part)
+    frame = receive(worker)
+    assert (frame.kind, frame.call, frame.size) == (wire.RESULT, 9, len(part))
+    assert [bytes(each) for each in frame.parts] == [part]
+    assert frame.parts[0].readonly
+
+
+def test_a_whole_part_is_under_the_limit_too(pair) -> None:
+    """The body's limit is that of every frame."""
+    jail, worker = pair
+    wire.send_whole(jail, wire.RESULT, 9, bytes(101))
+    with pytest.raises(wire.WireError, match="101 bytes where 100 are allowed"):
+        receive(worker, 100)
+
+
+def test_a_whole_part_has_no_descriptor(pair) -> None:
+    """It is refused with one, and the descriptor is closed."""
+    jail, worker = pair
+    fd = memfd(b"x" * 8)
+    raw(jail, head(flags=8) + bytes(8), [fd])
+    os.close(fd)
+    with pytest.raises(wire.WireError, match="a descriptor where none belongs"):
+        receive(worker)
+
+
+@settings(max_examples=300, deadline=None)
 @given(parts=PARTS, data=st.data())
 def test_a_mutated_frame_is_an_error_or_means_what_it_says(parts, data) -> None:
     """No mutation of a valid packet is read otherwise than by the description.
@@ -145,7 +176,10 @@ def test_a_mutated_frame_is_an_error_or_means_what_it_says(parts, data) -> None:
     """
     jail, worker = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with jail, worker:
-        wire.send(jail, wire.RESULT, 9, parts)
+        if len(parts) == 1:
+            wire.send_whole(jail, wire.RESULT, 9, parts[0])
+        else:
+            wire.send(jail, wire.RESULT, 9, parts)
         packet = bytearray(worker.recv(1 << 20))
         for _ in range(data.draw(st.integers(1, 3))):
             at = data.draw(st.integers(0, len(packet)))
@@ -189,6 +223,10 @@ def test_any_bytes_are_an_error(packet) -> None:
         (head(zero=1) + bytes(8), "of no known kind"),
         (head(flags=2) + bytes(8), "unknown flags"),
         (head(flags=1), "not exactly one descriptor"),
+        (head(flags=8, count=0) + bytes(8), "one part that is 0"),
+        (head(flags=8, count=2) + bytes(8), "one part that is 2"),
+        (head(flags=8, length=9) + bytes(8), "not as long as announced"),
+        (head(flags=9) + bytes(8), "unknown flags"),
         (head(count=MOST_PARTS + 1) + bytes(8), "65 parts where 64 are allowed"),
         (head(count=0xFFFFFFFF) + bytes(8), "parts where 64 are allowed"),
         (head(length=LIMIT + 1) + bytes(8), "where 1048576 are allowed"),
