@@ -17,7 +17,7 @@ which had no arguments.
 
 Replies: RESULT, whose first part has 8 bytes for each value (mode, zeros, u32
 number of parts), or ERROR, whose first part is the error's kind. A RESULT of one
-part has the 8 bytes and the one part of its one value.
+part has the 8 bytes and the one part of its one value; that of None is empty.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ __all__ = [
     "ERROR_UNSUPPORTED",
     "ERROR_USER",
     "MODE_DATA",
+    "MODE_NONE",
     "MODE_PICKLE",
     "MODE_RAW",
     "Op",
@@ -61,12 +62,12 @@ class Op:
 
 #: An `Op`, the task's attempt, its id; the last two are zeros where they don't matter.
 CALL_HEAD = struct.Struct("<BxxxI24s")
-MODE_PICKLE, MODE_DATA, MODE_RAW = 1, 2, 3
+MODE_PICKLE, MODE_DATA, MODE_RAW, MODE_NONE = 1, 2, 3, 4
 ERROR_USER, ERROR_UNSUPPORTED, ERROR_RESULT, ERROR_QUOTA = 1, 2, 3, 4
 ENTRY = struct.Struct("<BBHI")
 ERROR_HEAD = struct.Struct("<Bi")
 # What a task answers that was called for its effects.
-_NONE = ENTRY.pack(MODE_PICKLE, 0, 0, 1) + pickle.dumps([None], protocol=5)
+_NONE = ENTRY.pack(MODE_NONE, 0, 0, 1)
 #: Metadata of an argument that is text and nothing else.
 PLAIN_TEXT = b"RAYSANDBOX_TEXT"
 

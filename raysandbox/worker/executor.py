@@ -56,6 +56,7 @@ _MOST_POOLS = 2
 _ERROR_PARTS = 6
 # How an answer of one part begins that is the pickle of one value.
 _ONE_PICKLE = runner.ENTRY.pack(runner.MODE_PICKLE, 0, 0, 1)
+_NONE = runner.ENTRY.pack(runner.MODE_NONE, 0, 0, 1)
 _HEAD_BYTES = runner.ENTRY.size
 _SPLIT = runner.CALL_HEAD.pack(Op.SPLIT, 0, bytes(24))
 _RETRY = runner.CALL_HEAD.pack(Op.RETRY, 0, bytes(24))
@@ -265,14 +266,17 @@ class JailExecutor(seams.Executor):
             self._raise(pool, jail, task, frame)
         self._last = last
         parts = frame.parts
-        if len(parts) == 1 and _HEAD_BYTES < len(parts[0]) <= last.most_bytes:
+        if len(parts) == 1 and len(parts[0]) <= last.most_bytes:
             part = bytes(parts[0])
-            if part.startswith(_ONE_PICKLE):
+            value: Callable[[Any, Callable[..., Any]], Any] | None = None
+            if part == _NONE:
+                value = _as_none
+            elif part.startswith(_ONE_PICKLE):
+                value = functools.partial(_as_pickle, part[_HEAD_BYTES:])
+            if value is not None:
                 jail.outcome = jail.outcome or "ok"
-                return seams.SealedResult(
-                    functools.partial(_as_pickle, part[_HEAD_BYTES:]),
-                    functools.partial(self._split, pool, jail, task),
-                )
+                split = functools.partial(self._split, pool, jail, task)
+                return seams.SealedResult(value, split)
         return self._result(pool, jail, task, frame)
 
     def actor(
@@ -1247,6 +1251,10 @@ def _values(
     return made, sizes
 
 
+def _as_none(_context: Any, _serialize: Callable[..., Any]) -> Any:
+    return seams.serialize_none()
+
+
 def _as_pickle(inband: bytes, _context: Any, _serialize: Callable[..., Any]) -> Any:
     return seams.serialize_python(inband, ())
 
@@ -1262,6 +1270,8 @@ def _value(
         )
         value = datacodec.decode(parts, limits)
         return lambda context, serialize: serialize(context, value)
+    if mode == runner.MODE_NONE and len(parts) == 1 and not parts[0].nbytes:
+        return _as_none
     if mode == runner.MODE_RAW and len(parts) == 1:
         return lambda _context, _serialize: seams.serialize_raw(bytes(parts[0]))
     if mode == runner.MODE_PICKLE:

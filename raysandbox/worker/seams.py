@@ -559,8 +559,15 @@ def serialize_raw(data: bytes) -> Any:
     return _raylet.RawSerializedObject(data)
 
 
-# msgpack for "the first of the pickled objects".
+def serialize_none() -> Any:
+    """Frame None, as Ray does."""
+    kind = ray_constants.OBJECT_METADATA_TYPE_CROSS_LANGUAGE
+    return _raylet.MessagePackSerializedObject(kind, _NONE, [], None)
+
+
+# msgpack for "the first of the pickled objects", and for None.
 _FIRST_OBJECT = _raylet.MessagePackSerializer.dumps(object(), lambda _: 0)
+_NONE = _raylet.MessagePackSerializer.dumps(None, lambda _: 0)
 
 
 def _seal_pickle(executor: Executor) -> None:

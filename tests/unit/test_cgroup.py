@@ -395,7 +395,7 @@ def test_groups_are_made_while_others_remove_the_base(groups: Cgroups) -> None:
     done = threading.Event()
 
     def close() -> None:
-        while not done.is_set():
+        while not done.wait(0.0002):
             groups.close()
 
     others = [threading.Thread(target=close) for _ in range(2)]
