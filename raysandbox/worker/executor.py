@@ -247,10 +247,9 @@ class JailExecutor(seams.Executor):
             return None
         self._task_id = core.get_current_task_id().binary()
         attempt = core.get_current_task_attempt_number()
-        served, place = jail.served + 1, jail.place
-        if place is not None and place.call(
-            served, jail.denied_count, self._task_id, task
-        ):
+        served, place, notify = jail.served + 1, jail.place, jail.notify
+        denied = notify.count if notify is not None else 0
+        if place is not None and place.call(served, denied, self._task_id, task):
             return None  # somebody asked for its end
         jail.served, self._pending = served, (pool, jail, True)
         try:
@@ -354,6 +353,9 @@ class JailExecutor(seams.Executor):
 
     def serialized(self) -> None:
         """Ray has the answer: a jail for one task ends here."""
+        pending = self._pending
+        if pending is not None and pending[2] and not self._quotas.is_in_use:
+            return  # the jail lives on, and there is nothing else to let go of
         with self._lock:
             self._settle()
 
