@@ -59,6 +59,8 @@ _SEQUENCE = struct.Struct("<I")
 # state, number, calls, denials, oom kills, refused forks, started, since, cpu time,
 # job, task, actor, profile, name, group
 _BODY = struct.Struct("<BxxxIIIIIddd4s24s16s48s120s96s")
+# The start of it: all that a call of the same name changes.
+_CALL = struct.Struct("<BxxxIIIIIddd4s24s")
 # number of the jail to end, who asks
 _REQUEST = struct.Struct("<I60s")
 _NUMBER = struct.Struct("<I")
@@ -66,7 +68,7 @@ _REQUEST_AT = _RECORD_BYTES - _REQUEST.size
 assert _SEQUENCE.size + _BODY.size <= _REQUEST_AT  # noqa: S101
 
 # Places in it of what changes from call to call.
-_STATE, _CALLS, _DENIALS, _SINCE, _TASK, _NAME = 0, 2, 3, 7, 10, 13
+_STATE, _CALLS, _DENIALS, _SINCE, _TASK, _ACTOR, _NAME = 0, 2, 3, 7, 10, 11, 13
 _FREE, _RUNNING, _IDLE = range(3)
 _STATES = {_RUNNING: "running", _IDLE: "idle"}
 # struct flock: l_type, l_whence, l_start, l_len, l_pid.
@@ -163,11 +165,18 @@ class Place:
         fields = self.fields
         fields[_STATE], fields[_CALLS], fields[_DENIALS] = _RUNNING, calls, denials
         fields[_SINCE], fields[_TASK] = time.time(), task
+        memory, at = self._board.memory, self._at
         if name != self._name:
             fields[_NAME], self._name = _text(name, 120), name
-        self._put()
-        at = self._at + _REQUEST_AT
-        return bool(_NUMBER.unpack_from(self._board.memory, at)[0] == self.number)
+            self._put()
+        else:
+            sequence = self._sequence
+            _SEQUENCE.pack_into(memory, at, sequence | 1)
+            _CALL.pack_into(memory, at + _SEQUENCE.size, *fields[:_ACTOR])
+            self._sequence = sequence = (sequence + 2) & 0xFFFFFFFF
+            _SEQUENCE.pack_into(memory, at, sequence)
+        (asked,) = _NUMBER.unpack_from(memory, at + _REQUEST_AT)
+        return bool(asked == self.number)
 
     def idle(self, denials: int) -> None:
         """Say that the jail has answered and waits for its next call."""

@@ -101,6 +101,7 @@ class _Last(NamedTuple):
         pool: Of its jail.
         jail: Which also has what it was told.
         most_bytes: Of a result that is under every limit; 0 where results are data.
+        split: Has the jail take its answer apart.
     """
 
     info: seams.FunctionBytes
@@ -110,6 +111,7 @@ class _Last(NamedTuple):
     pool: Pool
     jail: Jail
     most_bytes: int
+    split: Callable[[], list[Any]]
 
 
 class JailExecutor(seams.Executor):
@@ -149,7 +151,7 @@ class JailExecutor(seams.Executor):
         self._actor_end = ""
         # A worker serves jails or one profile of its own, for life.
         self._serves_jails = False
-        self._inside: profiles.Profile | None = None
+        self.profile_inside: profiles.Profile | None = None
         # Names of resources that were looked at: their tag is the right one.
         self._checked: set[tuple[str, ...]] = set()
         # Leaves after its task: nothing but luck keeps others from coming.
@@ -225,7 +227,8 @@ class JailExecutor(seams.Executor):
         if pool.profile.results.mode == "data" or limits.put_objects == 0:
             most_bytes = 0
         env, refused = str(self._worker.runtime_env), len(self._trusted.refused)
-        return _Last(info, name, env, refused, pool, jail, most_bytes)
+        split = functools.partial(self._split, pool, jail, name)
+        return _Last(info, name, env, refused, pool, jail, most_bytes, split)
 
     def _call_again(
         self, last: _Last, info: seams.FunctionBytes
@@ -267,15 +270,14 @@ class JailExecutor(seams.Executor):
         parts = frame.parts
         if len(parts) == 1 and len(parts[0]) <= last.most_bytes:
             part = bytes(parts[0])
-            value: Callable[[Any, Callable[..., Any]], Any] | None = None
+            value = None
             if part == _NONE:
-                value = _as_none
+                value = seams.serialize_none()
             elif part.startswith(_ONE_PICKLE):
-                value = functools.partial(_as_pickle, part[_HEAD_BYTES:])
+                value = seams.serialize_python(part[_HEAD_BYTES:], ())
             if value is not None:
                 jail.outcome = jail.outcome or "ok"
-                split = functools.partial(self._split, pool, jail, task)
-                return seams.SealedResult(value, split)
+                return seams.SealedResult(value, last.split)
         return self._result(pool, jail, task, frame)
 
     def actor(
@@ -422,7 +424,7 @@ class JailExecutor(seams.Executor):
                 log=output,
             ),
         )
-        self._inside = profile
+        self.profile_inside = profile
         self._show_inside(profile, entered.group)
         marker = client.marker_of(self._worker.runtime_env)
         self._leaves = marker != profile.name and self._worker.actor_id.is_nil()
@@ -490,7 +492,7 @@ class JailExecutor(seams.Executor):
 
     def guarded(self, info: Any) -> Any:
         """See :class:`seams.Executor`."""
-        served, original = self._inside, info.function
+        served, original = self.profile_inside, info.function
         if served is None or not self._worker.actor_id.is_nil():
             return info
 
@@ -503,7 +505,7 @@ class JailExecutor(seams.Executor):
 
     def why_full(self) -> str:
         """See :class:`seams.Executor`."""
-        return self._full.explain(self._inside, self._gate.policy)
+        return self._full.explain(self.profile_inside, self._gate.policy)
 
     def _check_inside(self, served: profiles.Profile) -> None:
         """Serve no other profile's task, even if raylet should send one."""
@@ -1253,14 +1255,6 @@ def _values(
     return made, sizes
 
 
-def _as_none(_context: Any, _serialize: Callable[..., Any]) -> Any:
-    return seams.serialize_none()
-
-
-def _as_pickle(inband: bytes, _context: Any, _serialize: Callable[..., Any]) -> Any:
-    return seams.serialize_python(inband, ())
-
-
 def _value(
     mode: int, parts: list[memoryview], profile: profiles.Profile
 ) -> Callable[[Any, Callable[..., Any]], Any]:
@@ -1273,7 +1267,7 @@ def _value(
         value = datacodec.decode(parts, limits)
         return lambda context, serialize: serialize(context, value)
     if mode == runner.MODE_NONE and len(parts) == 1 and not parts[0].nbytes:
-        return _as_none
+        return lambda _context, _serialize: seams.serialize_none()
     if mode == runner.MODE_RAW and len(parts) == 1:
         return lambda _context, _serialize: seams.serialize_raw(bytes(parts[0]))
     if mode == runner.MODE_PICKLE:

@@ -96,7 +96,13 @@ class SealedResult:
 
 
 class Executor:
-    """What the seams call; implemented by ``hook``."""
+    """What the seams call; implemented by ``hook``.
+
+    Attributes:
+        profile_inside: What runs in this very process runs behind it, if anything.
+    """
+
+    profile_inside: Any = None
 
     def task(
         self, info: FunctionBytes, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -302,8 +308,9 @@ def _guard_functions(executor: Executor) -> None:
     manager = function_manager.FunctionActorManager
     original = manager.get_execution_info
 
-    def get_execution_info(self: Any, *args: Any, **options: Any) -> Any:
-        return executor.guarded(original(self, *args, **options))
+    def get_execution_info(self: Any, job_id: Any, descriptor: Any) -> Any:
+        info = original(self, job_id, descriptor)
+        return info if executor.profile_inside is None else executor.guarded(info)
 
     manager.get_execution_info = get_execution_info
 
