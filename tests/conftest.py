@@ -32,7 +32,7 @@ _TOKEN = f"RSX_TEST_SESSION={os.getpid()}-{time.monotonic_ns()}"
 # What is ours by its name, whatever its environment.
 _OURS = re.compile(
     r"raysandbox|(^|/)(raylet|gcs_server|envoy|tcpdump|dockerd|containerd)( |$)|"
-    r"^ray::|default_worker\.py|qemu-system"
+    r"^ray::|default_worker\.py|qemu-system|import json, sys, types"
 )
 _MOUNT = re.compile(r"raysandbox|/rsx-|/rsb-|/netns/")
 
