@@ -37,6 +37,7 @@ profiles = ["standard", "trusted"]
 
 [runtime_env]
 pip = "allow"
+uv = "allow"
 why = "The operator's own users."
 
 [worker]
@@ -291,9 +292,23 @@ def test_a_jobs_share_of_the_store_is_seen(node, full):
     assert "60M" in line
 
 
-def test_packages_that_the_policy_allows_reach_the_jails(node, tmp_path):
-    """What pip installed is there in the jail, and in no job without it."""
-    made = wheel.build(tmp_path)
+OFFLINE = ["--no-index", "--no-deps"]
+
+
+@pytest.mark.parametrize(
+    ("installer", "options"),
+    [
+        ("pip", {"pip_install_options": OFFLINE}),
+        # Where it is installed; without it Ray would ask an index for it.
+        ("uv", {"uv_pip_install_options": [*OFFLINE, "--no-cache"]}),
+    ],
+)
+def test_packages_that_the_policy_allows_reach_the_jails(
+    node, tmp_path, installer, options
+):
+    """What was installed is there in the jail, and in no job without it."""
+    pytest.importorskip(installer)
+    asked = {installer: {"packages": [str(wheel.build(tmp_path))], **options}}
     out = node.drive(
         f"""
         import json
@@ -307,12 +322,11 @@ def test_packages_that_the_policy_allows_reach_the_jails(node, tmp_path):
             return rsx_extra.NAME, os.getpid()
 
         task = ray.remote(resources=tag("strict"))(look)
-        pip = {{"packages": [{str(made)!r}],
-               "pip_install_options": ["--no-index", "--no-deps"]}}
-        there = task.options(runtime_env={{"pip": pip}})
+        there = task.options(runtime_env={asked!r})
         found = [ray.get(each.remote(), timeout=90) for each in (there, task)]
+        image = {{"image_uri": "docker.example/x"}}
         try:
-            ray.get(task.options(runtime_env={{"uv": ["x"]}}).remote(), timeout=60)
+            ray.get(task.options(runtime_env=image).remote(), timeout=60)
         except Exception as error:
             found.append(str(error))
         print(json.dumps(found))
@@ -321,7 +335,7 @@ def test_packages_that_the_policy_allows_reach_the_jails(node, tmp_path):
     there, without, refused = json.loads(out.splitlines()[-1])
     assert there == ["installed by pip", 1]
     assert without is None
-    assert 'runtime_env.uv = "allow" would allow it' in refused
+    assert "no value of runtime_env.image_uri allows it" in refused
 
 
 KEEPS = """
