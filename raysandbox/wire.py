@@ -240,19 +240,6 @@ def receive(
             fds = _descriptors(ancillary)
         elif not packet and not is_cut:
             return None
-        elif len(packet) > _HEAD_BYTES and ahead is None and not is_cut:
-            # Before all else, because most frames are such.
-            magic, kind, what, zero, call, count, size = _HEADER.unpack_from(packet)
-            if (
-                what == _WHOLE
-                and magic == _MAGIC
-                and kind in _KINDS
-                and not zero
-                and count == 1
-                and len(packet) - _HEAD_BYTES == size <= limit_bytes
-            ):
-                return Frame(kind, call, [memoryview(packet)[_HEAD_BYTES:]], size)
-            fds = []
         else:
             fds = []
         try:

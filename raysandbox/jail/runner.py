@@ -48,6 +48,7 @@ __all__ = [
     "MODE_NONE",
     "MODE_PICKLE",
     "MODE_RAW",
+    "NONE",
     "Op",
     "rehearse",
     "run",
@@ -66,8 +67,8 @@ MODE_PICKLE, MODE_DATA, MODE_RAW, MODE_NONE = 1, 2, 3, 4
 ERROR_USER, ERROR_UNSUPPORTED, ERROR_RESULT, ERROR_QUOTA = 1, 2, 3, 4
 ENTRY = struct.Struct("<BBHI")
 ERROR_HEAD = struct.Struct("<Bi")
-# What a task answers that was called for its effects.
-_NONE = ENTRY.pack(MODE_NONE, 0, 0, 1)
+#: What a task answers that was called for its effects.
+NONE = ENTRY.pack(MODE_NONE, 0, 0, 1)
 #: Metadata of an argument that is text and nothing else.
 PLAIN_TEXT = b"RAYSANDBOX_TEXT"
 
@@ -173,7 +174,7 @@ def _serve(sock: socket.socket, frame: wire.Frame, state: _State) -> None:
                 state.result = value
         if value is None and meta["results"] == "pickle":
             _flush()
-            wire.send_whole(sock, wire.RESULT, frame.call, _NONE)
+            wire.send_whole(sock, wire.RESULT, frame.call, NONE)
             return
         mode, parts = _encode(value, meta)
         _flush()
@@ -245,8 +246,8 @@ def _call(op: int, meta: dict[str, Any], frame: wire.Frame, state: _State) -> An
         function, *rest = args
         args = [state.actor, *rest]
         target = function
-    if op == Op.TASK:
-        state.task = target
+    # Only what had no arguments can be asked for again.
+    state.task = target if op == Op.TASK and not layout else None
     value = target(*args, **kwargs)
     if op == Op.NEW:
         _check(value)

@@ -166,15 +166,11 @@ class Place:
         fields[_STATE], fields[_CALLS], fields[_DENIALS] = _RUNNING, calls, denials
         fields[_SINCE], fields[_TASK] = time.time(), task
         memory, at = self._board.memory, self._at
-        if name != self._name:
+        if name == self._name:
+            self._put(_CALL, _ACTOR)
+        else:
             fields[_NAME], self._name = _text(name, 120), name
             self._put()
-        else:
-            sequence = self._sequence
-            _SEQUENCE.pack_into(memory, at, sequence | 1)
-            _CALL.pack_into(memory, at + _SEQUENCE.size, *fields[:_ACTOR])
-            self._sequence = sequence = (sequence + 2) & 0xFFFFFFFF
-            _SEQUENCE.pack_into(memory, at, sequence)
         (asked,) = _NUMBER.unpack_from(memory, at + _REQUEST_AT)
         return bool(asked == self.number)
 
@@ -192,10 +188,10 @@ class Place:
             self.fields[_DENIALS] = denials
             self._put()
 
-    def _put(self) -> None:
+    def _put(self, body: struct.Struct = _BODY, fields: int | None = None) -> None:
         memory, at, sequence = self._board.memory, self._at, self._sequence
         _SEQUENCE.pack_into(memory, at, sequence | 1)
-        _BODY.pack_into(memory, at + _SEQUENCE.size, *self.fields)
+        body.pack_into(memory, at + _SEQUENCE.size, *self.fields[:fields])
         self._sequence = sequence = (sequence + 2) & 0xFFFFFFFF
         _SEQUENCE.pack_into(memory, at, sequence)
 

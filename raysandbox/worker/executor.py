@@ -56,7 +56,6 @@ _MOST_POOLS = 2
 _ERROR_PARTS = 6
 # How an answer of one part begins that is the pickle of one value.
 _ONE_PICKLE = runner.ENTRY.pack(runner.MODE_PICKLE, 0, 0, 1)
-_NONE = runner.ENTRY.pack(runner.MODE_NONE, 0, 0, 1)
 _HEAD_BYTES = runner.ENTRY.size
 _SPLIT = runner.CALL_HEAD.pack(Op.SPLIT, 0, bytes(24))
 _RETRY = runner.CALL_HEAD.pack(Op.RETRY, 0, bytes(24))
@@ -196,8 +195,9 @@ class JailExecutor(seams.Executor):
     ) -> Any:
         """Run a function in a jail of its profile; see :class:`seams.Executor`."""
         with self._lock:
-            if not args and not kwargs and self._last is not None:
-                last, self._last = self._last, None
+            # Whatever comes now, it is no more what its jail did last.
+            last, self._last = self._last, None
+            if last is not None and not args and not kwargs:
                 result = self._call_again(last, info)
                 if result is not None:
                     return result
@@ -263,6 +263,7 @@ class JailExecutor(seams.Executor):
             self._abandon(pool, jail, error)
             raise
         if frame is None:
+            jail.served -= 1
             return None
         if frame.kind == wire.ERROR:
             self._raise(pool, jail, task, frame)
@@ -271,7 +272,7 @@ class JailExecutor(seams.Executor):
         if len(parts) == 1 and len(parts[0]) <= last.most_bytes:
             part = bytes(parts[0])
             value = None
-            if part == _NONE:
+            if part == runner.NONE:
                 value = seams.serialize_none()
             elif part.startswith(_ONE_PICKLE):
                 value = seams.serialize_python(part[_HEAD_BYTES:], ())

@@ -37,7 +37,10 @@ PROFILES = {
         """,
     "spare": """
         extends = "fast"
-        why = "as fast"
+        why = "as fast, and what running tasks hold is not counted"
+        [object_store]
+        max_job_arguments = "unlimited"
+        max_job_argument_objects = "unlimited"
         """,
     "thrifty": """
         extends = "standard"

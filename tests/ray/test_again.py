@@ -95,6 +95,30 @@ def test_another_function_or_profile_in_between_gets_its_own() -> None:
     assert seen[3][1] == 0
 
 
+@pytest.mark.parametrize("profile", ["fast", "spare"])
+def test_a_call_with_arguments_in_between_is_not_what_comes_again(profile: str) -> None:
+    """Not its function, nor its name: the last task is the very last one.
+
+    Guards against a worker that remembers another task than its jail does.
+    """
+
+    def plain() -> tuple[str, str]:
+        return "plain", ray.get_runtime_context().get_task_name()
+
+    def other(word: str = "none") -> tuple[str, str]:
+        return f"other {word}", ray.get_runtime_context().get_task_name()
+
+    tag = raysandbox.tag(profile)
+    first, second = (ray.remote(resources=tag, **ALONE)(f) for f in (plain, other))
+    for _ in range(ROUNDS):
+        assert ray.get(first.remote()) == ("plain", "plain")
+    for arguments in (("given",), ()):
+        word = arguments[0] if arguments else "none"
+        assert ray.get(second.remote(*arguments)) == (f"other {word}", "other")
+        assert ray.get(first.remote()) == ("plain", "plain")
+        assert ray.get(first.remote()) == ("plain", "plain")
+
+
 VALUES = [
     None, 1, -(2**80), 1.5, True, "text ü", "", b"raw", b"", [1, [2]], {"a": (1, 2)},
     "y" * 70_000, b"z" * 70_000, "y" * 200_000, np.arange(10), np.zeros(100_000), None,
