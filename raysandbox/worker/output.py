@@ -123,10 +123,15 @@ class Output:
             return True
 
     def drain_all(self) -> None:
-        """Forward what is there on both streams."""
+        """Forward what is there on both streams.
+
+        What another thread has taken out is forwarded, and counted, too by the end.
+        """
         if self._fds:
             for fd, _ in self._poll.poll(0):
                 self.drain(fd)
+            self._lock.acquire()
+            self._lock.release()
 
     def _forward(self, index: int, chunk: bytes) -> None:
         room = self.limit_bytes - self.seen_bytes

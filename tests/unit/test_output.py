@@ -48,6 +48,30 @@ def test_other_lines_are_forwarded_as_they_are() -> None:
     assert _forwarded(b":wq\na:job_id:1\n", b"open") == ":wq\na:job_id:1\nopen\n"
 
 
+def test_what_another_thread_forwards_is_waited_for() -> None:
+    """The pump may have taken the last lines out: they count before the answer does."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    class Slow(io.StringIO):
+        def write(self, text: str) -> int:
+            begun.set()
+            go_on.wait(10)
+            return super().write(text)
+
+    sink = Slow()
+    output = Output(1 << 16, (sink, io.StringIO()))
+    os.write(output.write_fds[0], b"last words\n")
+    (fd, _) = output.read_fds
+    pump = threading.Thread(target=output.drain, args=(fd,))
+    pump.start()
+    assert begun.wait(10)
+    threading.Timer(0.2, go_on.set).start()
+    output.drain_all()
+    assert sink.getvalue() == "last words\n"
+    pump.join()
+    output.close()
+
+
 def test_a_full_disk_is_no_error_for_the_worker() -> None:
     """Markers that Ray prints, and what a jail printed, are lost and no more.
 
