@@ -39,6 +39,8 @@ __all__ = [
     "State",
     "compile",
     "described",
+    "image_paths",
+    "inside",
     "is_below",
     "python_paths",
     "survey",
@@ -91,6 +93,9 @@ _ETC_FILES = (
 _ETC_FILE_BYTES = 256 << 10
 _CHEAP_COPY_BYTES = 8 << 10
 _TOP_LEVEL = ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
+# Where an image's own is not seen: made anew for who sees it.
+_MADE = ("/dev", "/etc", "/proc", "/run", "/scratch", "/sys", "/tmp", "/var/tmp")
+_MOST_LINKS = 40  # as the kernel's
 # Parts of /proc that tell of the whole host and that the kernel's own
 # permissions leave readable, or that must not be written whoever asks.
 _PROC_MASKS = (
@@ -200,6 +205,10 @@ class Context:
         notify: Denied system calls go to a supervisor.
         working_dirs: What ``@working_dir`` stands for.
         python: What ``@python`` stands for; see :func:`python_paths`.
+        root: Where ``@system`` and ``@python`` are taken from: the directory of a root
+            file system, or "" for the host's own.
+        system: What ``@system`` stands for; see :func:`system_paths`, and
+            :func:`image_paths` where there is a root.
         environment: Variables to choose from (``environment.pass``).
         extra_environment: Variables that are set regardless.
         chdir: Where the command starts; None for the scratch.
@@ -213,6 +222,8 @@ class Context:
     notify: bool = False
     working_dirs: Sequence[str] = ()
     python: Sequence[str] = ()
+    root: str = ""
+    system: Sequence[str] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     extra_environment: Mapping[str, str] = field(default_factory=dict)
     chdir: str | None = None
@@ -261,6 +272,72 @@ def u64(*values: int) -> bytes:
 def system_paths() -> list[str]:
     """Return what ``@system`` stands for: programs and libraries."""
     return ["/usr", *_TOP_LEVEL, *_ETC_DIRECTORIES]
+
+
+def image_paths(root: str, taken: Iterable[str] = ()) -> list[str]:
+    """Return what ``@system`` stands for where a root file system is an image's.
+
+    All that it has, but for what is made for each jail or worker anew; of its /etc
+    what programs need.
+
+    Args:
+        root: The image's directory.
+        taken: Paths where something else goes.
+    """
+    places = {*_MADE, *(os.path.normpath(path) for path in taken)}
+    return [*_around(root, "/", places), *_ETC_DIRECTORIES]
+
+
+def _around(root: str, directory: str, taken: Iterable[str]) -> list[str]:
+    """Return the paths that a directory has and that hold nothing that is taken."""
+    found: list[str] = []
+    for entry in sorted(os.scandir(root + directory), key=lambda entry: entry.name):
+        path = os.path.join(directory, entry.name)
+        below = [place for place in taken if is_below(place, path)]
+        if not below:
+            found.append(path)
+        elif path not in below and entry.is_dir(follow_symlinks=False):
+            found += _around(root, path, below)
+    return found
+
+
+def inside(root: str, path: str) -> str:
+    """Return where a path leads if ``root`` is the root directory; as the host has it.
+
+    Links are followed as the kernel would, and lead nowhere outside.
+
+    Args:
+        root: A directory, or "" for the host's own root.
+        path: Absolute, as seen from there. What does not exist leads to itself.
+    """
+    if not root:
+        return os.path.realpath(path)
+    here: list[str] = []
+    todo, links = path.split("/")[::-1], 0
+    while todo:
+        part = todo.pop()
+        if part in ("", "."):
+            continue
+        if part == "..":
+            del here[-1:]
+            continue
+        at = "/".join((root, *here, part))
+        if not os.path.islink(at):
+            here.append(part)
+            continue
+        if (links := links + 1) > _MOST_LINKS:
+            raise ProfileError(source=root, value=path, reason="leads in a circle")
+        target = os.readlink(at)
+        here = [] if target.startswith("/") else here
+        todo += target.split("/")[::-1]
+    return "/".join((root, *here))
+
+
+def _link(root: str, path: str) -> str:
+    """Return where a link leads, as it says itself; "" for anything else."""
+    directory, _, name = path.rpartition("/")
+    at = f"{inside(root, directory or '/').rstrip('/')}/{name}"
+    return os.readlink(at) if os.path.islink(at) else ""
 
 
 def python_paths(search: Iterable[str] = sys.path) -> list[str]:
@@ -432,14 +509,16 @@ class Builder:
         self.protect("scratch quota", State.ENFORCED)
 
     def _bind_all(self, where: str, entries: Iterable[str], *, read_only: bool) -> None:
-        paths: list[str] = []
+        paths: dict[str, str] = {}
         symlinks: list[tuple[str, str]] = []
+        links = (*_TOP_LEVEL, *self.context.system)
         for entry in entries:
+            root = self.context.root if entry in ("@system", "@python") else ""
             for path, required in self._expand(where, entry):
-                if os.path.islink(path) and path in _TOP_LEVEL:
-                    symlinks.append((os.readlink(path), path))
-                elif os.path.exists(path):
-                    paths.append(os.path.normpath(path))
+                if path in links and (target := _link(root, path)):
+                    symlinks.append((target, path))
+                elif os.path.exists(source := inside(root, path)):
+                    paths.setdefault(os.path.normpath(path), source)
                 elif required:
                     raise ProfileError(
                         source=self.profile.name,
@@ -450,7 +529,7 @@ class Builder:
                     )
         for path in _outermost(paths):
             flags = _BIND_READ_ONLY if read_only else 0
-            self.add(Record.BIND, u32(flags) + text(os.path.realpath(path), path))
+            self.add(Record.BIND, u32(flags) + text(paths[path], path))
         for target, path in symlinks:
             self.add(Record.SYMLINK, text(target, path))
         (self.readable if read_only else self.writable).extend(_outermost(paths))
@@ -467,7 +546,7 @@ class Builder:
                 )
             return [(entry, True)]
         if entry == "@system":
-            return [(path, False) for path in system_paths()]
+            return [(path, False) for path in self.context.system or system_paths()]
         if entry == "@python":
             paths = self.context.python or python_paths()
             return [(path, False) for path in paths]
@@ -509,13 +588,13 @@ class Builder:
         online = f"0-{cpus - 1}\n" if cpus > 1 else "0\n"
         wants_system = "@system" in self.profile.filesystem.read
         for path in _ETC_FILES if wants_system else ():
-            copy = _small_file(path)
+            source = inside(self.context.root, path)
+            copy = _small_file(source)
             if copy is None or self._is_bound(path):
                 continue
             if self.context.zygote or len(copy) <= _CHEAP_COPY_BYTES:
                 self.add(Record.FILE, u32(0o444) + text(path) + copy)
             else:
-                source = os.path.realpath(path)
                 self.add(Record.BIND, u32(_BIND_READ_ONLY) + text(source, path))
         for path, content in (
             ("/etc/passwd", user + nobody),

@@ -71,6 +71,8 @@ def run(
     environment: Mapping[str, str] | None = None,
     chdir: str | None = None,
     working_dirs: Sequence[str] = (),
+    root: str = "",
+    system: Sequence[str] = (),
     stdin: int | None = None,
     stdout: int | None = None,
     stderr: int | None = None,
@@ -83,6 +85,8 @@ def run(
         environment: Variables that it gets besides those that the profile passes.
         chdir: Where it starts; None for the scratch.
         working_dirs: What ``@working_dir`` stands for.
+        root: See `plan.Context`.
+        system: See `plan.Context`.
         stdin: Descriptor, as for subprocess; None to inherit.
         stdout: As stdin.
         stderr: As stdin.
@@ -109,6 +113,8 @@ def run(
                     extra_environment=environment or {},
                     chdir=chdir,
                     working_dirs=working_dirs,
+                    root=root,
+                    system=system,
                     wall_time=True,
                     cgroup_dirs=group.paths,
                     cgroup_clean=groups.owned,

@@ -84,6 +84,7 @@ class Surroundings:
 
     Attributes:
         python: Module search path of the worker.
+        system: What ``@system`` stands for; see `plan.Context`.
         working_dirs: What ``@working_dir`` stands for.
         scratch: Directory that ``@scratch`` stands for.
         own_proc: The worker's own directory of /proc.
@@ -100,6 +101,7 @@ class Surroundings:
     python: Sequence[str]
     scratch: str
     own_proc: str
+    system: Sequence[str] = ()
     working_dirs: Sequence[str] = ()
     ports: frozenset[int] = frozenset()
     loose_ports: str = ""
@@ -261,7 +263,7 @@ def _expand(
     profile: Profile, where: str, entry: str, around: Surroundings
 ) -> Iterable[str]:
     if entry == "@system":
-        return [*system_paths(), *_ETC_FILES]
+        return [*(around.system or system_paths()), *_ETC_FILES]
     if entry == "@python":
         return python_paths(around.python)
     if entry == "@working_dir":

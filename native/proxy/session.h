@@ -50,7 +50,7 @@ enum worker_kind { KIND_UNKNOWN, KIND_WORKER, KIND_IO, KIND_DRIVER };
 
 struct worker {
     struct worker *next;
-    pid_t pid;
+    pid_t pid, parent;
     int pidfd; /* -1: none */
     uint32_t serial;
     enum worker_kind kind;

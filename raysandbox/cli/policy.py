@@ -243,10 +243,15 @@ def _gets(node: policies.Node, name: str) -> dict[str, Any]:
                 *allowed,
                 *answers["py_executable"],
                 *(f"conda {name}" for name in answers["conda"]),
+                *(f"image_uri {uri}" for uri in answers["image_uri"]),
+                *(key for key in ("nsight", "rocprof_sys") if answers[key]),
             ],
-            "refuses": [key for key, answer in answers.items() if answer == "refuse"],
+            "refuses": [key for key, answer in answers.items() if answer in _REFUSED],
         },
     }
+
+
+_REFUSED: tuple[object, ...] = ("refuse", None, (), {})
 
 
 def _connects(policy: policies.Policy) -> list[str]:

@@ -102,28 +102,27 @@ class Launcher:
         os.makedirs(f"{session.directory}/{_DIRECTORY}", mode=0o700, exist_ok=True)
         sockets = self._store_proxy(node, session)
         shared = _quota_directory(session)
-        compiled = wall.compile(
-            wall.Wall(
-                node=node,
-                bind_ports=self._bind_ports(process),
-                own_ports=_own_ports(process),
-                raylet_ports=_raylet_ports(process),
-                replace=sockets.mounts() if sockets else {},
-                sockets={store_proxy.BIND: sockets.bind_socket} if sockets else {},
-                shared={shared: shared},
-                interpreters=interpreters.look(node.policy.runtime_env.interpreters()),
-            ),
-            session,
-            probe(),
-            groups,
-            launch.program_path("worker"),
+        wanted = wall.Wall(
+            node=node,
+            bind_ports=self._bind_ports(process),
+            own_ports=_own_ports(process),
+            raylet_ports=_raylet_ports(process),
+            replace=sockets.mounts() if sockets else {},
+            sockets={store_proxy.BIND: sockets.bind_socket} if sockets else {},
+            shared={shared: shared},
+            interpreters=interpreters.look(node.policy),
         )
+        around = session, probe(), groups, launch.program_path("worker")
+        compiled = wall.compile(wanted, *around)
         if os.geteuid() == 0:
             _close_directory(os.path.dirname(session.raylet_socket), session.directory)
         for name in ("events", "export_events"):
             # Ray's first process that logs there makes them; workers can't.
             os.makedirs(os.path.join(session.log_dir, name), exist_ok=True)
         _write_wrapper(wrapper, compiled.encode())
+        for number, image in enumerate(wall.images(wanted)):
+            seen = wall.compile(wanted, *around, image)
+            _write(wall.image_plan(wrapper, number), seen.encode(), 0o600)
         if self.wrap:
             raylet.wrap_workers(wrapper, sys.executable)
         raylet.refuse_other_languages(wrapper)
@@ -158,6 +157,7 @@ class Launcher:
             "node_started",
             node=session.node_id,
             policy=node.policy.digest,
+            interpreters=[each.named.asked for each in wanted.interpreters],
             protections=described(self.protections),
         )
         log.close()
@@ -184,6 +184,9 @@ class Launcher:
             limits=store_proxy.Limits(
                 job_bytes=of_node.max_job_bytes,
                 job_objects=of_node.max_job_objects,
+            ),
+            profilers=any(
+                getattr(node.policy.runtime_env, key) for key in policies.PROFILERS
             ),
             events=f"{_log_directory(node, session)}/raysandbox_store-"
             f"{session.node_id[:8]}.jsonl",

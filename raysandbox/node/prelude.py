@@ -24,8 +24,9 @@ import os
 import struct
 import sys
 
-_FILE, _BIND, _CHDIR, _ENV, _USER, _PROGRAM = 7, 5, 19, 20, 31, 35
+_FILE, _BIND, _CHDIR, _ENV, _TMPFS, _USER, _PROGRAM = 7, 5, 19, 20, 26, 31, 35
 _READ_ONLY = 1
+_PRIVATE_BYTES, _PRIVATE_INODES = 64 << 20, 1024
 _CONTEXT = "--serialized-runtime-env-context="
 _SPILL_TYPES = ("filesystem",)
 
@@ -70,8 +71,8 @@ class _Plan:
         # Also without a value: so it was taken out of the environment.
         self.add(_ENV, _text(f"{name}={value}"))
 
-    def interpret_with(self, python: str) -> None:
-        """Start Ray's worker script with another interpreter."""
+    def interpret_with(self, python: str) -> str:
+        """Start Ray's worker script with another interpreter; return the script."""
         ((at, old),) = [
             (at, payload)
             for at, (kind, payload) in enumerate(self.records)
@@ -79,6 +80,7 @@ class _Plan:
         ]
         script = os.fsdecode(old.split(b"\0")[1])
         self.records[at] = (_PROGRAM, _text(python, script))
+        return script
 
     def encode(self) -> bytes:
         body = b"".join(
@@ -171,6 +173,32 @@ def _for_spilling(plan: _Plan, arguments: list[str], node_id: str) -> None:
     plan.unset("__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR")
 
 
+def _interpret(
+    plan: _Plan, wrapper: str, choice: dict[str, list[str]], arguments: list[str]
+) -> _Plan:
+    """Return the plan with another interpreter of the operator's in it.
+
+    Args:
+        plan: The one that serves every worker.
+        wrapper: Beside which the plans are.
+        choice: As `wall` wrote it.
+        arguments: The worker's; an image has Ray's script in a place of its own.
+    """
+    (python,) = choice["python"]
+    script = plan.interpret_with(python)
+    for number, inside in zip(choice["image"], choice["script"]):
+        with open(f"{wrapper}.image-{number}.plan", "rb") as file:
+            plan = _Plan(file.read())
+        arguments[:] = [inside if a == script else a for a in arguments]
+    for key in ("read", "write"):
+        for path in choice[key]:
+            plan.bind(path, read_only=key == "read")
+    for path in choice["private"]:
+        size = struct.pack("<QQI", _PRIVATE_BYTES, _PRIVATE_INODES, 0o700)
+        plan.add(_TMPFS, size + _text(path))
+    return plan
+
+
 def _option(arguments: list[str], name: str) -> str:
     found = [a[len(name) + 1 :] for a in arguments if a.startswith(name + "=")]
     return found[-1] if found else ""
@@ -198,9 +226,9 @@ def main(argv: list[str]) -> None:
         chosen = json.loads(context)
         directories, working = user_directories(chosen, resources)
         wanted = chosen.get("py_executable") if isinstance(chosen, dict) else None
-        for interpreter in json.loads(interpreters):
-            if interpreter == wanted:
-                plan.interpret_with(interpreter)
+        choices = json.loads(interpreters)
+        if isinstance(wanted, str) and wanted in choices:
+            plan = _interpret(plan, wrapper, choices[wanted], arguments)
         for path in _outermost([*directories, *filter(None, [working])]):
             plan.bind(path, read_only=True)
         if directories:

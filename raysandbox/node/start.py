@@ -59,7 +59,7 @@ def start(
     problems = []
     try:
         node = policies.load_node(policies.find(policy))
-        interpreters.look(node.policy.runtime_env.interpreters())
+        interpreters.look(node.policy)
     except ProfileError as error:
         if cluster is None:
             raise

@@ -200,6 +200,7 @@ def start(
     limits: Limits,
     events: str | None = None,
     bind_first_use: bool = False,
+    profilers: bool = False,
     executable: str | None = None,
 ) -> StoreProxy:
     """Start the proxy; its sockets are there when this returns.
@@ -216,6 +217,7 @@ def start(
         bind_first_use: A worker that never called `bind` belongs to the job of
             the first object that it makes. Without it such a worker can store
             nothing. Only for workers that run no code of a user.
+        profilers: What raylet starts may start one worker instead of being one.
         executable: Another build of the proxy.
 
     Raises:
@@ -238,6 +240,7 @@ def start(
         f"--directory={directory}",
         f"--ready-fd={ready_inside}",
         *(["--bind-first-use"] if bind_first_use else []),
+        *(["--profilers"] if profilers else []),
     ]
     for name in ("job_bytes", "job_objects", "worker_bytes", "worker_objects"):
         value = getattr(limits, name)

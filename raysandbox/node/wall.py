@@ -41,10 +41,11 @@ from raysandbox import policy as policies
 from raysandbox.errors import ProfileError, UnsupportedError
 from raysandbox.kernel import cgroup, landlock, seccomp
 from raysandbox.launch import worker_ids
+from raysandbox.node.interpreters import Found
 from raysandbox.plan import Plan, State
 from raysandbox.probe import Host
 from raysandbox.profile import Profile
-from raysandbox.worker.gate import SEALED
+from raysandbox.worker.gate import IMAGE, SEALED
 
 __all__ = [
     "HOOK",
@@ -54,6 +55,8 @@ __all__ = [
     "Session",
     "Wall",
     "compile",
+    "image_plan",
+    "images",
 ]
 
 #: What Ray runs in a worker before its first task.
@@ -118,8 +121,7 @@ class Wall:
         replace: Path that the worker sees to path on the host.
         sockets: The same, for sockets besides Ray's two.
         shared: The same, for directories that all workers write to.
-        interpreters: Those that a runtime_env may name besides the node's own, each
-            with what belongs to it, as `interpreters.look` says.
+        interpreters: Those that a runtime_env may name besides the node's own.
         raylet_ports: Raylet's arguments about ports, for profiles with
             ``boundary = "worker"``: the worker can't see raylet's command.
     """
@@ -131,7 +133,7 @@ class Wall:
     sockets: Mapping[str, str] = field(default_factory=dict)
     shared: Mapping[str, str] = field(default_factory=dict)
     raylet_ports: Mapping[str, str] = field(default_factory=dict)
-    interpreters: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    interpreters: Sequence[Found] = ()
 
 
 def compile(  # noqa: A001 - wall.compile, as plan.compile
@@ -140,6 +142,7 @@ def compile(  # noqa: A001 - wall.compile, as plan.compile
     host: Host,
     groups: cgroup.Cgroups,
     program: str,
+    image: Found | None = None,
 ) -> Plan:
     """Decide all that the launcher does for each worker of this session.
 
@@ -149,12 +152,13 @@ def compile(  # noqa: A001 - wall.compile, as plan.compile
         host: What the kernel gives.
         groups: Where groups can be made.
         program: What starts the prelude's second half: the launcher.
+        image: Of workers that see an image's root file system, that image's.
 
     Raises:
         UnsupportedError: The host can't raise the wall.
         ProfileError: An offered profile can't be used here.
     """
-    builder = _WorkerBuilder(wall, session, host)
+    builder = _WorkerBuilder(wall, session, host, image)
     builder.namespaces()
     builder.groups(groups)
     builder.root()
@@ -168,17 +172,27 @@ def compile(  # noqa: A001 - wall.compile, as plan.compile
     return Plan("worker", tuple(builder.records), tuple(builder.protections))
 
 
-def _worker_profile(wall: Wall) -> Profile:
+def image_plan(wrapper: str, number: int) -> str:
+    """Return where the plan of workers with an image is: the policy's, by number."""
+    return f"{wrapper}.image-{number}.plan"
+
+
+def images(wall: Wall) -> list[Found]:
+    """Return those interpreters that need a plan of their own."""
+    return [each for each in wall.interpreters if each.named.root]
+
+
+def _worker_profile(wall: Wall, image: Found | None) -> Profile:
     """What a worker sees and may call: enough for every jail that it makes."""
     read = {"@system": None, "@python": None}
-    for roots in wall.interpreters.values():
-        read |= dict.fromkeys(roots)
+    for each in wall.interpreters if image is None else ():
+        read |= dict.fromkeys(each.roots if not each.named.root else ())
     write: dict[str, None] = {}
     devices: dict[str, None] = {}
-    for each in wall.node.profiles.values():
-        read |= dict.fromkeys(filter(_is_there, each.filesystem.read))
-        write |= dict.fromkeys(filter(_is_there, each.filesystem.write))
-        devices |= dict.fromkeys(each.devices)
+    for offered in wall.node.profiles.values():
+        read |= dict.fromkeys(filter(_is_there, offered.filesystem.read))
+        write |= dict.fromkeys(filter(_is_there, offered.filesystem.write))
+        devices |= dict.fromkeys(offered.devices)
     base = profile.strictest()
     return base.model_copy(
         update={
@@ -225,12 +239,13 @@ def _search_path() -> list[str]:
     ]
 
 
-def _require_reachable(interpreter: str, roots: Sequence[str]) -> None:
+def _require_reachable(interpreter: str, roots: Sequence[str], root: str = "") -> None:
     """Refuse a Python that a worker could not start: raylet would try for ever.
 
     Args:
         interpreter: As it is started, or what that leads to.
         roots: What workers see of Python; they get to each of these.
+        root: The root file system that has all this, if not the host's.
 
     Raises:
         UnsupportedError: Something on the way is its owner's alone.
@@ -238,12 +253,13 @@ def _require_reachable(interpreter: str, roots: Sequence[str]) -> None:
     above = [root for root in roots if plan.is_below(interpreter, root)]
     at, stop = interpreter, os.path.dirname(min(above, key=len, default="/"))
     while at not in (stop, "/"):
-        if not os.stat(at).st_mode & 0o001:
+        if not os.stat(plan.inside(root, at)).st_mode & 0o001:
             raise UnsupportedError(
-                feature=f"the worker's Python, {interpreter}",
+                feature=f"the worker's Python, {root}{interpreter}",
                 need="a path that the workers' user may walk",
-                have=f"{at} is its owner's alone",
-                remedy=f"chmod o+rx {at}, or install it elsewhere, such as below /opt",
+                have=f"{root}{at} is its owner's alone",
+                remedy=f"chmod o+rx {root}{at}, or install it elsewhere, such as below "
+                "/opt",
             )
         at = os.path.dirname(at)
 
@@ -251,8 +267,22 @@ def _require_reachable(interpreter: str, roots: Sequence[str]) -> None:
 class _WorkerBuilder(plan.Builder):
     """As for a jail, with other walls where a worker's differ."""
 
-    def __init__(self, wall: Wall, session: Session, host: Host) -> None:
-        ids = plan.IdRange(os.geteuid(), 1)
+    def __init__(
+        self, wall: Wall, session: Session, host: Host, image: Found | None
+    ) -> None:
+        self.wall, self.session, self.image = wall, session, image
+        ids, self.python_path = plan.IdRange(os.geteuid(), 1), ""
+        if image is not None:
+            root = image.named.root
+            system = plan.image_paths(root, self._taken())
+            context = plan.Context(
+                ids=ids, python=image.roots, root=root, system=system
+            )
+        else:
+            context = plan.Context(ids=ids, python=plan.python_paths(self._search()))
+        super().__init__(_worker_profile(wall, image), host, context)
+
+    def _search(self) -> list[str]:
         search = _search_path()
         package = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
         self.python_path = os.environ.get("PYTHONPATH", "")
@@ -260,12 +290,25 @@ class _WorkerBuilder(plan.Builder):
             # Work in a source tree.
             self.python_path = ":".join(filter(None, [package, self.python_path]))
             search.append(os.path.join(package, "raysandbox"))
-        super().__init__(
-            _worker_profile(wall),
-            host,
-            plan.Context(ids=ids, python=plan.python_paths(search)),
-        )
-        self.wall, self.session = wall, session
+        return search
+
+    def _taken(self) -> list[str]:
+        """Return the places where a worker sees what is no image's."""
+        session, wall = self.session, self.wall
+        files = _worker_profile(wall, self.image).filesystem
+        shown = [path for path in (*files.read, *files.write) if path.startswith("/")]
+        return [
+            *shown,
+            *(session.directory, session.log_dir, session.resource_dir),
+            *(session.raylet_socket, session.plasma_socket, self._event_directory()),
+            *wall.replace,
+            *wall.sockets,
+            *wall.shared,
+        ]
+
+    def _event_directory(self) -> str:
+        directory = self.wall.node.policy.audit.directory
+        return self.session.log_dir if directory == "session" else directory
 
     @property
     def worker(self) -> policies.Worker:
@@ -393,9 +436,7 @@ class _WorkerBuilder(plan.Builder):
         path = f"{session.log_dir}/raysandbox_state-%w.bin"
         self.add(plan.Record.LOG, plan.u32(0) + plan.text(path, path))
         # Each worker has its own, under the name that all know.
-        directory = self.wall.node.policy.audit.directory
-        if directory == "session":
-            directory = session.log_dir
+        directory = self._event_directory()
         own = f"{directory}/raysandbox_events-%w.jsonl"
         seen = f"{directory}/raysandbox_events.jsonl"
         self.add(plan.Record.LOG, plan.u32(0) + plan.text(own, seen))
@@ -552,6 +593,10 @@ class _WorkerBuilder(plan.Builder):
             if name.startswith("RAYSANDBOX_") and name not in _OWN
         }
         variables["RAYSANDBOX_RAYLET_PORTS"] = json.dumps(dict(self.wall.raylet_ports))
+        if self.image is not None:
+            uri = self.image.named.asked.removeprefix(policies.IMAGE_PREFIX)
+            seen = {"uri": uri, "system": list(self.context.system)}
+            variables[IMAGE] = json.dumps(seen)
         self.add(
             plan.Record.FILE,
             plan.u32(0o444) + plan.text(SEALED) + self.wall.node.seal(variables),
@@ -562,12 +607,23 @@ class _WorkerBuilder(plan.Builder):
         session = self.session
         # Without "..": a worker does not see all directories of the way.
         interpreter = os.path.abspath(session.interpreter)
+        if self.image is not None:
+            # It is the prelude that chose this plan.
+            named, roots = self.image.named, self.image.roots
+            real = plan.inside(named.root, named.path).removeprefix(named.root)
+            for path in (named.path, real) if self.host.is_root else ():
+                _require_reachable(path, roots, named.root)
+            self.add(plan.Record.PROGRAM, plan.text(named.path, self.image.script))
+            return
         if self.host.is_root:
             for path in (interpreter, os.path.realpath(interpreter)):
                 _require_reachable(path, self.context.python)
-            for other, roots in self.wall.interpreters.items():
-                for path in (other, os.path.realpath(other)):
-                    _require_reachable(path, roots)
+            for other in self.wall.interpreters:
+                path = other.named.path
+                for at in (
+                    (path, os.path.realpath(path)) if not other.named.root else ()
+                ):
+                    _require_reachable(at, other.roots)
         self.add(plan.Record.PROGRAM, plan.text(interpreter, session.worker_script))
         script = os.path.join(os.path.dirname(__file__), "prelude.py")
         for argument in (
@@ -578,9 +634,27 @@ class _WorkerBuilder(plan.Builder):
             program,
             session.resource_dir,
             session.node_id,
-            json.dumps([*self.wall.interpreters]),
+            json.dumps(self._choices()),
         ):
             self.add(plan.Record.PRELUDE, plan.text(argument))
+
+    def _choices(self) -> dict[str, dict[str, list[str]]]:
+        """Return what the prelude may put in the interpreter's place."""
+        own_plan, log_dir = images(self.wall), self.session.log_dir
+        logs = [log_dir, f"{log_dir}/events", f"{log_dir}/export_events"]
+        return {
+            each.named.asked: {
+                "python": [each.named.path],
+                "image": [str(own_plan.index(each))] if each in own_plan else [],
+                "script": [each.script] if each in own_plan else [],
+                "read": [*each.named.read],
+                "write": [*each.named.write],
+                # Ray names logs by its pid, which is not the one that raylet knows
+                # where something starts the interpreter as a child.
+                "private": logs if each.named.key in policies.PROFILERS else [],
+            }
+            for each in self.wall.interpreters
+        }
 
 
 _POLICY_KEY = {"cpu_cores": "cpu", "memory_bytes": "memory", "pids": "pids"}

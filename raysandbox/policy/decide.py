@@ -15,9 +15,11 @@ from typing import Any
 
 from raysandbox.errors import ProfileError
 from raysandbox.policy.schema import (
+    IMAGE_PREFIX,
     JOBS_NAMESPACE,
     MOST_AT_ONCE,
     NEVER,
+    PROFILERS,
     STRICTEST,
     TAG_PREFIX,
     Policy,
@@ -33,6 +35,7 @@ __all__ = [
     "Request",
     "amount_of",
     "decide",
+    "image_of",
     "jail_variables",
     "runtime_env_refusals",
     "tag_of",
@@ -216,16 +219,14 @@ def _whose(request: Request) -> str:
 # --- runtime environments -----------------------------------------------------------
 
 # Ray's key to ours; Ray stores some under another name than users write.
-_WRAPPERS = {
+_INSTALLERS = {"pip": "pip", "uv": "uv", "java_jars": "java_jars"}
+# What stands in the place of the worker's interpreter, or around it.
+_INTERPRETERS = {
+    "py_executable": "py_executable",
+    "conda": "conda",
     "image_uri": "image_uri",
     "container": "container",
-    "nsight": "nsight",
-    "_nsight": "nsight",
-    "rocprof_sys": "rocprof_sys",
-    "_rocprof_sys": "rocprof_sys",
-    "pip": "pip",
-    "uv": "uv",
-    "java_jars": "java_jars",
+    **{name + key: key for key in PROFILERS for name in ("", "_")},
 }
 _PACKAGES = frozenset(("working_dir", "py_modules"))
 # What `ray.init(working_dir=DIRECTORY)` makes, and no other name: with "...zip" Ray's
@@ -283,30 +284,18 @@ def runtime_env_refusals(
                         f"runtime_env key {key!r}: {_scheme(uri)} refused by this "
                         f"node's policy ({why})"
                     )
-        elif key == "py_executable":
-            if value not in answers.py_executable:
-                named = ", ".join(answers.py_executable)
-                why = (
-                    f"runtime_env.py_executable allows {named} alone"
-                    if named
-                    else "runtime_env.py_executable = [PATH] would allow one that the "
-                    "operator made"
-                )
+        elif key in _INTERPRETERS:
+            if why := _interpreter_problem(_INTERPRETERS[key], value, answers):
                 found.append(
                     f"runtime_env key {key!r}: refused by this node's policy ({why})"
                 )
-        elif key == "conda":
-            if why := _conda_problem(value, answers):
-                found.append(
-                    f"runtime_env key {key!r}: refused by this node's policy ({why})"
-                )
-        elif key in _WRAPPERS:
-            if getattr(answers, _WRAPPERS[key]) == "refuse":
-                refuse(key, _WRAPPERS[key])
+        elif key in _INSTALLERS:
+            if getattr(answers, _INSTALLERS[key]) == "refuse":
+                refuse(key, _INSTALLERS[key])
         elif key not in _HARMLESS and answers.other == "refuse":
             refuse(key, "other")
-    if runtime_env.get("conda") and runtime_env.get("py_executable"):
-        found.append("runtime_env keys 'conda' and 'py_executable': one interpreter")
+    if len(both := _interpreter_keys(runtime_env)) > 1:
+        found.append(f"runtime_env keys {', '.join(map(repr, both))}: one interpreter")
     hook = runtime_env.get("worker_process_setup_hook")
     if hook and hook != own_hook and answers.setup_hook == "refuse":
         refuse("worker_process_setup_hook", "setup_hook", "jail")
@@ -320,31 +309,95 @@ def runtime_env_refusals(
     return found
 
 
-def _conda_problem(value: object, answers: RuntimeEnv) -> str:
-    """Say why a conda environment is refused; "" if the policy names it."""
-    if not isinstance(value, str):
+def _interpreter_keys(runtime_env: Mapping[str, Any]) -> list[str]:
+    """Return the keys that say what the worker's interpreter is.
+
+    An installer makes one, too: with the packages beside another they would be lost.
+    """
+    keys = [key for key in (*_INTERPRETERS, "pip", "uv") if runtime_env.get(key)]
+    return keys if any(key in _INTERPRETERS for key in keys) else []
+
+
+def _interpreter_problem(key: str, value: object, answers: RuntimeEnv) -> str:
+    """Say why something is not put in the place of the node's Python; "" if it is."""
+    if key == "py_executable":
+        if value in answers.py_executable:
+            return ""
+        if named := ", ".join(answers.py_executable):
+            return f"runtime_env.py_executable allows {named} alone"
         return (
-            "no value of runtime_env.conda allows a specification: its installer "
-            "would run the job's code on the node; the operator can make the "
-            "environment and name it there"
+            "runtime_env.py_executable = [PATH] would allow one that the operator made"
         )
-    if value in answers.conda:
+    if key == "conda":
+        if not isinstance(value, str):
+            return (
+                "no value of runtime_env.conda allows a specification: its installer "
+                "would run the job's code on the node; the operator can make the "
+                "environment and name it there"
+            )
+        return _unnamed("conda", value, answers.conda, "{NAME = PREFIX}")
+    if key in PROFILERS:
+        if getattr(answers, key) is None:
+            return f"runtime_env.{key} = PATH would allow one that the operator made"
+        if value == "default":
+            return ""
+        return (
+            f'runtime_env.{key} allows "default" alone: the options are the operator\'s'
+        )
+    if key == "container":
+        if answers.container == "refuse":
+            return (
+                'runtime_env.container = "image_uri" would allow images that '
+                "runtime_env.image_uri names"
+            )
+        if not isinstance(value, Mapping) or set(value) != {"image"}:
+            return (
+                "runtime_env.container allows {image = URI} alone: no container "
+                "engine is used, and its options have no meaning"
+            )
+        value = value["image"]
+    return _unnamed("image_uri", value, answers.image_uri, "{URI = DIRECTORY}")
+
+
+def _unnamed(key: str, value: object, named: Mapping[str, Any], remedy: str) -> str:
+    if isinstance(value, str) and value in named:
         return ""
-    if named := ", ".join(answers.conda):
-        return f"runtime_env.conda allows {named} alone"
-    return "runtime_env.conda = {NAME = PREFIX} would allow one that the operator made"
+    if named:
+        return f"runtime_env.{key} allows {', '.join(named)} alone"
+    return f"runtime_env.{key} = {remedy} would allow one that the operator made"
+
+
+def image_of(runtime_env: Mapping[str, Any]) -> str:
+    """Return the image that a runtime_env asks for, whichever key has it; "" if none.
+
+    Of one that the policy allows.
+    """
+    container = runtime_env.get("container")
+    inside = container.get("image") if isinstance(container, Mapping) else None
+    return str(runtime_env.get("image_uri") or inside or "")
 
 
 def as_made(policy: Policy, runtime_env: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return what Ray's agent is to make of a runtime_env that is not refused.
 
-    An environment that the policy has under a name is asked for by its interpreter.
+    What the policy has under a name is asked for by its interpreter, which Ray's
+    agent takes as it is: no plugin of its own runs for it.
     """
-    name = runtime_env.get("conda")
-    if not isinstance(name, str) or name not in policy.runtime_env.conda:
+    keys = [key for key in _interpreter_keys(runtime_env) if key in _INTERPRETERS]
+    if len(keys) != 1 or keys == ["py_executable"]:
         return runtime_env
-    rest = {key: value for key, value in runtime_env.items() if key != "conda"}
-    return {**rest, "py_executable": python_of(policy.runtime_env.conda[name])}
+    key, answers = keys[0], policy.runtime_env
+    ours, value = _INTERPRETERS[key], runtime_env[key]
+    if _interpreter_problem(ours, value, answers):
+        return runtime_env
+    if ours == "conda":
+        asked = python_of(answers.conda[value])
+    elif ours in PROFILERS:
+        asked = f"{ours}:{getattr(answers, ours).program}"
+    else:
+        asked = f"{IMAGE_PREFIX}{image_of(runtime_env)}"
+    rest = {name: each for name, each in runtime_env.items() if name != key}
+    return {**rest, "py_executable": asked}
 
 
 def _package_problem(uri: object, answers: RuntimeEnv) -> str:

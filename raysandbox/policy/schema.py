@@ -15,11 +15,13 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import (
     AfterValidator,
+    BaseModel,
     BeforeValidator,
+    ConfigDict,
     Field,
     PlainSerializer,
     PrivateAttr,
@@ -42,17 +44,22 @@ from raysandbox.profile.schema import _Section as Section
 from raysandbox.profile.units import parse_size
 
 __all__ = [
+    "IMAGE_PREFIX",
     "JOBS_NAMESPACE",
     "MOST_AT_ONCE",
     "NEVER",
+    "PROFILERS",
     "STRICTEST",
     "TAG_PREFIX",
     "Audit",
     "Ceilings",
+    "Image",
+    "Interpreter",
     "Jobs",
     "ObjectStore",
     "Percent",
     "Policy",
+    "Profiler",
     "Rule",
     "RuntimeEnv",
     "Totals",
@@ -357,21 +364,11 @@ class Ceilings(Section):
 
 _Answer = Literal["refuse", "allow"]
 
-_OWN_INTERPRETER = (
-    "behind the node's wall a worker and its jails run an interpreter of the "
-    "operator's, and nothing that a client chose is put in its place or around it; "
-    "packages reach the jails by pip, uv, py_modules and working_dir, whole "
-    "environments by py_executable and conda"
-)
 _PYTHON_ALONE = "the launcher has a wall for Python workers alone"
 #: Keys of a runtime_env that no policy can allow, and why.
-NEVER: Mapping[str, str] = {
-    **dict.fromkeys(
-        ("image_uri", "container", "nsight", "rocprof_sys"),
-        _OWN_INTERPRETER,
-    ),
-    **dict.fromkeys(("java_jars", "java_workers", "cpp_workers"), _PYTHON_ALONE),
-}
+NEVER: Mapping[str, str] = dict.fromkeys(
+    ("java_jars", "java_workers", "cpp_workers"), _PYTHON_ALONE
+)
 
 
 def _never(key: str) -> BeforeValidator:
@@ -403,11 +400,88 @@ def python_of(prefix: str) -> str:
     return f"{prefix.rstrip('/')}/bin/python"
 
 
+_Path = Annotated[str, AfterValidator(_absolute_path)]
+
+
+class Image(BaseModel):
+    """A root file system that the operator unpacked, to be seen instead of the host's.
+
+    Attributes:
+        root: Its directory on this host.
+        python: Its interpreter, as seen inside.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    root: _Path
+    python: _Path = "/usr/local/bin/python3"
+
+
+class Profiler(BaseModel):
+    """A program of the operator's that starts the worker's interpreter.
+
+    Attributes:
+        program: It is started in the interpreter's place, with its arguments.
+        read: What it needs besides: files and directories of this host.
+        write: Where it puts what it found.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    program: _Path
+    read: tuple[_Path, ...] = ()
+    write: tuple[_Path, ...] = ()
+
+
+class Interpreter(NamedTuple):
+    """What a job may have in the place of the node's Python.
+
+    Attributes:
+        asked: What Ray's agent calls it, as the ``py_executable`` of what it made.
+        key: The policy's key that names it, below ``runtime_env``.
+        path: Where it is, seen from ``root``.
+        root: The root file system that its workers see; "" for the host's.
+        read: Paths that its workers see besides.
+        write: Paths that they may write besides.
+    """
+
+    asked: str
+    key: str
+    path: str
+    root: str = ""
+    read: tuple[str, ...] = ()
+    write: tuple[str, ...] = ()
+
+
+_URI = re.compile(r"[!-~]{1,500}")
+
+
+def _images(value: object) -> object:
+    if value == "refuse":
+        return {}
+    if not isinstance(value, Mapping):
+        return value
+    for uri in value:
+        if not _URI.fullmatch(str(uri)):
+            raise ValueError("an image's name must be printable, without spaces")
+    return {
+        uri: {"root": each} if isinstance(each, str) else each
+        for uri, each in value.items()
+    }
+
+
+def _profiler(value: object) -> object:
+    if value == "refuse":
+        return None
+    return {"program": value} if isinstance(value, str) else value
+
+
 class RuntimeEnv(Section):
     """What happens to a runtime_env that would reach around the worker's wall.
 
     Keys that say "refused always" are here so that a policy can name them: no
-    value of theirs allows anything.
+    value of theirs allows anything. Of what stands in the place of the worker's
+    interpreter, or around it, a job may choose what the operator made.
     """
 
     weak: ClassVar[Mapping[str, tuple[object, ...]]] = dict.fromkeys(
@@ -434,25 +508,43 @@ class RuntimeEnv(Section):
         ),
     ] = ()
     image_uri: Annotated[
-        _Refused,
-        _never("image_uri"),
-        Field(description="The worker in a container: refused always."),
-    ] = "refuse"
+        Mapping[str, Image],
+        BeforeValidator(_images),
+        Field(
+            description="Images that a job may ask for, by exactly that URI, each with "
+            "the directory of a root file system that the operator unpacked (such as "
+            "by `docker export`), or with {root = DIRECTORY, python = PATH}, where "
+            "PATH is its interpreter as seen inside, /usr/local/bin/python3 unless "
+            "said. It has the node's versions of Ray and raysandbox. The worker and "
+            "its jails see it, read-only, instead of the host's files; no container "
+            "engine is used and nothing is pulled."
+        ),
+    ] = {}
     container: Annotated[
-        _Refused,
-        _never("container"),
-        Field(description="The same, by its old name: refused always."),
+        Literal["refuse", "image_uri"],
+        Field(
+            description='"image_uri": {image = URI} is taken as image_uri has it. What '
+            "else the key has (run_options, worker_path) is refused always: options of "
+            "a container engine."
+        ),
     ] = "refuse"
     nsight: Annotated[
-        _Refused,
-        _never("nsight"),
-        Field(description="A profiler around the worker: refused always."),
-    ] = "refuse"
+        Profiler | None,
+        BeforeValidator(_profiler),
+        Field(
+            description="A program of the operator's that starts Python under Nsight "
+            "Systems, such as a script with `exec nsys profile … "
+            'python "$@"`: for jobs with nsight = "default". Its path, or {program = '
+            "PATH, read = [PATHS], write = [PATHS]} with what workers under it see "
+            "and write besides. It runs behind the worker's wall; a job's own options "
+            "are refused always."
+        ),
+    ] = None
     rocprof_sys: Annotated[
-        _Refused,
-        _never("rocprof_sys"),
-        Field(description="A profiler around the worker: refused always."),
-    ] = "refuse"
+        Profiler | None,
+        BeforeValidator(_profiler),
+        Field(description="As nsight, for ROCm's profiler."),
+    ] = None
     conda: Annotated[
         Mapping[str, Annotated[str, AfterValidator(_absolute_path)]],
         BeforeValidator(lambda value: {} if value == "refuse" else value),
@@ -537,13 +629,44 @@ class RuntimeEnv(Section):
 
     def deviations(self) -> list[str]:
         """See `Section`."""
-        named = [key for key in ("py_executable", "conda") if getattr(self, key)]
+        named = [key for key in _NAMED if getattr(self, key)]
         return [*super().deviations(), *named]
 
-    def interpreters(self) -> dict[str, str]:
-        """Return the paths of all that a job may ask for, each with its key here."""
-        named = {python_of(at): f"conda.{name}" for name, at in self.conda.items()}
-        return {**named, **dict.fromkeys(self.py_executable, "py_executable")}
+    def interpreters(self) -> dict[str, Interpreter]:
+        """Return all that a job may ask for, by what Ray's agent calls each."""
+        found = [
+            Interpreter(path, "py_executable", path) for path in self.py_executable
+        ]
+        for name, prefix in self.conda.items():
+            path = python_of(prefix)
+            found.append(Interpreter(path, f"conda.{name}", path))
+        for uri, image in self.image_uri.items():
+            found.append(
+                Interpreter(
+                    f"{IMAGE_PREFIX}{uri}", f"image_uri.{uri}", image.python, image.root
+                )
+            )
+        for key in PROFILERS:
+            each: Profiler | None = getattr(self, key)
+            if each is not None:
+                found.append(
+                    Interpreter(
+                        f"{key}:{each.program}",
+                        key,
+                        each.program,
+                        read=each.read,
+                        write=each.write,
+                    )
+                )
+        return {each.asked: each for each in found}
+
+
+#: Keys that name what the operator made.
+_NAMED = ("py_executable", "conda", "image_uri", "nsight", "rocprof_sys")
+#: Keys of programs that start the worker's interpreter.
+PROFILERS = ("nsight", "rocprof_sys")
+#: What Ray's agent calls an image's interpreter: no path, which a client could name.
+IMAGE_PREFIX = "image_uri:"
 
 
 class Jobs(Section):

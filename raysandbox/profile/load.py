@@ -330,29 +330,34 @@ def read_trusted(path: Path) -> bytes:
         os.close(fd)
 
 
-def check_trusted(path: Path) -> None:
+def check_trusted(path: Path, root: str = "") -> None:
     """Refuse a file that others than root and we could change, or replace.
+
+    Args:
+        path: Of the file.
+        root: A directory that is the root for it: links lead nowhere outside.
 
     Raises:
         ProfileError: By name, with the remedy.
     """
-    real = _check_way(path)
-    _check_writers(path, real, path.stat())
+    top = Path(_check_way(Path(root))) if root else Path("/")
+    real = _check_way(path, top)
+    _check_writers(path if not root else Path(real), real, os.lstat(real))
 
 
-def _check_way(path: Path) -> str:
+def _check_way(path: Path, root: Path = Path("/")) -> str:
     """Check what the kernel passes on its way to a file; return the real path.
 
     Whoever can write one of the directories, or owns one of the links, can put
     another file in its place.
     """
-    here, links = Path("/"), 0
-    _check_writers(here, "/", here.stat())
+    here, links = root, 0
+    _check_writers(here, str(here), here.stat())
     todo = [*reversed(path.absolute().parts[1:])]
     while todo:
         part = todo.pop()
         if part == "..":
-            here = here.parent
+            here = here.parent if here != root else root
             continue
         here = here / part
         try:
@@ -365,7 +370,7 @@ def _check_way(path: Path) -> str:
                 raise _unreadable(path, OSError(errno.ELOOP, ""))
             _check_owner(here, str(here), there)
             target = Path(os.readlink(here))
-            here = Path("/") if target.is_absolute() else here.parent
+            here = root if target.is_absolute() else here.parent
             todo += [p for p in reversed(target.parts) if p != "/"]
         # Of a sticky directory (/tmp) only its owner can take our entries away.
         elif len(todo) > 1 and there.st_mode & stat.S_ISVTX:

@@ -29,6 +29,8 @@ def written(field: str, value: object) -> str:
     if isinstance(value, str):
         # JSON's escapes are TOML's, but for DEL.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, BaseModel):
+        value = dict(value)
     if isinstance(value, Mapping):
         pairs = (f"{_key(k)} = {written('', v)}" for k, v in sorted(value.items()))
         return f"{{ {', '.join(pairs)} }}" if value else "{}"
@@ -52,18 +54,18 @@ def dump(model: BaseModel) -> str:
         elif _is_list_of_tables(value):
             for each in value:
                 tables += ["", f"[[{field.alias or name}]]", *_keys(each)]
-    return "\n".join([*_keys(model), *tables]) + "\n"
+    return "\n".join([*_keys(model, has_tables=True), *tables]) + "\n"
 
 
 def _is_list_of_tables(value: object) -> bool:
     return isinstance(value, tuple) and any(isinstance(v, BaseModel) for v in value)
 
 
-def _keys(section: BaseModel) -> list[str]:
+def _keys(section: BaseModel, *, has_tables: bool = False) -> list[str]:
     lines: list[str] = []
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
-        if isinstance(value, BaseModel) or _is_list_of_tables(value):
+        if has_tables and (isinstance(value, BaseModel) or _is_list_of_tables(value)):
             continue
         if name in _QUIET and not value:
             continue
@@ -78,4 +80,6 @@ def _keys(section: BaseModel) -> list[str]:
 #: Keys that say nothing when they are empty.
 _QUIET = ("why", "description")
 #: Keys that are left out when they have no value; elsewhere that is "unlimited".
-_OFTEN_NONE = ("oci", "cpu_weight", "untagged", "connect", "entrypoint")
+_OFTEN_NONE = (
+    "oci", "cpu_weight", "untagged", "connect", "entrypoint", "nsight", "rocprof_sys",
+)  # fmt: skip

@@ -412,6 +412,7 @@ class JailExecutor(seams.Executor):
             inside.Worker(
                 launched=self._gate.launched,
                 python_path=[path for path in self._trusted if path],
+                system=self._gate.system,
                 working_dirs=self._user_directories(),
                 variables=self._variables(),
                 ports=ports,
@@ -579,6 +580,7 @@ class JailExecutor(seams.Executor):
         return Environment(
             python_path=[path for path in self._trusted if path],
             ray_directory=directory,
+            system=self._gate.system,
             working_dirs=self._user_directories(),
             variables=dict(os.environ),
         )

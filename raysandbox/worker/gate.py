@@ -28,10 +28,12 @@ from raysandbox import profile as profiles
 from raysandbox.errors import ProfileError, TaskRefused
 from raysandbox.worker import seams
 
-__all__ = ["SEALED", "Gate", "profile_of"]
+__all__ = ["IMAGE", "SEALED", "Gate", "profile_of"]
 
 #: Where the launcher puts the sealed policy for a worker.
 SEALED = "/run/raysandbox/node"
+#: What this worker sees instead of the host's files; the launcher sealed it, too.
+IMAGE = "RAYSANDBOX_IMAGE"
 
 _OURS = "RAYSANDBOX_"
 # A worker's ancestors up to raylet: interpreter, shell, wrapper, and room.
@@ -55,12 +57,16 @@ class Gate:
         node: What decides, or None where the node has no policy.
         problem: Why no task may run, or None.
         launched: The node's launcher started this worker.
+        image: That this worker sees instead of the host's files; "" for these.
+        system: What ``@system`` stands for in it; nothing for the usual.
     """
 
     def __init__(self) -> None:
         self.node: policies.Node | None = None
         self.problem: ProfileError | None = None
         self.launched = False
+        self.image = ""
+        self.system: tuple[str, ...] = ()
         self._profiles: dict[tuple[str, frozenset[str], float], profiles.Profile] = {}
         self._requests: dict[str, policies.Request] = {}
         self._runtime_env_seen = ""
@@ -76,6 +82,9 @@ class Gate:
             self.node, variables = _read_sealed()
             self.launched = True
             _restore(variables)
+            if IMAGE in variables:
+                told = json.loads(variables[IMAGE])
+                self.image, self.system = told["uri"], tuple(told["system"])
             return
         _restore(_raylet_variables())
         named = policies.ENV in os.environ
@@ -178,9 +187,13 @@ class Gate:
             return
         from raysandbox.api import HOOK
 
-        refused = policies.runtime_env_refusals(
-            node.policy, json.loads(text), own_hook=HOOK
-        )
+        wanted = json.loads(text)
+        refused = policies.runtime_env_refusals(node.policy, wanted, own_hook=HOOK)
+        asked = policies.image_of(wanted)
+        if not refused and asked != self.image:
+            # Nothing but the launcher can show an image to a worker.
+            have = repr(self.image) if self.image else "the node's files"
+            refused = [f"image {asked!r} is asked for, and this worker has {have}"]
         if refused:
             raise TaskRefused(
                 task=task,

@@ -47,6 +47,7 @@ class Worker:
     Attributes:
         launched: The node's launcher started it.
         python_path: Its module search path; nothing of a user's.
+        system: What ``@system`` stands for; see `plan.Context`.
         working_dirs: Directories of the runtime environment.
         variables: The runtime environment's own variables.
         ports: TCP ports that Ray may connect to from here.
@@ -61,6 +62,7 @@ class Worker:
 
     launched: bool
     python_path: Sequence[str]
+    system: Sequence[str]
     working_dirs: Sequence[str]
     variables: Mapping[str, str]
     ports: frozenset[int]
@@ -119,6 +121,7 @@ def enter(profile: Profile, worker: Worker) -> Entered:
             probe(),
             walls.Surroundings(
                 python=worker.python_path,
+                system=worker.system,
                 working_dirs=worker.working_dirs,
                 scratch=scratch,
                 own_proc=f"/proc/{os.getpid()}",

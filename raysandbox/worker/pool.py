@@ -77,6 +77,7 @@ class Environment:
     Attributes:
         python_path: Module search path of the trusted part.
         ray_directory: Where Ray's package is.
+        system: What ``@system`` stands for; see `plan.Context`.
         working_dirs: Directories of the runtime environment.
         variables: Environment to choose from.
         extra_variables: Environment that passes regardless (runtime_env).
@@ -86,6 +87,7 @@ class Environment:
 
     python_path: Sequence[str]
     ray_directory: str
+    system: Sequence[str] = ()
     working_dirs: Sequence[str] = ()
     variables: Mapping[str, str] = field(default_factory=dict)
     extra_variables: Mapping[str, str] = field(default_factory=dict)
@@ -226,6 +228,7 @@ class Pool:
                     notify=True,
                     working_dirs=self.environment.working_dirs,
                     python=python,
+                    system=self.environment.system,
                     environment=self.environment.variables,
                     extra_environment=self.environment.extra_variables,
                     cgroup_clean=self._owned(),

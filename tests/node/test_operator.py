@@ -335,7 +335,7 @@ def test_packages_that_the_policy_allows_reach_the_jails(
     there, without, refused = json.loads(out.splitlines()[-1])
     assert there == ["installed by pip", 1]
     assert without is None
-    assert "no value of runtime_env.image_uri allows it" in refused
+    assert "runtime_env.image_uri = {URI = DIRECTORY} would allow one" in refused
 
 
 KEEPS = """

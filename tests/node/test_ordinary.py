@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from raysandbox.node import store_proxy
 from tests.attacks.conftest import USER
+from tests.node import rootfs
 from tests.node.nodes import Node, delegate
 from tests.require import require
 
@@ -33,16 +37,33 @@ pids = "90%"
 
 [object_store]
 max_job = "60MiB"
+
+[runtime_env]
+image_uri = {"docker.example/x" = {root = "ROOT", python = "PYTHON"}}
+why = "It is ours."
 """
 
 
 @pytest.fixture(scope="module")
-def node() -> Iterator[Node]:
+def image() -> Iterator[Path]:
+    """A root file system that is root's."""
+    made = Path(tempfile.mkdtemp(prefix="rsn-", dir="/srv"))
+    made.chmod(0o755)
+    try:
+        rootfs.make(made / "root", "of the image")
+        yield made / "root"
+    finally:
+        shutil.rmtree(made)
+
+
+@pytest.fixture(scope="module")
+def node(image: Path) -> Iterator[Node]:
     """A node of a user with delegated control groups."""
     require("landlock:6")
     given = delegate(USER)
+    policy = POLICY.replace("ROOT", str(image)).replace("PYTHON", rootfs.PYTHON)
     try:
-        made = Node(policy=POLICY, uid=USER, RAYSANDBOX_CGROUP=":".join(given))
+        made = Node(policy=policy, uid=USER, RAYSANDBOX_CGROUP=":".join(given))
         yield made
         made.close()
     finally:
@@ -159,3 +180,26 @@ def test_its_objects_go_through_the_proxy(found):
     assert count <= 6
     assert error
     assert any(job["refused"] for job in found["jobs"])
+
+
+def test_workers_see_an_image_of_the_policy_s(node):
+    """No right of root's is needed for it."""
+    out = node.drive(
+        """
+        import json
+        from raysandbox import tag
+
+        def look():
+            import only_there
+            return only_there.WORDS, sorted(os.listdir("/usr/bin"))
+
+        found = [
+            ray.get(ray.remote(resources=tag(name), runtime_env=environment)(look)
+                .remote(), timeout=60)
+            for name in ("strict", "trusted")
+            for environment in [{"image_uri": "docker.example/x"}]
+        ]
+        print(json.dumps(found))
+        """
+    )
+    assert json.loads(out.splitlines()[-1]) == [["of the image", ["sh"]]] * 2

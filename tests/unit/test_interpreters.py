@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from raysandbox.errors import ProfileError
 from raysandbox.node import interpreters
+from raysandbox.policy import Policy
 
 
 @pytest.fixture
@@ -28,10 +30,15 @@ def script(directory: Path, prints: str) -> str:
 
 def test_one_with_the_node_s_versions_is_taken():
     """What belongs to it is what its worker must see."""
-    interpreters._roots.cache_clear()
-    (roots,) = interpreters.look({sys.executable: "py_executable"}).values()
-    assert any(Path(sys.executable).is_relative_to(root) for root in roots)
-    assert any(Path(os.__file__).is_relative_to(root) for root in roots)
+    (found,) = look(os.path.abspath(sys.executable))
+    assert any(Path(sys.executable).is_relative_to(root) for root in found.roots)
+    assert any(Path(os.__file__).is_relative_to(root) for root in found.roots)
+
+
+def look(*paths: str, **more: Any) -> list[interpreters.Found]:
+    interpreters._look.cache_clear()
+    table = {"py_executable": paths, **more, "why": "a test"}
+    return interpreters.look(Policy.model_validate({"runtime_env": table}))
 
 
 OLD = '{"ray": "2.0.0", "raysandbox": "0", "python": "3", "roots": []}'
@@ -40,7 +47,7 @@ OLD = '{"ray": "2.0.0", "raysandbox": "0", "python": "3", "roots": []}'
 @pytest.mark.parametrize(
     ("prints", "says"),
     [
-        ("echo no module named ray >&2; exit 1", "can't import ray and raysandbox: no"),
+        ("echo no module named ray >&2; exit 1", "can't use ray and raysandbox: no"),
         ("echo hello", "is no Python that starts"),
         (f"echo '{OLD}'", "has ray 2.0.0, and the node has"),
     ],
@@ -49,7 +56,7 @@ def test_what_it_lacks_is_named(directory, prints, says):
     """With key and path; a worker that can't start would be tried for ever."""
     path = script(directory, prints)
     with pytest.raises(ProfileError) as caught:
-        interpreters.look({path: "py_executable"})
+        look(path)
     assert f"runtime_env.py_executable = '{path}': " in str(caught.value).replace(
         '"', "'"
     )
@@ -61,6 +68,51 @@ def test_one_that_others_can_write_is_refused(directory):
     path = script(directory, "exit 0")
     os.chmod(path, 0o777)
     with pytest.raises(ProfileError, match="group or others can write it"):
-        interpreters.look({path: "py_executable"})
-    with pytest.raises(ProfileError, match="can't be read"):
-        interpreters.look({f"{directory}/none": "conda.x"})
+        look(path)
+    with pytest.raises(ProfileError, match=r"runtime_env\.conda\.x .*does not exist"):
+        look(conda={"x": f"{directory}/none"})
+
+
+def test_what_a_profiler_needs_is_there(directory):
+    """It would fail in each worker; what starts Python elsewhere is seen itself."""
+    path = script(directory, f'echo started; exec {sys.executable} "$@"')
+    nsight = {"program": path, "write": (f"{directory}/reports",)}
+    with pytest.raises(ProfileError, match="reports, which does not exist"):
+        look(nsight=nsight)
+    (directory / "reports").mkdir()
+    (found,) = look(nsight=nsight)
+    assert path in found.roots
+
+
+def image(root: Path, prints: str) -> dict[str, Any]:
+    """An image with nothing in it but a shell script."""
+    root.mkdir()
+    (root / "py").mkdir()
+    script(root / "py", prints)
+    return {"docker.example/x": {"root": str(root), "python": "/py/python"}}
+
+
+@pytest.mark.root
+def test_an_image_without_a_python_is_named(directory):
+    """With the path on the host, and how to say where it is."""
+    images = image(directory / "root", "exit 0")
+    with pytest.raises(ProfileError, match=r"root/py/python.*is no Python that starts"):
+        look(image_uri=images)
+    (directory / "root" / "py" / "python").unlink()
+    with pytest.raises(ProfileError, match=r"python = PATH says where it is"):
+        look(image_uri=images)
+
+
+def test_an_image_s_interpreter_is_nobody_else_s(directory):
+    """Links are followed inside it, as its workers will."""
+    images = image(directory / "root", "exit 0")
+    python = directory / "root" / "py" / "python"
+    python.rename(directory / "root" / "py" / "python3")
+    python.symlink_to("/py/python3")
+    (directory / "root" / "py" / "python3").chmod(0o777)
+    with pytest.raises(ProfileError, match="group or others can write it"):
+        look(image_uri=images)
+    python.unlink()
+    python.symlink_to("/bin/sh")  # the host's, which the image has not
+    with pytest.raises(ProfileError, match="does not exist"):
+        look(image_uri=images)

@@ -365,3 +365,56 @@ def test_the_filter_is_in_the_plan_with_its_flags() -> None:
         (payload,) = records(compiled(notify=notify), 18)
         assert struct.unpack_from("<I", payload) == (flags,)
         assert len(payload) % 8 == 4
+
+
+# --- root file systems of images ----------------------------------------------------
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    """A root with links that would lead outside of it."""
+    for name in ("usr/lib", "etc", "srv/data/deep", "home/user", "tmp"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "lib").symlink_to("usr/lib")
+    for name, target in (
+        ("absolute", "/etc/passwd"),
+        ("relative", "../../../../etc/passwd"),
+        ("deep", "/srv/absolute"),
+        ("directory", "/etc"),
+        ("circle", "/srv/circle"),
+    ):
+        (tmp_path / "srv" / name).symlink_to(target)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/srv/absolute",
+        "/srv/relative",
+        "/srv/deep",
+        "/srv/directory/passwd",
+        "/srv/../../../etc/passwd",
+        "/etc/./passwd",
+    ],
+)
+def test_no_link_leads_out_of_an_image(image, path):
+    """The control: the host's own root has that file, and the kernel would find it."""
+    assert os.path.realpath("/etc/passwd") == "/etc/passwd"
+    assert plan.inside(str(image), path) == f"{image}/etc/passwd"
+    assert not os.path.exists(plan.inside(str(image), path))
+
+
+def test_a_circle_of_links_is_an_error(image):
+    """Not a path with a link left in it."""
+    with pytest.raises(ProfileError, match="leads in a circle"):
+        plan.inside(str(image), "/srv/circle")
+
+
+def test_of_an_image_all_is_seen_but_what_is_made_anew(image):
+    """And around what goes there instead; its /etc is as the host's is."""
+    found = plan.image_paths(str(image), ["/srv/data/deep/session", "/home"])
+    own = [path for path in found if not path.startswith("/etc")]
+    links = [f"/srv/{n}" for n in ("absolute", "circle", "deep", "directory")]
+    assert own == ["/lib", *links, "/srv/relative", "/usr"]
+    assert plan.image_paths(str(image))[:4] == ["/home", "/lib", "/srv", "/usr"]

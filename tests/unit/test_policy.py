@@ -10,6 +10,7 @@ import textwrap
 from pathlib import Path
 
 import jsonschema
+import pydantic
 import pytest
 import tomllib
 from hypothesis import given, settings
@@ -392,22 +393,104 @@ def test_keys_that_reach_around_the_wall_are_refused_by_name(runtime_env, key):
     assert policies.runtime_env_refusals(allowing, runtime_env) == []
 
 
+def test_keys_that_no_policy_allows_are_refused_by_name():
+    """The error says that there is no such permission, and why."""
+    (text,) = policies.runtime_env_refusals(Policy(), {"java_jars": ["x.jar"]})
+    assert "no value of runtime_env.java_jars allows it" in text
+    assert "Python workers alone" in text
+
+
+URI = "docker.example/team/tools:1"
+NAMED = {
+    "image_uri": {URI: "/srv/tools", "other": {"root": "/srv/o", "python": "/py"}},
+    "container": "image_uri",
+    "nsight": "/opt/nsys-python",
+    "rocprof_sys": {"program": "/opt/rocprof", "read": ("/opt/rocm",)},
+    "why": "a test",
+}
+
+
 @pytest.mark.parametrize(
-    ("runtime_env", "key"),
+    ("runtime_env", "asked", "would_allow"),
     [
-        ({"image_uri": "x"}, "image_uri"),
-        ({"container": {"image": "x"}}, "container"),
-        ({"nsight": "default"}, "nsight"),
-        ({"_nsight": {"t": "cuda"}}, "nsight"),
-        ({"_rocprof_sys": {}, "rocprof_sys": "default"}, "rocprof_sys"),
-        ({"java_jars": ["x.jar"]}, "java_jars"),
+        ({"image_uri": URI}, f"image_uri:{URI}", "image_uri = {URI = DIRECTORY}"),
+        ({"container": {"image": URI}}, f"image_uri:{URI}", 'container = "image_uri"'),
+        ({"nsight": "default"}, "nsight:/opt/nsys-python", "nsight = PATH"),
+        ({"_nsight": "default"}, "nsight:/opt/nsys-python", "nsight = PATH"),
+        (
+            {"_rocprof_sys": "default"},
+            "rocprof_sys:/opt/rocprof",
+            "rocprof_sys = PATH",
+        ),
     ],
 )
-def test_keys_that_no_policy_allows_are_refused_by_name(runtime_env, key):
-    """The error says that there is no such permission and what does work."""
+def test_what_replaces_the_interpreter_is_what_the_operator_made(
+    runtime_env, asked, would_allow
+):
+    """Refused with the key that would allow it; no plugin of Ray's runs for it."""
     (text,) = policies.runtime_env_refusals(Policy(), runtime_env)
-    assert f"no value of runtime_env.{key} allows it" in text
-    assert "Python workers alone" in text or "pip, uv, py_modules" in text
+    assert f"runtime_env.{would_allow} would allow" in text
+    policy = Policy.model_validate({"runtime_env": NAMED})
+    assert policies.runtime_env_refusals(policy, runtime_env) == []
+    more = {**runtime_env, "env_vars": {"A": "b"}}
+    assert policies.as_made(policy, more) == {
+        "py_executable": asked, "env_vars": {"A": "b"}
+    }  # fmt: skip
+    assert asked in policy.runtime_env.interpreters()
+    # Not what Ray's agent may be asked for by that name.
+    assert policies.runtime_env_refusals(policy, {"py_executable": asked})
+
+
+@pytest.mark.parametrize(
+    ("runtime_env", "says"),
+    [
+        ({"image_uri": "docker.example/team/tools"}, "image_uri allows"),
+        ({"image_uri": [URI]}, "image_uri allows"),
+        ({"image_uri": "/srv/tools"}, "image_uri allows"),
+        ({"container": {"image": "x"}}, "image_uri allows"),
+        ({"container": URI}, "container allows {image = URI} alone"),
+        ({"container": {"image": URI, "run_options": []}}, "{image = URI} alone"),
+        ({"nsight": {"o": "/etc/x"}}, 'nsight allows "default" alone'),
+        ({"_nsight": "default -o /etc/x"}, 'nsight allows "default" alone'),
+        ({"image_uri": URI, "nsight": "default"}, "'image_uri', 'nsight': one"),
+        ({"image_uri": URI, "pip": ["x"]}, "'image_uri', 'pip': one interpreter"),
+    ],
+)
+def test_another_than_what_the_operator_made_is_refused(runtime_env, says):
+    """By exactly its name, without options, and one at a time."""
+    policy = Policy.model_validate({"runtime_env": {**NAMED, "pip": "allow"}})
+    assert says in "; ".join(policies.runtime_env_refusals(policy, runtime_env))
+    assert "py_executable" not in policies.as_made(policy, runtime_env) or says == (
+        "'image_uri', 'pip': one interpreter"
+    )
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        {"image_uri": {"a b": "/srv/x"}},
+        {"image_uri": {URI: "srv/x"}},
+        {"image_uri": {URI: {"python": "/py"}}},
+        {"image_uri": {URI: {"root": "/srv/x", "shell": "/bin/sh"}}},
+        {"image_uri": "allow"},
+        {"container": "allow"},
+        {"nsight": "allow"},
+        {"nsight": {"read": ("/opt",)}},
+    ],
+)
+def test_what_names_no_file_of_the_operator_s_is_an_error(table):
+    """A value that would promise something else is none."""
+    with pytest.raises(pydantic.ValidationError):
+        Policy.model_validate({"runtime_env": {**table, "why": "a test"}})
+    with pytest.raises(pydantic.ValidationError, match="why"):
+        Policy.model_validate({"runtime_env": {"image_uri": {URI: "/srv/x"}}})
+
+
+def test_a_sealed_policy_has_what_the_operator_made():
+    """As worker and agent read it."""
+    policy = Policy.model_validate({"runtime_env": NAMED})
+    sealed = policies.unseal(policies.resolve(policy).seal())
+    assert sealed.policy.runtime_env == policy.runtime_env
 
 
 @pytest.mark.parametrize(
@@ -445,9 +528,8 @@ def test_a_conda_environment_is_one_of_the_policy_s_or_refused(value, says):
     assert policies.as_made(policy, named) == {
         "py_executable": "/opt/science/bin/python", "env_vars": {"A": "b"}
     }  # fmt: skip
-    assert policy.runtime_env.interpreters() == {
-        "/opt/science/bin/python": "conda.science"
-    }
+    (found,) = policy.runtime_env.interpreters().values()
+    assert (found.path, found.key) == ("/opt/science/bin/python", "conda.science")
     (text,) = policies.runtime_env_refusals(policy, {"conda": value})
     assert says in text
     assert policies.as_made(policy, {"conda": value}) == {"conda": value}
