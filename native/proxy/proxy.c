@@ -954,17 +954,16 @@ bind_worker(int fd, const struct bind_message *message, ssize_t size)
         return "not a bind message";
     if (worker == NULL || worker->host != 0)
         return "not a worker";
-    if (worker->bound) /* the same once more changes nothing */
-        return memcmp(worker->job->id, message->job, JOB_SIZE) == 0 &&
-                       worker->actor_bound == (int)(message->flags & 1)
-                   ? "ok"
-                   : "bound already";
+    int actor = (message->flags & 1) != 0, hosts = (message->flags & 2) != 0;
+    if (worker->bound && (actor > worker->actor_bound ||
+                          hosts > worker->hosts_drivers))
+        return "bound already"; /* once more can take, and not give */
     if (worker_bind(worker, message->job, &message->job_limits,
                     &message->worker_limits) != 0)
         return "bound to another job";
     worker->bound = 1;
-    worker->actor_bound = (message->flags & 1) != 0;
-    worker->hosts_drivers = (message->flags & 2) != 0;
+    worker->actor_bound = actor;
+    worker->hosts_drivers = hosts;
     return "ok";
 }
 

@@ -114,12 +114,13 @@ int
 worker_bind(struct worker *worker, const uint8_t *id,
             const struct limits *job, const struct limits *own)
 {
-    if (worker->job != NULL)
-        return memcmp(worker->job->id, id, JOB_SIZE) == 0 ? 0 : -1;
-    worker->job = job_of(id);
-    if (worker->job == NULL)
+    if (worker->job == NULL) {
+        worker->job = job_of(id);
+        if (worker->job == NULL)
+            return -1;
+        worker->job->workers++;
+    } else if (memcmp(worker->job->id, id, JOB_SIZE) != 0)
         return -1;
-    worker->job->workers++;
     tighten(&worker->job_limits, job);
     tighten(&worker->limits, own);
     return 0;

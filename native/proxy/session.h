@@ -107,8 +107,8 @@ struct worker *worker_of(pid_t pid); /* NULL: out of memory */
 void worker_release(struct worker *worker);
 struct worker *worker_by_serial(uint32_t serial);
 struct job *job_of(const uint8_t *id);   /* the same */
-/* Bind once; -1 if the worker is another job's already.  Limits are those of
- * its profile, and lower what the session has: jobs have several profiles. */
+/* -1 if the worker is another job's already.  Limits are those of its profile,
+ * and lower what it has: jobs have several profiles. */
 int worker_bind(struct worker *worker, const uint8_t *id,
                 const struct limits *job, const struct limits *own);
 

@@ -20,6 +20,7 @@ import asyncio
 import contextlib
 import ctypes
 import fcntl
+import functools
 import http.client
 import json
 import os
@@ -30,7 +31,7 @@ import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raysandbox.cluster import guard, pki
 from raysandbox.cluster.access import Access, Entry, Name, grpc_message
@@ -41,6 +42,9 @@ from raysandbox.cluster.metrics import Metrics
 from raysandbox.cluster.registry import Registry
 from raysandbox.cluster.rolling import due
 from raysandbox.cluster.settings import ClusterDir, read_trusted, write_file
+
+if TYPE_CHECKING:
+    from raysandbox.cluster.watch import Watcher
 
 __all__ = ["main"]
 
@@ -756,18 +760,25 @@ class HeadWorker(NodeWorker):
 
     # -- nodes that did not pass the guard --------------------------------------------
 
-    async def _watch_gcs(self) -> None:
+    @functools.cached_property
+    def _watcher(self) -> Watcher:
         from raysandbox.cluster.watch import Watcher
 
-        watcher = Watcher(self.dir)
+        return Watcher(self.dir)
+
+    def _watch_failed(self) -> None:
+        """Count it; the next try has the certificate that is there by then."""
+        self.metrics.events.labels("watch_failed").inc()
+        self.__dict__.pop("_watcher", None)
+
+    async def _watch_gcs(self) -> None:
         told: set[str] = set()
         while True:
             await asyncio.sleep(5)
             try:
-                alive = await watcher.alive()
-            except Exception as error:  # noqa: BLE001 - the GCS may be away
-                self.metrics.events.labels("watch_failed").inc()
-                del error
+                alive = await self._watcher.alive()
+            except Exception:  # noqa: BLE001 - the GCS may be away
+                self._watch_failed()
                 continue
             told &= set(alive)
             self.metrics.nodes.set(len(alive))
@@ -787,7 +798,7 @@ class HeadWorker(NodeWorker):
                         else "quarantined" if entry else "not in the inventory",
                     )  # fmt: skip
                 try:
-                    await watcher.remove(node_id)
+                    await self._watcher.remove(node_id)
                 except Exception as error:  # noqa: BLE001 - gRPC's, of many kinds
                     self.alert(
                         "node_not_removed", object=f"node {node_id} {address}",
@@ -798,20 +809,17 @@ class HeadWorker(NodeWorker):
 
     async def _watch_keys(self) -> None:
         """Stop counting keys that the GCS has removed, and remove those of nobody."""
-        from raysandbox.cluster.watch import Watcher
-
-        watcher = Watcher(self.dir)
         absent: dict[Name, Entry] = {}
         while True:
             await asyncio.sleep(KEYS_S)
             try:
                 for name in self.access.orphans():
-                    await watcher.delete_key(*name)
+                    await self._watcher.delete_key(*name)
                 spaces = {namespace for namespace, _ in self.access.keys}
-                present = {space: await watcher.keys(space) for space in spaces}
+                present = {space: await self._watcher.keys(space) for space in spaces}
                 absent = self.access.forget(present, absent)
             except Exception:  # noqa: BLE001 - the GCS may be away, a disk full
-                self.metrics.events.labels("watch_failed").inc()
+                self._watch_failed()
 
     async def _metrics(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter

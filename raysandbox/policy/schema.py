@@ -400,7 +400,11 @@ def python_of(prefix: str) -> str:
     return f"{prefix.rstrip('/')}/bin/python"
 
 
-_Path = Annotated[str, AfterValidator(_absolute_path)]
+_Path = Annotated[
+    str,
+    AfterValidator(_absolute_path),
+    WithJsonSchema({"type": "string", "pattern": "^/"}),
+]
 
 
 class Image(BaseModel):
@@ -470,6 +474,11 @@ def _images(value: object) -> object:
     }
 
 
+def _path_or(*others: dict[str, Any]) -> dict[str, Any]:
+    """Return the JSON Schema of what may be written as a path alone."""
+    return {"anyOf": [{"type": "string", "pattern": "^/"}, *others]}
+
+
 def _profiler(value: object) -> object:
     if value == "refuse":
         return None
@@ -489,7 +498,7 @@ class RuntimeEnv(Section):
     )
 
     py_executable: Annotated[
-        tuple[Annotated[str, AfterValidator(_absolute_path)], ...],
+        tuple[_Path, ...],
         BeforeValidator(lambda value: () if value == "refuse" else value),
         Unique,
         WithJsonSchema(
@@ -510,6 +519,17 @@ class RuntimeEnv(Section):
     image_uri: Annotated[
         Mapping[str, Image],
         BeforeValidator(_images),
+        WithJsonSchema(
+            {
+                "anyOf": [
+                    {"const": "refuse"},
+                    {
+                        "type": "object",
+                        "additionalProperties": _path_or(Image.model_json_schema()),
+                    },
+                ]
+            }
+        ),
         Field(
             description="Images that a job may ask for, by exactly that URI, each with "
             "the directory of a root file system that the operator unpacked (such as "
@@ -531,6 +551,7 @@ class RuntimeEnv(Section):
     nsight: Annotated[
         Profiler | None,
         BeforeValidator(_profiler),
+        WithJsonSchema(_path_or(Profiler.model_json_schema(), {"const": "refuse"})),
         Field(
             description="A program of the operator's that starts Python under Nsight "
             "Systems, such as a script with `exec nsys profile … "
@@ -543,10 +564,11 @@ class RuntimeEnv(Section):
     rocprof_sys: Annotated[
         Profiler | None,
         BeforeValidator(_profiler),
+        WithJsonSchema(_path_or(Profiler.model_json_schema(), {"const": "refuse"})),
         Field(description="As nsight, for ROCm's profiler."),
     ] = None
     conda: Annotated[
-        Mapping[str, Annotated[str, AfterValidator(_absolute_path)]],
+        Mapping[str, _Path],
         BeforeValidator(lambda value: {} if value == "refuse" else value),
         WithJsonSchema(
             {
@@ -797,6 +819,9 @@ class Audit(Section):
 
     directory: Annotated[
         str,
+        AfterValidator(
+            lambda path: path if path == "session" else _absolute_path(path)
+        ),
         Field(
             description='An absolute directory, or "session" for Ray\'s session logs. '
             "Each worker has a file of its own there, of at most 16 MiB. Of workers "
@@ -804,17 +829,6 @@ class Audit(Section):
             "directory of the operator's nothing is removed."
         ),
     ] = "session"
-
-    @model_validator(mode="after")
-    def _absolute(self) -> Audit:
-        path = self.directory
-        if path != "session" and (
-            not path.startswith("/") or "\0" in path or ".." in path.split("/")
-        ):
-            raise ValueError(
-                'directory must be an absolute path without "..", or "session"'
-            )
-        return self
 
 
 class Policy(Section):

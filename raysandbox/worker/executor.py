@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -141,7 +142,8 @@ class JailExecutor(seams.Executor):
         self._board = self._open_board()
         self._figures = Figures()
         self._job = ""  # hex of the job whose call runs
-        self._bound = ""  # hex of the job that this worker is bound to
+        # Hex of the job that this worker is bound to, and the profile inside.
+        self._bound = ("", "")
         self._full = hints.FullStore()
         # The jail whose answer Ray has not taken in yet, and its pool.
         self._pending: tuple[Pool, Jail, bool] | None = None
@@ -374,7 +376,7 @@ class JailExecutor(seams.Executor):
                     return False
                 self._refuse_entrypoint(profile)
                 if self._serves_jails:
-                    self._leave(profile.name, "it has served tasks in jails")
+                    self._give_up_jails(profile)
                 self._enter(profile)
             except inside.NotRestrictedError as error:
                 seams.leave(str(error))
@@ -383,6 +385,25 @@ class JailExecutor(seams.Executor):
                 self._refusal = error
                 return False
             return True
+
+    def _give_up_jails(self, profile: profiles.Profile) -> None:
+        """End all jails: from here on this worker serves one profile.
+
+        Raylet sends a task of ``boundary = "worker"`` to any idle worker of its job,
+        and one that left instead would cost the task a retry. Nothing of a jailed
+        task ran in this process.
+        """
+        self._settle()
+        self._last = None
+        try:
+            for name in list(self._pools):
+                self._retire(name)
+        except (OSError, subprocess.TimeoutExpired, RaysandboxError) as error:
+            self._leave(profile.name, f"its jails don't end ({error})")
+        if self._actor is not None or self._is_entrypoint():
+            self._leave(profile.name, "it has served tasks in jails")
+        self._buffers.drop_all()
+        self._serves_jails = False
 
     def _enter(self, profile: profiles.Profile) -> None:
         """Raise the profile's walls around this process, then take the seals off."""
@@ -747,7 +768,7 @@ class JailExecutor(seams.Executor):
     ) -> None:
         """Say to the proxy in front of Ray's sockets, if there is one, whose we are.
 
-        Before any code of a user runs in this process: the first word is final.
+        Before any code of a user runs in this process: later words can only take.
 
         Args:
             inside: The profile whose tasks run in this very process; None where
@@ -758,11 +779,12 @@ class JailExecutor(seams.Executor):
             SetupError: The proxy refused, or is gone.
         """
         job = self._job = self._worker.current_job_id.hex()
-        if self._bound == job:
+        bound = (job, inside.name if inside is not None else "")
+        if self._bound == bound:
             return
         if not os.path.lexists(store_proxy.BIND):
             # It is there from before this process, or never.
-            self._bound = job
+            self._bound = bound
             return
         limits, actor = None, True
         if inside is not None:
@@ -783,7 +805,7 @@ class JailExecutor(seams.Executor):
             drivers=drivers,
             limits=limits,
         )
-        self._bound = job
+        self._bound = bound
 
     def _limits(self, profile: profiles.Profile) -> _Quotas:
         """What the profile allows, or the node's policy if that is less."""

@@ -358,6 +358,28 @@ def test_a_driver_that_never_heard_of_us_keeps_its_workers(node):
     assert len(set(pids)) == 1
 
 
+JAILS_FIRST = """
+import json
+options = {"num_cpus": 0, "max_retries": 0}
+jail = ray.remote(resources={"sandbox:strict": 1}, **options)(
+    lambda: (time.sleep(1), os.getpid())[1])
+inside = ray.remote(resources={"sandbox:trusted": 1}, **options)(lambda: os.getpid())
+jails = ray.get([jail.remote() for _ in range(3)], timeout=60)
+pids = [ray.get(inside.remote(), timeout=60) for _ in range(6)]
+again = ray.get([jail.remote() for _ in range(3)], timeout=60)
+print(json.dumps([jails, pids, again, "raysandbox" in sys.modules]))
+"""
+
+
+def test_a_worker_that_had_jails_serves_a_task_inside_without_a_retry(node):
+    """Raylet sends it there, of a driver that never heard of us: it can't know."""
+    jails, pids, again, imported = json.loads(node.drive(JAILS_FIRST).splitlines()[-1])
+    assert not imported
+    assert all(pid < 10 for pid in (*jails, *again))
+    assert len({*pids}) == 6
+    assert all(pid > 10 for pid in pids)
+
+
 def test_nothing_is_left_of_a_node_that_was_killed(node):
     """Its keeper ends with its last worker's group, not at the end of its patience."""
     raylet = node.raylet
