@@ -81,11 +81,18 @@ def check(
     """Say everything that is wrong with a policy, one line each.
 
     Also loads every profile that it names, and says which of them ask for more
-    than the ceilings allow: they run with less. Exit status 0 if a node would
-    start with it, 1 if not.
+    than the ceilings allow: they run with less, and starts every interpreter that
+    it names. Exit status 0 if a node would start with it, 1 if not.
     """
     path = policies.find(file)
     node, problems = policies.check(path)
+    if node is not None and node.policy.runtime_env.interpreters():
+        from raysandbox.node import interpreters
+
+        try:
+            interpreters.look(node.policy)
+        except ProfileError as error:
+            node, problems = None, [*problems, str(error)]
     lowered = {name: [str(e) for e in each] for name, each in _lowered(node).items()}
     if as_json:
         found = {"policy": str(path), "problems": problems, "lowered": lowered}

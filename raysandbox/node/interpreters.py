@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import stat
 import subprocess
 import sys
 import tempfile
@@ -87,12 +88,44 @@ def _look(named: Interpreter) -> Found:
     except (OSError, subprocess.TimeoutExpired, ValueError, RaysandboxError) as error:
         raise _unusable(named, f"is no Python that starts: {error}") from error
     for name, ours in _ours().items():
-        if found[name] != ours:
-            raise _unusable(named, f"has {name} {found[name]}, and the node has {ours}")
+        if found.get(name) != ours:
+            have = found.get(name, "none")
+            raise _unusable(named, f"has {name} {have}, and the node has {ours}")
     roots = [str(root) for root in found["roots"]]
+    for root in roots if named.root else ():
+        _refuse_writers(named, plan.inside(named.root, root))
     if not any(plan.is_below(named.path, root) for root in roots):
         roots.append(named.path)  # what starts an interpreter elsewhere
     return Found(named, roots, str(found["script"]))
+
+
+def _refuse_writers(named: Interpreter, directory: str) -> None:
+    """Refuse modules of an image that others can change: they run in the worker.
+
+    Where nobody else gets to the image it does not matter what its files' modes say.
+    """
+    owners = {0, os.geteuid()}
+    if any(
+        not above.stat().st_mode & (stat.S_IXGRP | stat.S_IXOTH)
+        and above.stat().st_uid in owners
+        for above in Path(os.path.realpath(named.root)).parents
+    ):
+        return
+    for at, directories, files in os.walk(directory):
+        for name in (".", *directories, *files):
+            path = os.path.join(at, name)
+            there = os.lstat(path)
+            if stat.S_ISLNK(there.st_mode):
+                continue
+            writers = stat.S_IMODE(there.st_mode) & (stat.S_IWGRP | stat.S_IWOTH)
+            if writers or there.st_uid not in owners:
+                whose = f"mode {there.st_mode & 0o7777:04o} of uid {there.st_uid}"
+                raise _unusable(
+                    named,
+                    f"has modules that others can change: {os.path.normpath(path)}, "
+                    f"{whose} (chmod -R go-w and chown -R root, or chmod 0700 a "
+                    "directory above)",
+                )
 
 
 def _ask(named: Interpreter) -> Mapping[str, Any]:

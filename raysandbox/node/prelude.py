@@ -27,6 +27,7 @@ import sys
 _FILE, _BIND, _CHDIR, _ENV, _TMPFS, _USER, _PROGRAM = 7, 5, 19, 20, 26, 31, 35
 _READ_ONLY = 1
 _PRIVATE_BYTES, _PRIVATE_INODES = 64 << 20, 1024
+_CHOSEN = "/run/raysandbox/interpreter"
 _CONTEXT = "--serialized-runtime-env-context="
 _SPILL_TYPES = ("filesystem",)
 
@@ -229,6 +230,8 @@ def main(argv: list[str]) -> None:
         choices = json.loads(interpreters)
         if isinstance(wanted, str) and wanted in choices:
             plan = _interpret(plan, wrapper, choices[wanted], arguments)
+            # For the worker's own look at what it was asked for.
+            plan.add(_FILE, struct.pack("<I", 0o444) + _text(_CHOSEN) + wanted.encode())
         for path in _outermost([*directories, *filter(None, [working])]):
             plan.bind(path, read_only=True)
         if directories:

@@ -80,7 +80,7 @@ _PASSED = (
     "SSL_CERT_DIR", "no_proxy", "NO_PROXY",
 )  # fmt: skip
 # Of those, set by us or not at all.
-_OWN = ("RAY_AUTH_TOKEN", "RAYSANDBOX_CGROUP", USER_PATH, "RAYSANDBOX")
+_OWN = ("RAY_AUTH_TOKEN", "RAYSANDBOX_CGROUP", USER_PATH, "RAYSANDBOX", IMAGE)
 _FILES = (
     "RAY_AUTH_TOKEN_PATH",
     "RAY_TLS_SERVER_CERT",
@@ -268,7 +268,7 @@ class _WorkerBuilder(plan.Builder):
     """As for a jail, with other walls where a worker's differ."""
 
     def __init__(
-        self, wall: Wall, session: Session, host: Host, image: Found | None
+        self, wall: Wall, session: Session, host: Host, image: Found | None = None
     ) -> None:
         self.wall, self.session, self.image = wall, session, image
         ids, self.python_path = plan.IdRange(os.geteuid(), 1), ""
@@ -299,6 +299,8 @@ class _WorkerBuilder(plan.Builder):
         shown = [path for path in (*files.read, *files.write) if path.startswith("/")]
         return [
             *shown,
+            # As the prelude binds what is in it.
+            os.path.realpath(session.resource_dir),
             *(session.directory, session.log_dir, session.resource_dir),
             *(session.raylet_socket, session.plasma_socket, self._event_directory()),
             *wall.replace,
@@ -594,9 +596,7 @@ class _WorkerBuilder(plan.Builder):
         }
         variables["RAYSANDBOX_RAYLET_PORTS"] = json.dumps(dict(self.wall.raylet_ports))
         if self.image is not None:
-            uri = self.image.named.asked.removeprefix(policies.IMAGE_PREFIX)
-            seen = {"uri": uri, "system": list(self.context.system)}
-            variables[IMAGE] = json.dumps(seen)
+            variables[IMAGE] = json.dumps(list(self.context.system))
         self.add(
             plan.Record.FILE,
             plan.u32(0o444) + plan.text(SEALED) + self.wall.node.seal(variables),

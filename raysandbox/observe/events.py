@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
+from raysandbox.worker.events import OLD_NAME
+
 __all__ = ["Filter", "Reader", "summary"]
 
 _PREFIXES, _SUFFIX = ("raysandbox_events", "raysandbox_store"), ".jsonl"
@@ -92,6 +94,7 @@ class _File:
         head: Its first bytes: others are another log's, in the same place.
         latest: Time of its latest event.
         again: It was cut: events up to this time were there before.
+        aside: It had the name of a log that was set aside.
     """
 
     offset: int = 0
@@ -100,6 +103,7 @@ class _File:
     head: bytes = b""
     latest: float = 0.0
     again: float = -1.0
+    aside: bool = False
 
 
 @dataclass(slots=True)
@@ -161,7 +165,12 @@ class Reader:
             key = (there.st_dev, there.st_ino)
             if key in seen:
                 return []  # renamed while we looked
-            file = seen[key] = self._files.get(key) or _File()
+            file, aside = self._files.get(key) or _File(), path.endswith(OLD_NAME)
+            if file.aside and not aside:
+                file = (
+                    _File()
+                )  # of a log that is gone: the kernel used its number again
+            seen[key], file.aside = file, aside
             head = os.pread(fd, _HEAD, 0)
             if there.st_size < file.offset or not head.startswith(file.head):
                 file.offset, file.rest, file.again = 0, b"", file.latest

@@ -407,6 +407,12 @@ _Path = Annotated[
 ]
 
 
+def _below_root(path: str) -> str:
+    if not path.strip("/."):
+        raise ValueError("must not be the host's own root: it would show all of it")
+    return path
+
+
 class Image(BaseModel):
     """A root file system that the operator unpacked, to be seen instead of the host's.
 
@@ -417,7 +423,7 @@ class Image(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    root: _Path
+    root: Annotated[_Path, AfterValidator(_below_root)]
     python: _Path = "/usr/local/bin/python3"
 
 
@@ -648,6 +654,14 @@ class RuntimeEnv(Section):
         Literal["drop", "refuse"],
         Field(description="env_vars of Ray's and ours (RAY_*, RAYSANDBOX_*)."),
     ] = "drop"
+
+    @model_validator(mode="after")
+    def _has_images(self) -> RuntimeEnv:
+        if self.container == "image_uri" and not self.image_uri:
+            raise ValueError(
+                'container = "image_uri" allows nothing: image_uri names no image'
+            )
+        return self
 
     def deviations(self) -> list[str]:
         """See `Section`."""

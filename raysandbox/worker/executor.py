@@ -403,6 +403,10 @@ class JailExecutor(seams.Executor):
         if self._actor is not None or self._is_entrypoint():
             self._leave(profile.name, "it has served tasks in jails")
         self._buffers.drop_all()
+        # What is open stays open for a task inside.
+        self._quotas.close()
+        if self._events is not None:
+            self._events.close()
         self._serves_jails = False
 
     def _enter(self, profile: profiles.Profile) -> None:
@@ -474,7 +478,8 @@ class JailExecutor(seams.Executor):
                 variables={**self._variables(), **secrets},
             )
         # The job's own set-up, which the walls had to come before.
-        problem = seams.run_setup_hook(self._worker.runtime_env)
+        problem = seams.preload(self._first()["modules"])
+        problem = problem or seams.run_setup_hook(self._worker.runtime_env)
         if problem:
             seams.leave(problem)
 
@@ -788,15 +793,12 @@ class JailExecutor(seams.Executor):
             return
         limits, actor = None, True
         if inside is not None:
-            of_job, actor = (
-                self._limits(inside).of_job,
-                not self._worker.actor_id.is_nil(),
-            )
+            of, actor = self._limits(inside), not self._worker.actor_id.is_nil()
             limits = store_proxy.Limits(
-                job_bytes=of_job.stored_bytes,
-                job_objects=of_job.stored_objects,
-                worker_bytes=inside.object_store.max_put_bytes,
-                worker_objects=inside.object_store.max_put_objects,
+                job_bytes=of.of_job.stored_bytes,
+                job_objects=of.of_job.stored_objects,
+                worker_bytes=of.put_bytes,
+                worker_objects=of.put_objects,
             )
         store_proxy.bind(
             store_proxy.BIND,

@@ -28,10 +28,13 @@ from raysandbox import profile as profiles
 from raysandbox.errors import ProfileError, TaskRefused
 from raysandbox.worker import seams
 
-__all__ = ["IMAGE", "SEALED", "Gate", "profile_of"]
+__all__ = ["CHOSEN", "IMAGE", "SEALED", "Gate", "profile_of"]
 
 #: Where the launcher puts the sealed policy for a worker.
 SEALED = "/run/raysandbox/node"
+#: Where the prelude says which interpreter of the policy's it put in the place of the
+#: node's own; beside the sealed policy.
+CHOSEN = "/run/raysandbox/interpreter"
 #: What this worker sees instead of the host's files; the launcher sealed it, too.
 IMAGE = "RAYSANDBOX_IMAGE"
 
@@ -57,19 +60,20 @@ class Gate:
         node: What decides, or None where the node has no policy.
         problem: Why no task may run, or None.
         launched: The node's launcher started this worker.
-        image: That this worker sees instead of the host's files; "" for these.
-        system: What ``@system`` stands for in it; nothing for the usual.
+        interpreter: Of the policy's, as Ray's agent calls it: what runs this worker,
+            and what it sees; "" for the node's own.
+        system: What ``@system`` stands for in an image; nothing for the usual.
     """
 
     def __init__(self) -> None:
         self.node: policies.Node | None = None
         self.problem: ProfileError | None = None
         self.launched = False
-        self.image = ""
+        self.interpreter = ""
         self.system: tuple[str, ...] = ()
         self._profiles: dict[tuple[str, frozenset[str], float], profiles.Profile] = {}
         self._requests: dict[str, policies.Request] = {}
-        self._runtime_env_seen = ""
+        self._runtime_env_seen: str | None = None
         # What was asked last, and the answer.
         self._last: tuple[tuple[Any, ...], profiles.Profile] | None = None
         try:
@@ -79,12 +83,14 @@ class Gate:
 
     def _load(self) -> None:
         if os.path.lexists(SEALED):
-            self.node, variables = _read_sealed()
+            sealed = _read_sealed(SEALED)
+            self.node = policies.unseal(sealed)
+            variables = policies.sealed_variables(sealed)
             self.launched = True
             _restore(variables)
-            if IMAGE in variables:
-                told = json.loads(variables[IMAGE])
-                self.image, self.system = told["uri"], tuple(told["system"])
+            self.system = tuple(json.loads(variables.get(IMAGE, "[]")))
+            if os.path.lexists(CHOSEN):
+                self.interpreter = _read_sealed(CHOSEN).decode()
             return
         _restore(_raylet_variables())
         named = policies.ENV in os.environ
@@ -187,13 +193,10 @@ class Gate:
             return
         from raysandbox.api import HOOK
 
-        wanted = json.loads(text)
+        wanted = json.loads(text or "{}")
         refused = policies.runtime_env_refusals(node.policy, wanted, own_hook=HOOK)
-        asked = policies.image_of(wanted)
-        if not refused and asked != self.image:
-            # Nothing but the launcher can show an image to a worker.
-            have = repr(self.image) if self.image else "the node's files"
-            refused = [f"image {asked!r} is asked for, and this worker has {have}"]
+        if not refused and (why := self._other_interpreter(node, wanted)):
+            refused = [why]
         if refused:
             raise TaskRefused(
                 task=task,
@@ -205,17 +208,30 @@ class Gate:
             )
         self._runtime_env_seen = text
 
+    def _other_interpreter(self, node: policies.Node, wanted: dict[str, Any]) -> str:
+        """Say what the job asks for and this worker is not; "" if it is that.
 
-def _read_sealed() -> tuple[policies.Node, Mapping[str, str]]:
-    fd = os.open(SEALED, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        Nothing but the launcher can show an image to a worker, and it alone puts
+        another interpreter there.
+        """
+        asked = policies.as_made(node.policy, wanted).get("py_executable") or ""
+        if asked == self.interpreter or not (
+            self.launched or policies.image_of(wanted)
+        ):
+            return ""
+        have = self.interpreter or "the node's own Python and files"
+        return f"{asked or have} is asked for, and this worker has {have}"
+
+
+def _read_sealed(path: str) -> bytes:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     with open(fd, "rb") as file:
         if not os.fstatvfs(fd).f_flag & os.ST_RDONLY:
             raise ProfileError(
-                source=SEALED,
+                source=path,
                 reason="is not on a read-only mount: the launcher did not put it there",
             )
-        data = file.read()
-    return policies.unseal(data), policies.sealed_variables(data)
+        return file.read()
 
 
 def _raylet_variables() -> dict[str, str]:

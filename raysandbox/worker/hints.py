@@ -122,10 +122,11 @@ class FullStore:
     """Tells a quota that is full from a store that is: Ray has one error for both."""
 
     _UNITS = (
-        ("job_bytes", "bytes", "max_job", "max_job_bytes"),
+        # As the proxy has it, in what, the profile's key, and the policy's.
+        ("job_bytes", "bytes", "max_job", "max_job"),
         ("job_objects", "objects", "max_job_objects", "max_job_objects"),
-        ("worker_bytes", "bytes", "max_put", "max_put_bytes"),
-        ("worker_objects", "objects", "max_put_objects", "max_put_objects"),
+        ("worker_bytes", "bytes", "max_put", "max_task"),
+        ("worker_objects", "objects", "max_put_objects", "max_task_objects"),
     )
 
     def __init__(self) -> None:
@@ -152,12 +153,12 @@ class FullStore:
         if self._refused == refused:
             return ""  # the store's own word
         parts = []
-        for key, unit, written, field in self._UNITS:
+        for key, unit, own, node in self._UNITS:
             have, allowed = used[key]
             if allowed < 0:
                 continue
             whose = f"job {used['job']}" if key.startswith("job") else "this worker"
-            by = _who_says(written, field, allowed, profile, policy)
+            by = _who_says(own, node, allowed, profile, policy)
             parts.append(f"{whose} has {have} of {allowed} {unit} ({by})")
         return (
             "hint: a quota is full, not the node's memory: "
@@ -166,17 +167,25 @@ class FullStore:
 
 
 def _who_says(
-    written: str,
-    field: str,
-    allowed: int,
-    profile: Profile | None,
-    policy: Policy | None,
+    own: str, node: str, allowed: int, profile: Profile | None, policy: Policy | None
 ) -> str:
-    """Return the key that a limit comes from."""
-    of_node = getattr(policy.object_store, field, None) if policy is not None else None
-    of_profile = getattr(profile.object_store, field) if profile is not None else None
-    if of_profile == allowed and profile is not None:
-        return f"object_store.{written} of profile {profile.name!r}"
-    if of_node == allowed:
-        return f"object_store.{written} of the node's policy"
-    return f"object_store.{written}"
+    """Return the key that a limit comes from.
+
+    Args:
+        own: The profile's key for it.
+        node: The policy's.
+        allowed: The limit.
+        profile: Which may have set it.
+        policy: The same.
+    """
+    if profile is not None and _limit(profile.object_store, own) == allowed:
+        return f"object_store.{own} of profile {profile.name!r}"
+    if policy is not None and _limit(policy.object_store, node) == allowed:
+        return f"object_store.{node} of the node's policy"
+    return f"object_store.{own}"
+
+
+def _limit(section: object, key: str) -> int | None:
+    name = key if key.endswith("_objects") else f"{key}_bytes"
+    value: int | None = getattr(section, name)
+    return value

@@ -33,7 +33,7 @@ def worker_hook() -> None:
 
     worker = ray_worker.global_worker
     try:
-        _end_with(os.getppid())
+        _end_with(os.getppid(), *_raylet_above())
         _install()
     except BaseException:
         # Ray logs the error and then enters the main loop all the same.
@@ -50,6 +50,9 @@ def _install() -> None:
     from raysandbox.worker.output import lose_what_does_not_fit
 
     lose_what_does_not_fit()
+    # Arrow's allocator would start a thread that answers no signal: no wall could be
+    # raised around it any more.
+    os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"
     trusted = seams.TrustedPath.of_worker(sys.path)
     client.install()
     # The gate first: it takes out of the environment what a client put there.
@@ -79,20 +82,30 @@ def _use_the_nodes_packages() -> None:
     sys.path.insert(0, site)
 
 
-def _end_with(raylet: int) -> None:
+def _raylet_above() -> list[int]:
+    """Return raylet's pid where something between it and us starts the interpreter."""
+    named = os.environ.get("RAY_RAYLET_PID", "")
+    return [int(named)] if named.isdigit() and int(named) != os.getppid() else []
+
+
+def _end_with(parent: int, *others: int) -> None:
     """End this worker, and so its jails, at the moment its raylet ends.
 
     Ray's own look at the process table takes many seconds, takes a zombie for
     alive, and waits for the task that runs.
 
+    Args:
+        parent: Raylet, or what raylet started instead.
+        others: What else it ends with.
+
     Raises:
         OSError: It is gone already.
     """
-    fd = os.pidfd_open(raylet)
-    if os.getppid() != raylet:
-        os._exit(1)
     poll = select.poll()
-    poll.register(fd, select.POLLIN)
+    for pid in (parent, *others):
+        poll.register(os.pidfd_open(pid), select.POLLIN)
+    if os.getppid() != parent:
+        os._exit(1)
 
     def watch() -> None:
         poll.poll()

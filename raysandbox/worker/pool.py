@@ -400,9 +400,18 @@ class Pool:
         Raises:
             SetupError: It could not be made; nothing was run.
         """
-        # The one that waits, or its zygote, may have died meanwhile: nothing of a
-        # task was in it, so another one takes its place.
+        # The one that waits, or its zygote, may have died meanwhile, or be about to:
+        # nothing of a task was in it, so another one takes its place.
         self.look()
+        was_there = self._socket is not None
+        try:
+            return self._take()
+        except SetupError:
+            if not was_there or self._socket is not None:
+                raise
+        return self._take()
+
+    def _take(self) -> Jail:
         if self._socket is None:
             self.start()
         jail, self._spare = self._spare or self._spawn(), None

@@ -485,12 +485,16 @@ class Quotas:
             self.is_in_use = True
         return refusal
 
-    def _of(self, job: str) -> JobFile:
-        if self._file is not None and self._job == job:
-            return self._file
+    def close(self) -> None:
+        """Let go of the job's file; what is stored stays counted in it."""
         if self._file is not None:
             self._file.close()
         self._file, self._holds = None, False
+
+    def _of(self, job: str) -> JobFile:
+        if self._file is not None and self._job == job:
+            return self._file
+        self.close()
         try:
             if not os.path.isdir(self._directory):
                 os.makedirs(os.path.dirname(self._directory), 0o700, exist_ok=True)

@@ -21,6 +21,7 @@ stock worker (Ray 2.60) would unpickle or import something a user controls:
 from __future__ import annotations
 
 import base64
+import importlib
 import inspect
 import io
 import itertools
@@ -671,6 +672,21 @@ def run_setup_hook(runtime_env: str) -> str:
     if not isinstance(hook, str) or hook == HOOK:
         return ""
     return setup_hook.load_and_execute_setup_hook(hook) or ""
+
+
+def preload(modules: Iterable[str]) -> str:
+    """Import a job's own worker_preload_modules here; one that is absent is none.
+
+    As `run_setup_hook` otherwise.
+    """
+    for name in modules:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            sys.stderr.write(f"raysandbox: module {name} is not preloaded: {error}\n")
+        except Exception:  # noqa: BLE001 - a user's module may raise anything
+            return f"module {name} can't be preloaded: {traceback.format_exc()}"
+    return ""
 
 
 def runtime_resources() -> str:

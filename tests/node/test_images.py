@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -36,6 +38,9 @@ boundary = "worker"
 cpu = "100%"
 memory = "80%"
 pids = "90%"
+
+[object_store]
+max_task = "20MiB"
 
 [runtime_env]
 why = "They are ours."
@@ -71,8 +76,6 @@ def site() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def node(site: Path) -> Iterator[Node]:
-    import sys
-
     words = {"SITE": str(site), "PYTHON": rootfs.PYTHON, "URI": URI}
     policy = POLICY
     for name, word in words.items():
@@ -296,3 +299,51 @@ print(json.dumps(ray.get(task.remote(), timeout=90)))
     assert answer == "0"
     (log,) = (node.session / "logs").glob("raysandbox_store-*.jsonl")
     assert "not a process that raylet started" in log.read_text()
+
+
+def test_the_policy_s_limit_of_a_task_holds_inside_too(node):
+    """For ``boundary = "worker"``: the lower of profile and policy, with its name."""
+    kept, says = ask(
+        node,
+        """
+def fill():
+    kept = []
+    try:
+        for _ in range(5):
+            kept.append(ray.put(bytes(6 << 20)))
+    except Exception as error:
+        return len(kept), str(error)
+    return len(kept), ""
+
+task = ray.remote(resources=tag("trusted"))(fill)
+print(json.dumps(ray.get(task.remote(), timeout=90)))
+""",
+        RAYSANDBOX="1",
+    )
+    assert kept == 3
+    assert "object_store.max_task of the node's policy" in says
+
+
+def test_a_profiled_worker_ends_with_its_raylet(node):
+    """Though it is no child of it; the last test of this node."""
+    out = node.drive(
+        LOOK
+        + """
+@ray.remote(resources=tag("trusted"), runtime_env={"nsight": "default"})
+class Profiled:
+    def pids(self):
+        return os.getpid(), os.getppid()
+
+there = Profiled.options(lifetime="detached", name="p", namespace="p").remote()
+print(json.dumps(ray.get(there.pids.remote(), timeout=90)))
+""",
+        RAYSANDBOX="1",
+    )
+    pid, parent = json.loads(out.splitlines()[-1])
+    (status,) = Path(f"/proc/{parent}/status").read_text().split("PPid:")[1:]
+    assert int(status.split()[0]) == node.raylet
+    os.kill(node.raylet, signal.SIGKILL)
+    until = time.monotonic() + 5
+    while os.path.exists(f"/proc/{pid}"):
+        assert time.monotonic() < until, "it lives on"
+        time.sleep(0.1)

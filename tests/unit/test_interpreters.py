@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -116,3 +120,41 @@ def test_an_image_s_interpreter_is_nobody_else_s(directory):
     python.symlink_to("/bin/sh")  # the host's, which the image has not
     with pytest.raises(ProfileError, match="does not exist"):
         look(image_uri=images)
+
+
+@pytest.mark.root
+def test_modules_of_an_image_are_nobody_else_s(directory):
+    """They run in the worker, which has Ray's credentials; a closed way is enough."""
+    import ray
+
+    import raysandbox
+
+    python = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    words = f"{ray.__version__}", raysandbox.__version__, python
+    says = f"echo '{json.dumps(dict(zip(('ray', 'raysandbox', 'python'), words)))}'"
+    says = says.replace("}", ', "roots": ["/py"], "script": "/py/worker.py"}')
+    images = image(directory / "root", says)
+    libraries = _libraries_of_a_shell(directory / "root")
+    assert libraries
+    (found,) = look(image_uri=images)
+    assert (found.roots, found.script) == (["/py"], "/py/worker.py")
+    module = directory / "root" / "py" / "module.py"
+    module.write_text("")
+    module.chmod(0o666)
+    with pytest.raises(ProfileError, match=r"others can change: .*/module\.py, mode"):
+        look(image_uri=images)
+    directory.chmod(0o700)
+    assert look(image_uri=images)
+
+
+def _libraries_of_a_shell(root: Path) -> list[str]:
+    """Put /bin/sh and what it is linked with into an image."""
+    (root / "bin").mkdir()
+    shutil.copy("/bin/sh", root / "bin" / "sh")
+    said = subprocess.run(["ldd", "/bin/sh"], capture_output=True, text=True).stdout
+    found = re.findall(r"(/\S+) \(0x", said)
+    for library in found:
+        place = root / library.lstrip("/")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(library, place)
+    return found

@@ -283,6 +283,17 @@ def test_a_log_is_read_on_where_it_was_left(tmp_path):
     assert reader.malformed == 0
 
 
+def test_a_log_s_number_may_be_another_s_again(tmp_path):
+    """The kernel gives a file's number to the next: none of its events is old."""
+    aside, log = tmp_path / OLD_NAME, tmp_path / FILE_NAME
+    reader = events.Reader([str(tmp_path)])
+    aside.write_bytes(_line(n=1, time=10.0))
+    assert [event["n"] for event in reader.read()] == [1]
+    aside.rename(log)  # the same number, without a file system's help
+    log.write_bytes(_line(n=2, time=10.0) + _line(n=3, time=11.0))
+    assert [event["n"] for event in reader.read()] == [2, 3]
+
+
 def test_a_line_without_end_takes_no_memory(tmp_path):
     """What is longer than any event is dropped up to its end."""
     log = tmp_path / "raysandbox_events.jsonl"

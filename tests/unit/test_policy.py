@@ -474,6 +474,8 @@ def test_another_than_what_the_operator_made_is_refused(runtime_env, says):
         {"image_uri": {URI: {"root": "/srv/x", "shell": "/bin/sh"}}},
         {"image_uri": "allow"},
         {"container": "allow"},
+        {"container": "image_uri"},
+        {"image_uri": {URI: "/"}},
         {"nsight": "allow"},
         {"nsight": {"read": ("/opt",)}},
     ],
