@@ -198,6 +198,8 @@ class Launcher:
     ) -> cgroup.Cgroups:
         """Make the node's group, if it has one, and say where workers' go."""
         if not self.use_totals:
+            why = "a local cluster for which nobody made a policy"
+            self._of_totals = (Protection("totals", State.OFF, why),)
             return cgroup.discover()
         group = totals.enforce(policy.totals)
         process.env.update(group.variables())
