@@ -105,3 +105,13 @@ def test_totals_that_a_local_cluster_can_not_have_refuse(policy):
     found = _run(f"start(policy={policy!r})", USER)
     assert found.get("refused") == "UnsupportedError", found
     assert "the node's totals" in found["said"]
+
+
+def test_spilling_to_other_than_files_is_refused_at_the_start():
+    """With what is needed: else each worker that spills would end, over and over."""
+    params = {"directory_path": "/tmp/rsn-never"}
+    config = json.dumps({"type": "mock_distributed_fs", "params": params})
+    found = _run("start()", RAY_object_spilling_config=config)
+    assert found.get("refused") == "UnsupportedError", found
+    assert '"type": "mock_distributed_fs"' in found["said"]
+    assert "--object-spilling-directory" in found["said"]
