@@ -14,6 +14,8 @@ the launcher refuses them by name.
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import shlex
 import sys
@@ -29,6 +31,7 @@ from raysandbox.node import (
     interpreters,
     job_agent,
     no_client,
+    prelude,
     seams,
     spilling,
     store_proxy,
@@ -90,6 +93,8 @@ class Launcher:
             self._raylet(process)
         elif process.kind == "ray_client_server":
             _refuse_clients(process)
+        elif process.kind == "gcs_server":
+            _require_spilling_to_files(process)
 
     def _raylet(self, process: seams.Process) -> None:
         raylet = seams.RayletCommand(process)
@@ -202,6 +207,8 @@ class Launcher:
     ) -> cgroup.Cgroups:
         """Make the node's group, if it has one, and say where workers' go."""
         if not self.use_totals:
+            why = "a local cluster for which nobody made a policy"
+            self._of_totals = (Protection("totals", State.OFF, why),)
             return cgroup.discover()
         group = totals.enforce(policy.totals)
         process.env.update(group.variables())
@@ -240,6 +247,28 @@ def _refuse_clients(process: seams.Process) -> None:
     names = ("PATH", "LANG", "PYTHONPATH", "VIRTUAL_ENV")
     kept = [f"{name}={os.environ[name]}" for name in names if name in os.environ]
     process.command, process.env = ["/usr/bin/env", "-i", *kept, *program], {}
+
+
+def _require_spilling_to_files(process: seams.Process) -> None:
+    """Refuse a cluster whose workers would spill objects elsewhere.
+
+    Each such worker would be refused when it starts (`prelude`), again and again.
+
+    Raises:
+        UnsupportedError: Nothing was started.
+    """
+    config = json.loads(base64.b64decode(process.argument("--config_list")))
+    spilling = config.get("object_spilling_config")
+    kind = json.loads(spilling).get("type") if spilling else prelude._SPILL_TYPES[0]
+    if kind not in prelude._SPILL_TYPES:
+        raise UnsupportedError(
+            feature="object_spilling_config",
+            need=f'"type": "{prelude._SPILL_TYPES[0]}": a worker that spills sees '
+            "the node's own directories for it and no network storage",
+            have=f'"type": {json.dumps(kind)}',
+            remedy="leave RAY_object_spilling_config and the system config's key out; "
+            "--object-spilling-directory says where on this host objects go",
+        )
 
 
 def _log_directory(node: policies.Node, session: wall.Session) -> str:

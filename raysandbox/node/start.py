@@ -89,20 +89,19 @@ def local(policy: str = "") -> launch.Launcher:
     """Return a launcher for a cluster of this process alone.
 
     Where the operator has no policy the one who starts it is the operator: all
-    profiles are offered, untagged tasks get the strictest.
+    profiles are offered, untagged tasks get the strictest, and there are no totals.
 
     Args:
         policy: As for `arm`.
     """
+    path = policies.find(policy)
+    named = bool(policy or os.environ.get(policies.ENV)) or os.path.lexists(path)
 
     def load() -> policies.Node:
-        path = policies.find(policy)
-        if policy or os.environ.get(policies.ENV) or os.path.lexists(path):
-            return policies.load_node(path)
-        return policies.resolve(_local_policy())
+        return policies.load_node(path) if named else policies.resolve(_local_policy())
 
     first = _FIRST_PORT + os.getpid() % _PLACES * _APART
-    return launch.Launcher(load, use_totals=False, ports=(first, first + _PORTS - 1))
+    return launch.Launcher(load, use_totals=named, ports=(first, first + _PORTS - 1))
 
 
 def _local_policy() -> policies.Policy:

@@ -344,7 +344,10 @@ class _WorkerBuilder(plan.Builder):
             )
         elif self.worker.user != "auto":
             self.protect(
-                "own host user", State.DEGRADED, "all workers have the policy's user"
+                "own host user",
+                State.DEGRADED,
+                "all workers have the policy's user; Landlock keeps their signals from "
+                "each other, their user namespaces the rest",
             )
         else:
             self.protect("own host user", State.ENFORCED)
@@ -485,14 +488,8 @@ class _WorkerBuilder(plan.Builder):
     def landlock(self) -> None:
         abi = self.host.landlock_abi
         governed = landlock.handled(abi)
-        if not self.host.is_root and governed.scoped & _SCOPE_SIGNAL == 0:
-            raise UnsupportedError(
-                feature="the worker's wall",
-                need="Landlock ABI 6 (Linux 6.12): raylet's user is the workers' own, "
-                "and nothing else keeps a worker from signalling raylet",
-                have=f"ABI {abi}" if abi else "none",
-                remedy="run raylet as root: each worker then gets a user of its own",
-            )
+        if governed.scoped & _SCOPE_SIGNAL == 0:
+            self._require_own_users(f"ABI {abi}" if abi else "none")
         connect = self._connect(abi, governed.net)
         net = landlock.CONNECT_TCP if connect is not None else 0
         if governed.net and self.wall.bind_ports is not None:
@@ -519,6 +516,29 @@ class _WorkerBuilder(plan.Builder):
             # Landlock has no rule for these, and a filter can't tell them apart.
             but = "for TCP, but for listening on a port that the kernel picks"
             self.protect("ports and signals", State.ENFORCED, but)
+
+    def _require_own_users(self, abi: str) -> None:
+        """Refuse one user for all where no domain keeps signals apart.
+
+        Who sends a signal needs the receiver's user alone: their user namespaces
+        don't matter.
+        """
+        if not self.host.is_root:
+            raise UnsupportedError(
+                feature="the worker's wall",
+                need="Landlock ABI 6 (Linux 6.12): raylet's user is the workers' own, "
+                "and nothing else keeps a worker from signalling raylet",
+                have=abi,
+                remedy="run raylet as root: each worker then gets a user of its own",
+            )
+        if self.worker.user != "auto":
+            raise UnsupportedError(
+                feature=f"worker.user = {self.worker.user!r}",
+                need="Landlock ABI 6 (Linux 6.12): it is the user of all workers, and "
+                "nothing else keeps one from signalling another",
+                have=abi,
+                remedy='set worker.user = "auto": each then gets a user of its own',
+            )
 
     def _connect(self, abi: int, net: int) -> list[tuple[int, int]] | None:
         """Return the ports that a worker may connect to; None for any.

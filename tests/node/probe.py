@@ -357,6 +357,12 @@ def names_of_processes(world: dict[str, Any]) -> object:
         assert file.read()
 
 
+@attack
+def names_of_workers(world: dict[str, Any]) -> object:
+    with open(f"/proc/{world['worker']}/cmdline", "rb") as file:
+        assert file.read()
+
+
 def works(world: dict[str, Any]) -> dict[str, object]:
     """What a worker must still be able to do; the pid that raylet started."""
     with socket.socket(socket.AF_UNIX) as client:

@@ -1,7 +1,8 @@
 """Run as an actor: a stand-in for raylet, its workers, and what they must not reach.
 
-Prints JSON: the attacks' outcomes outside (``control``) and in a worker behind
-the wall (``inside``), and what the worker is like.
+Its argument is the policy's user of workers. Prints JSON: the attacks' outcomes
+outside (``control``) and in a worker behind the wall (``inside``), and what the
+worker is like.
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ def _free_ports(count: int) -> int:
 
 
 def main() -> None:
+    user = sys.argv[1]
     base = Path(tempfile.mkdtemp(prefix="rsn-"))
     base.chmod(0o755)
     session = base / "session_x"
@@ -109,7 +111,8 @@ def main() -> None:
     first_port = _free_ports(11)
 
     def wall_of(connect: tuple[int | str, ...] | None) -> Plan:
-        node = policy.Policy(worker=policy.Worker(pids=100, connect=connect))
+        worker = policy.Worker(pids=100, connect=connect, user=user)
+        node = policy.Policy(worker=worker)
         return wall.compile(
             wall.Wall(
                 node=policy.resolve(node),

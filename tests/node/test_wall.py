@@ -37,23 +37,26 @@ _BY_LANDLOCK = {
     "abstract_socket": 6,
 }
 # Another error than outside, where one user is raylet's and all workers'.
-_USER_SEES = {"names_of_processes"}
+_USER_SEES = {"names_of_processes", "names_of_workers"}
 
 
 def _actors() -> list[str]:
-    return ["root", "user"] if os.geteuid() == 0 else ["user"]
+    return ["root", "named", "user"] if os.geteuid() == 0 else ["user"]
 
 
 @pytest.fixture(scope="module", params=_actors())
 def stage(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
-    """Everything that happened on stage, as root and as an ordinary user."""
+    """Everything that happened on stage, as root and as an ordinary user.
+
+    As root also with a policy that names one user for all workers.
+    """
     uid = os.geteuid()
     # The probe is the worker's program: its directory must be among those it sees.
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{Path(STAGE).parent}"}
     given: list[str] = []
-    if request.param == "user":
+    if request.param != "root":
         require("landlock:6")
-        if uid == 0:
+        if uid == 0 and request.param == "user":
             uid = USER
             given = delegate(uid)
             environment["RAYSANDBOX_CGROUP"] = ":".join(given)
@@ -61,7 +64,7 @@ def stage(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
     process = start_as(
         uid,
         uid if uid else 0,
-        [sys.executable, STAGE],
+        [sys.executable, STAGE, str(USER) if request.param == "named" else "auto"],
         env=environment,
         cwd="/",
         stdout=subprocess.PIPE,
@@ -130,7 +133,9 @@ def _ports(connect, host=None, **of_node):
     node = policy.resolve(policy.Policy(worker=policy.Worker(connect=connect)))
     session = wall.Session(**{f.name: "/x" for f in dataclasses.fields(wall.Session)})
     given = {"bind_ports": (20100, 20109), "own_ports": {"--port": 6379}} | of_node
-    builder = wall._WorkerBuilder(wall.Wall(node=node, **given), session, host or HOST)
+    builder = wall._WorkerBuilder(
+        wall.Wall(node=node, **given), session, host or HOST, None
+    )
     builder.landlock()
     found: dict[int, list[tuple[int, int]]] = {}
     for kind, payload in builder.records:
@@ -175,6 +180,62 @@ def test_ports_that_can_not_be_governed_refuse(lacking, message):
     assert said.startswith(("degraded: ", "off: "))
 
 
+@pytest.mark.root
+def test_workers_with_one_user_can_signal_each_other():
+    """Control of the next: user namespaces of their own do not keep them apart."""
+    inside = ["unshare", "--user", "--map-root-user"]
+    with start_as(USER, USER, [*inside, "sleep", "60"], cwd="/") as victim:
+        kill = [*inside, "sh", "-c", f"kill -0 {victim.pid}"]
+        assert start_as(USER, USER, kill, cwd="/").wait(10) == 0
+        victim.kill()
+
+
+def _compiled(worker, **of_host):
+    """Return the walls of a worker's domain on a host that has this."""
+    node = policy.resolve(policy.Policy(worker=worker))
+    session = wall.Session(**{f.name: "/x" for f in dataclasses.fields(wall.Session)})
+    host = dataclasses.replace(HOST, euid=0, **of_host)
+    builder = wall._WorkerBuilder(wall.Wall(node=node), session, host, None)
+    builder.landlock()
+    return described(builder.protections)
+
+
+def test_workers_with_one_user_need_a_domain_for_signals():
+    """A policy's own user is refused where nothing else keeps its workers apart.
+
+    Guards against asking only who raylet runs as: with root and a user of all
+    workers' one of them ended any other.
+    """
+    named = policy.Worker(user=str(USER))
+    assert _compiled(named, landlock_abi=6)
+    assert _compiled(policy.Worker(), landlock_abi=5)
+    with pytest.raises(UnsupportedError, match=r"worker\.user") as caught:
+        _compiled(named, landlock_abi=5)
+    assert 'worker.user = "auto"' in str(caught.value)
+
+
+# In a pid namespace of the test's own: what stands for raylet, a stranger, and a
+# worker that is the second process of a namespace of its own.
+CONFUSED = """
+import os, signal, subprocess, sys
+stranger = subprocess.Popen(["sleep", "60"])
+worker = subprocess.Popen(
+    ["unshare", "--fork", "--pid", "sh", "-c", "sh -c 'echo $$; exec sleep 60' & wait"],
+    stdout=subprocess.PIPE, text=True)
+said = int(worker.stdout.readline())
+os.kill(said, signal.SIGKILL)  # as raylet does with what a worker says it is
+print(os.getpid(), stranger.pid, said, stranger.wait(10), worker.poll(), flush=True)
+"""
+
+
+@pytest.mark.root
+def test_worker_with_other_pids_has_a_stranger_killed():
+    """Control of the next: raylet signals the pid that a worker says it has."""
+    command = ["unshare", "--fork", "--pid", "--kill-child", sys.executable, "-c"]
+    done = subprocess.run([*command, CONFUSED], capture_output=True, text=True)
+    assert done.stdout.split() == ["1", "2", "2", "-9", "None"], done.stderr
+
+
 def test_worker_is_the_process_that_raylet_started(stage):
     """Same pid, as raylet knows it; a worker with another kills raylet."""
     assert stage["inside"]["works"]["pid"] == stage["pid"]
@@ -202,10 +263,15 @@ def test_environment_is_made_from_lists(stage):
 
 def test_worker_sees_itself_in_proc(stage):
     """With root's rights a /proc of its own; else the protection says DEGRADED."""
-    if stage["actor"] == "root":
+    if stage["actor"] != "user":
+        # Also where others have its user: their user namespaces are not its own.
         assert stage["inside"]["works"]["processes"] == [stage["pid"]]
         assert stage["protections"]["own part of /proc"] == "enforced"
+    if stage["actor"] == "root":
         assert stage["host_uid"] > 65535
+    elif stage["actor"] == "named":
+        assert stage["host_uid"] == USER
+        assert stage["protections"]["own host user"] == "degraded"
     else:
         assert stage["protections"]["own part of /proc"] == "degraded"
 
