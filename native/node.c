@@ -36,8 +36,17 @@ enum {
     STEP_MS = 100,
 };
 
+/* `ray stop` ends what has a name of Ray's in its arguments, and raylet's have
+ * all of them: the keeper would end before its work begins. */
+static void
+forget(char **arguments)
+{
+    for (; *arguments != NULL; arguments++)
+        memset(*arguments, 0, strlen(*arguments));
+}
+
 static _Noreturn void
-keep(const struct plan *plan, pid_t raylet, int raylet_fd)
+keep(const struct plan *plan, pid_t raylet, int raylet_fd, char **command)
 {
     struct pollfd end = {.fd = raylet_fd, .events = POLLIN};
     int null = open("/dev/null", O_RDWR | O_CLOEXEC), kept[] = {raylet_fd};
@@ -46,7 +55,10 @@ keep(const struct plan *plan, pid_t raylet, int raylet_fd)
         rs_die("null", NULL);
     close_other_fds(kept, 1);
     reset_signals();
+    /* Of a service manager that ends all at once: raylet's end is ours. */
+    signal(SIGTERM, SIG_IGN);
     prctl(PR_SET_NAME, "raysandbox-node", 0, 0, 0);
+    forget(command);
     if (chdir("/") != 0)
         rs_die("chdir", "/");
     for (int rounds = 0; poll(&end, 1, SWEEP_MS) <= 0; rounds++) {
@@ -89,7 +101,7 @@ main(int argc, char **argv)
     if (child == 0) {
         setsid();
         if (fork() == 0)
-            keep(&plan, raylet, raylet_fd);
+            keep(&plan, raylet, raylet_fd, argv + 2);
         _exit(0);
     }
     int status;

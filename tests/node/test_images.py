@@ -47,6 +47,7 @@ why = "They are ours."
 image_uri = {"URI" = {root = "SITE/root", python = "PYTHON"}}
 container = "image_uri"
 nsight = {program = "SITE/profiled", read = ["SITE/tools"], write = ["SITE/reports"]}
+rocprof_sys = {program = "SITE/rocm", read = ["SITE/tools"], write = ["SITE/reports"]}
 """
 # As nsys does, it starts Python, waits for it, and writes what it saw.
 PROFILED = """#!/bin/sh
@@ -81,8 +82,9 @@ def node(site: Path) -> Iterator[Node]:
     for name, word in words.items():
         policy = policy.replace(name, word)
     script = PROFILED.replace("SITE", str(site)).replace("PYTHON", sys.executable)
-    (site / "profiled").write_text(script)
-    (site / "profiled").chmod(0o755)
+    for name in ("profiled", "rocm"):
+        (site / name).write_text(script.replace("$WORD", f"{name}.$WORD"))
+        (site / name).chmod(0o755)
     made = Node(policy=policy)
     yield made
     made.close()
@@ -162,6 +164,40 @@ print(json.dumps([ray.get(each, timeout=90) for each in found]))
         assert each["write"][2] == 0
 
 
+def test_a_job_s_image_is_that_of_all_its_tasks(node):
+    """Of ``ray.init``: in jails and in workers, actors and what a task starts, too."""
+    driver = """
+inside = tag("trusted")
+
+@ray.remote(resources=tag("standard"))
+class There:
+    def look(self):
+        return look()
+
+def nested():
+    task = ray.remote(resources=tag("strict"), num_cpus=0)(look)
+    return look(), ray.get(task.remote(), timeout=60)
+
+there = There.remote()
+found = [ray.remote(resources=tag("strict"))(look).remote(), there.look.remote(),
+         ray.remote(resources=inside)(look).remote()]
+found = [ray.get(each, timeout=90) for each in found]
+found += ray.get(ray.remote(resources=inside)(nested).remote(), timeout=90)
+print(json.dumps(found))
+"""
+    options = f"options['runtime_env'] = {{'image_uri': {URI!r}}}"
+    jailed, actor, inside, outer, inner = json.loads(
+        node.drive(LOOK + driver, options).splitlines()[-1]
+    )
+    for each in (jailed, actor, inside, outer, inner):
+        assert each["words"] == each["data"] == "of the image"
+        assert each["python"].startswith("/opt/py/bin/python3")
+        assert each["programs"] == ["sh"]
+        assert all(number != 0 for number in each["write"][:2])
+    assert all(each["pid"] < 10 for each in (jailed, actor, inner))
+    assert all(each["pid"] > 10 for each in (inside, outer))
+
+
 def test_links_of_an_image_lead_nowhere_outside(node):
     """Not where they would with the host's root."""
     assert os.path.exists("/etc/passwd")
@@ -213,6 +249,7 @@ print(json.dumps([
     attempt(container={**old, "run_options": ["-v /:/host"]}),
     attempt(image_uri="docker.example/other"),
     attempt(nsight={"o": "/tmp/x"}),
+    attempt(rocprof_sys={"args": {"-o": "/tmp/x"}}),
 ]))
 """,
     )
@@ -223,20 +260,24 @@ print(json.dumps([
             "runtime_env.container allows {image = URI} alone",
             f"runtime_env.image_uri allows {URI} alone",
             'runtime_env.nsight allows "default" alone',
+            'runtime_env.rocprof_sys allows "default" alone',
         ),
         strict=True,
     ):
         assert says in text
 
 
-def test_a_profiler_of_the_operator_s_starts_the_worker(node, site):
+@pytest.mark.parametrize(
+    ("key", "program"), [("nsight", "profiled"), ("rocprof_sys", "rocm")]
+)
+def test_a_profiler_of_the_operator_s_starts_the_worker(node, site, key, program):
     """It sees what it needs, and writes its report when the worker has ended."""
     reports = site / "reports"
     before = {*reports.iterdir()}  # of the look before the node's start
     pids = ask(
         node,
-        """
-@ray.remote(resources=tag("standard"), runtime_env={"nsight": "default"})
+        f"""
+@ray.remote(resources=tag("standard"), runtime_env={{{key!r}: "default"}})
 class Profiled:
     def look(self):
         return os.getpid(), look()
@@ -255,7 +296,7 @@ print(json.dumps(found))
         time.sleep(0.2)
     (report,) = written
     pid, word, _ = report.read_text().split()
-    assert word == "seen"
+    assert word == f"{program}.seen"
     while os.path.exists(f"/proc/{pid}"):
         assert time.monotonic() < until
         time.sleep(0.2)
@@ -284,7 +325,9 @@ def child():
 """
 
 
-@pytest.mark.parametrize("environment", [{}, {"nsight": "default"}])
+@pytest.mark.parametrize(
+    "environment", [{}, {"nsight": "default"}, {"rocprof_sys": "default"}]
+)
 def test_a_child_of_a_worker_is_none_itself(node, environment):
     """Also where a profiler may start one: that one alone, and not what it starts."""
     answer = ask(

@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import functools
 import os
+import signal
 import subprocess
 import threading
 import time
@@ -56,9 +57,9 @@ def group_name(pid: int, raylet: int) -> str:
 
 
 @contextlib.contextmanager
-def raylet(plan_file: str) -> Iterator[subprocess.Popen[bytes]]:
+def raylet(plan_file: str, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
     """Start what stands for raylet, by the way that raylet is started."""
-    command = [launch.program_path("node"), plan_file, "/bin/cat"]
+    command = [launch.program_path("node"), plan_file, "/bin/cat", *arguments]
     with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
         try:
             exe = f"/proc/{process.pid}/exe"
@@ -114,6 +115,30 @@ def test_the_keeper_ends_with_its_raylet(tmp_path, base):
         assert is_soon(lambda: not keepers(plan_file))
     assert other.exists()
     other.rmdir()
+
+
+def test_the_keeper_outlives_what_ends_a_node(tmp_path, base):
+    """It still removes what is left when all of the node were told to end.
+
+    Guards against ``ray stop``, which ends what has a name of Ray's in its
+    arguments, as raylet has, and against a service manager, which ends everything.
+    """
+    plan_file = write_plan(tmp_path / "plan", base_record(base))
+    word = "default_worker.py"
+    with raylet(plan_file, "-", word) as process:
+        assert word in Path(f"/proc/{process.pid}/cmdline").read_text()
+        (keeper,) = keepers(plan_file)
+        line = Path(f"/proc/{keeper}/cmdline")
+        assert is_soon(lambda: word not in line.read_text())
+        os.kill(keeper, signal.SIGTERM)
+        gone = subprocess.Popen(["true"])
+        left = Path(base[1], group_name(gone.pid, process.pid))
+        gone.wait()
+        left.mkdir()
+        process.kill()
+        process.wait()
+        assert is_soon(lambda: not keepers(plan_file))
+        assert not left.exists()
 
 
 def start_worker(directory: Path, base: tuple[int, str], parent: int) -> str:
@@ -187,7 +212,7 @@ def test_workers_start_while_what_they_share_is_removed(tmp_path, base):
         directory.mkdir()
         for _ in range(40):
             said.add(start_worker(directory, (base[0], str(shared)), os.getpid()))
-            for left in shared.glob("raysandbox-*"):
+            for left in _groups_in(shared):
                 if not os.path.exists(f"/proc/{left.name.split('-')[2]}"):
                     # The other threads look for them, too.
                     for group in (left / "inner", left):
@@ -202,6 +227,13 @@ def test_workers_start_while_what_they_share_is_removed(tmp_path, base):
     done.set()
     remover.join()
     assert not [words for words in said if "cgroup_create" in words]
+
+
+def _groups_in(directory: Path) -> list[Path]:
+    # The remover may take it away meanwhile.
+    with contextlib.suppress(FileNotFoundError):
+        return list(directory.glob("raysandbox-*"))
+    return []
 
 
 def _files_of(directory: str) -> list[str]:

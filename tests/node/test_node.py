@@ -1,7 +1,9 @@
 """A node on real Ray: nothing that a client says takes a worker out of its wall.
 
 Code that runs in a worker process gives itself away by calling home: a worker
-is on the host's network, a jail has none.
+is on the host's network, a jail has none. Once on a node of root's and once on
+one of an ordinary user's; by a driver, and from inside a worker that is its own
+boundary.
 """
 
 from __future__ import annotations
@@ -17,22 +19,60 @@ import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.attacks.conftest import USER
 from tests.node.home import CALL, SAFE, Home
-from tests.node.nodes import PLAIN, ROOT, Node, free_port
+from tests.node.nodes import PLAIN, ROOT, Node, delegate, free_port
+from tests.require import require
 
 pytestmark = [pytest.mark.ray, pytest.mark.root]
 
+POLICY = """
+[offer]
+strict = 4
+standard = 4
+trusted = 3
 
-@pytest.fixture(scope="module")
-def node() -> Iterator[Node]:
-    made = Node()
+[[rules]]
+name = "everybody"
+profiles = ["standard", "trusted"]
+
+[worker]
+pids = 512
+
+[totals]
+cpu = "100%"
+memory = "80%"
+pids = "90%"
+"""
+# What workers import when they start, if there is such a module.
+PRELOADED = "preloaded"
+
+
+@pytest.fixture(scope="module", params=["root", "user"])
+def node(request: pytest.FixtureRequest) -> Iterator[Node]:
+    """A node of root's, then one of an ordinary user's with delegated groups."""
+    uid, given, variables = 0, [], {"RAY_preload_python_modules": PRELOADED}
+    if request.param == "user":
+        require("landlock:6")
+        uid = USER
+        given = delegate(uid)
+        variables["RAYSANDBOX_CGROUP"] = ":".join(given)
     try:
-        yield made
+        made = Node(policy=POLICY, uid=uid, **variables)
+        try:
+            yield made
+        finally:
+            made.close()
     finally:
-        made.close()
+        for path in given:
+            subprocess.run(["find", path, "-depth", "-type", "d", "-delete"])
+
+
+of_root = pytest.mark.parametrize("node", ["root"], indirect=True)
 
 
 def _wait(what: str, check, timeout_s: float = 30) -> None:
@@ -49,90 +89,139 @@ def _wait(what: str, check, timeout_s: float = 30) -> None:
 OPT_OUT = """
 import json, pathlib
 from ray._private.runtime_env import packaging
-
-def look():
-    safe_call(WHAT)
-    return [os.getpid(), os.path.exists("/run/raysandbox"),
-            os.environ.get("HOOKED"), "LD_PRELOAD" in os.environ,
-            "RAYSANDBOX_X" in os.environ]
+from ray.runtime_env import RuntimeEnv
 
 class Evil:
     def __reduce__(self):
         return (safe_call, ("argument",))
 
-found = {}
+def opt_out(uploaded, where):
+    found, started, kept = {}, {}, []
 
-def attempt(name, start):
-    global WHAT
-    WHAT = name
-    try:
-        found[name] = start()
-    except BaseException as error:
-        found[name] = f"{type(error).__name__}: {error}"[:600]
+    def look():
+        safe_call("task")
+        return [os.getpid(), os.path.exists("/run/raysandbox"),
+                os.environ.get("HOOKED"), "LD_PRELOAD" in os.environ,
+                "RAYSANDBOX_X" in os.environ, "preloaded" in sys.modules]
 
-def task(**options):
-    return lambda: ray.get(ray.remote(look).options(**options).remote(), timeout=45)
-
-def actor(**options):
     class Looker:
         def __init__(self):
             safe_call("constructor")
         def look(self):
             return look()
-    def start():
-        made = ray.remote(Looker).options(**options).remote()
-        return ray.get(made.look.remote(), timeout=45)
-    return start
 
-def group():
-    made = ray.util.placement_group([{"CPU": 1}])
-    ray.get(made.ready(), timeout=45)
-    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-    try:
-        return task(scheduling_strategy=PlacementGroupSchedulingStrategy(made))()
-    finally:
+    def attempt(name, start):
+        try:
+            started[name] = start()
+        except BaseException as error:
+            found[name] = f"{type(error).__name__}: {error}"[:900]
+
+    def environment(**options):
+        # A hostile driver doesn't check its own.
+        return {"runtime_env": RuntimeEnv(**options, _validate=False)}
+
+    def task(what, **options):
+        attempt(what, lambda: ray.remote(look).options(**options).remote())
+
+    def actor(what, **options):
+        def start():
+            kept.append(ray.remote(Looker).options(**options).remote())
+            return kept[-1].look.remote()
+        attempt(what, start)
+
+    def group():
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+        group = ray.util.placement_group([{"CPU": 1}])
+        ray.get(group.ready(), timeout=45)
+        task("placement_group",
+             scheduling_strategy=PlacementGroupSchedulingStrategy(group))
+        return group
+
+    def argument():
+        return ray.remote(lambda _: look()).remote(Evil())
+
+    def jailed():
+        free = {"runtime_env": {"py_executable": "bash"}}
+        return ray.remote(look).options(**free).remote()
+
+    def function():
+        evil = Evil()
+        return ray.remote(lambda: (evil, look())[1]).remote()
+
+    def collect():
+        for name, reference in list(started.items()):
+            try:
+                found[name] = ray.get(reference, timeout=90)
+            except BaseException as error:
+                found[name] = f"{type(error).__name__}: {error}"[:900]
+        started.clear()
+
+    task("untagged")
+    actor("actor")
+    if where == "driver":
+        attempt("argument", argument)
+        attempt("function", function)
+        attempt("from a jail", lambda: ray.remote(jailed).remote())
+        task("tagged", resources={"sandbox:standard": 1})
+        actor("detached", name="stays", lifetime="detached")
+        made = group()
+        collect()
         ray.util.remove_placement_group(made)
-
-def argument():
-    return ray.get(ray.remote(lambda _: look()).remote(Evil()), timeout=45)
-
-def function():
-    evil = Evil()
-    return ray.get(ray.remote(lambda: evil and look()).remote(), timeout=45)
+        task("working_dir", **environment(working_dir=uploaded))
+        task("py_modules", **environment(py_modules=[uploaded]))
+    task("variables", **environment(env_vars={
+        "LD_PRELOAD": "/nonexistent/evil.so", "PYTHONPATH": "/tmp",
+        "RAYSANDBOX_X": "1", "RAY_AUTH_MODE": "disabled",
+        "RAYSANDBOX_PROFILE_PATH": "/tmp"}))
+    task("hook", **environment(working_dir=uploaded,
+         worker_process_setup_hook="evil.hook",
+         env_vars={"__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR": "evil.hook"}))
+    collect()
+    for each in kept:
+        ray.kill(each)
+    python = sys.executable + " -u"
+    for name, options in {
+        "py_executable": {"py_executable": python},
+        "config": {"py_executable": "bash -c true", "env_vars": {"A": "1"},
+                   "config": {"setup_timeout_seconds": 30}},
+        "image_uri": {"image_uri": "x"},
+        "container": {"container": {"image": "x", "run_options": ["-v /:/host"]}},
+        "nsight": {"nsight": "default"},
+        "rocprof_sys": {"rocprof_sys": {"args": {"-o": "/tmp/x"}}},
+        "conda": {"conda": "base"},
+        "conda specification": {"conda": {"dependencies": ["pip"]}},
+        "pip": {"pip": {"packages": ["evil"], "pip_check": False}},
+        "uv": {"uv": {"packages": ["evil"]}},
+        "java_jars": {"java_jars": [uploaded]},
+        "unknown": {"mpi": {"args": []}},
+    }.items():
+        task(name, **environment(**options))
+    collect()
+    return found
 
 safe_call("control")
-attempt("untagged", task())
-attempt("argument", argument)
-attempt("function", function)
-attempt("tagged", task(resources={"sandbox:standard": 1}))
-attempt("actor", actor())
-attempt("detached", actor(name="stays", lifetime="detached"))
-attempt("placement_group", group)
-attempt("variables", task(runtime_env={"env_vars": {
-    "LD_PRELOAD": "/nonexistent/evil.so", "PYTHONPATH": "/tmp", "RAYSANDBOX_X": "1",
-    "RAY_AUTH_MODE": "disabled", "RAYSANDBOX_PROFILE_PATH": "/tmp"}}))
 # As ray.init would; a task's own are not uploaded by Ray.
 WORKING = pathlib.Path(WORKING)
 uploaded = packaging.get_uri_for_package(WORKING)
 packaging.upload_package_to_gcs(uploaded, WORKING.read_bytes())
-attempt("working_dir", task(runtime_env={"working_dir": uploaded}))
-attempt("py_modules", task(runtime_env={"py_modules": [uploaded]}))
-attempt("py_executable", task(runtime_env={"py_executable": sys.executable + " -u"}))
-attempt("nested", task(runtime_env={"env_vars": {"A": "1"},
-    "config": {"setup_timeout_seconds": 30}, "py_executable": "bash -c true"}))
-attempt("image_uri", task(runtime_env={"image_uri": "x"}))
+inside = ray.remote(max_retries=0, num_cpus=0, resources={"sandbox:trusted": 1})(
+    lambda: (os.getpid(), opt_out(uploaded, "inside")))
+found = {"driver": opt_out(uploaded, "driver")}
+pid, found["inside"] = ray.get(inside.remote(), timeout=150)
+assert pid > 10, pid
 print(json.dumps(found))
 """
 
 
 @pytest.fixture(scope="module")
-def working_dir(home: Home, tmp_path_factory: pytest.TempPathFactory) -> str:
+def working_dir(node: Node, home: Home) -> str:
     """A job's directory whose modules call home when they are imported."""
-    archive = tmp_path_factory.mktemp("working") / "working.zip"
+    archive = node.site / "working.zip"
     call = (CALL + SAFE).format(port=home.port)
     hook = "def hook():\n    import os\n    os.environ['HOOKED'] = str(os.getpid())\n"
+    names = ("sitecustomize", "usercustomize", "msgpack", "raysandbox", "evil")
     with zipfile.ZipFile(archive, "w") as file:
-        for name in ("sitecustomize", "usercustomize", "msgpack", "raysandbox", "evil"):
+        for name in (*names, PRELOADED):
             info = zipfile.ZipInfo(f"{name}.py")
             info.external_attr = 0o644 << 16
             file.writestr(info, f"{call}{hook}safe_call({name!r})\n")
@@ -140,23 +229,45 @@ def working_dir(home: Home, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def attempts(node: Node, home: Home, working_dir: str) -> dict[str, object]:
-    """What became of each way to opt out."""
+def attempts(node: Node, home: Home, working_dir: str) -> dict[str, Any]:
+    """What became of each way to opt out, by who tried."""
+    home.heard.clear()
     call = (CALL + SAFE).format(port=home.port)
-    out = node.drive(f"WORKING = {working_dir!r}\n{call}{OPT_OUT}")
+    out = node.drive(f"WORKING = {working_dir!r}\n{call}{OPT_OUT}", limit_s=240)
     return json.loads(out.splitlines()[-1])  # type: ignore[no-any-return]
 
 
-RUNS = ["untagged", "argument", "tagged", "actor", "detached", "placement_group",
-        "variables", "working_dir", "py_modules"]  # fmt: skip
-REFUSED = {"py_executable": "py_executable", "nested": "py_executable"}
+NESTED = ["untagged", "actor", "variables", "hook"]
+RUNS = [
+    *[("inside", name) for name in NESTED],
+    *[("driver", name) for name in NESTED],
+    *[("driver", name) for name in ("argument", "function", "tagged", "detached",
+                                    "placement_group", "working_dir", "py_modules")],
+]  # fmt: skip
+#: Attempt to the runtime_env's key that is refused, and the policy's.
+REFUSED = {
+    "py_executable": ("py_executable", "py_executable = [PATH]"),
+    "config": ("py_executable", "py_executable = [PATH]"),
+    "image_uri": ("image_uri", "image_uri = {URI = DIRECTORY}"),
+    "container": ("container", 'container = "image_uri"'),
+    "nsight": ("_nsight", "nsight = PATH"),
+    "rocprof_sys": ("_rocprof_sys", "rocprof_sys = PATH"),
+    "conda": ("conda", "conda = {NAME = PREFIX}"),
+    "conda specification": ("conda", "conda"),
+    "pip": ("pip", 'pip = "allow"'),
+    "uv": ("uv", 'uv = "allow"'),
+    "java_jars": ("java_jars", "java_jars"),
+    "unknown": ("mpi", 'other = "allow"'),
+}
+by_whom = pytest.mark.parametrize("who", ["driver", "inside"])
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_what_runs_runs_in_a_jail(attempts, name):
+@pytest.mark.parametrize(("who", "name"), RUNS)
+def test_what_runs_runs_in_a_jail(attempts, who, name):
     """Pid 1 of its own, and no way to what the worker has."""
-    assert isinstance(attempts[name], list), attempts[name]
-    pid, secrets, _, _, ours = attempts[name]
+    found = attempts[who][name]
+    assert isinstance(found, list), found
+    pid, secrets, _, _, ours, _ = found
     assert pid == 1
     assert not secrets
     assert not ours
@@ -167,17 +278,34 @@ def test_no_code_of_a_client_ran_in_a_worker(attempts, home):
     assert set(home.heard) == {"control"}
 
 
+@by_whom
 @pytest.mark.parametrize("name", sorted(REFUSED))
-def test_other_interpreters_are_refused_by_name(attempts, name):
+def test_what_replaces_or_wraps_the_worker_is_refused_by_name(attempts, who, name):
     """The error names the runtime_env's key and says what is possible instead."""
-    said = str(attempts[name])
-    assert REFUSED[name] in said
-    assert "runtime_env.py_executable" in said
+    said = str(attempts[who][name])
+    key, ours = REFUSED[name]
+    assert f"runtime_env key {key!r}: refused by this node's policy" in said
+    assert f"runtime_env.{ours}" in said
 
 
-def test_a_container_around_the_worker_does_not_run(attempts):
-    """Whatever the agent makes of it."""
-    assert isinstance(attempts["image_uri"], str), attempts["image_uri"]
+def test_a_jail_starts_no_task(attempts):
+    """It has no connection to the cluster, whatever it asks for."""
+    said = attempts["driver"]["from a jail"]
+    assert "remote() is not available in a jail" in said
+
+
+@by_whom
+def test_what_workers_preload_is_imported_in_the_jail(attempts, who, home):
+    """Where the job has such a module, and never in the worker itself."""
+    assert attempts[who]["hook"][5] is True
+    assert attempts[who]["untagged"][5] is False
+    assert PRELOADED not in home.heard
+
+
+@by_whom
+def test_a_setup_hook_s_variable_has_its_effect_in_the_jail(attempts, who):
+    """Of a task's own runtime_env, where Ray takes no function."""
+    assert attempts[who]["hook"][2] == "1"
 
 
 HOOK = """
@@ -208,7 +336,7 @@ def test_a_jobs_own_hook_runs_in_the_jail(node, home, working_dir, how):
 
 def test_loader_variables_reach_the_jail_alone(attempts, node):
     """The task sees them; no worker process was started with one."""
-    assert attempts["variables"][3] is True
+    assert [found["variables"][3] for found in attempts.values()] == [True, True]
     for pid, command in node.processes().items():
         if "ray::" in command or "default_worker" in command:
             assert b"\0LD_PRELOAD=" not in Path(f"/proc/{pid}/environ").read_bytes()
@@ -262,6 +390,7 @@ print(json.dumps(ray.get(ray.remote(hunt).options(
 """
 
 
+@of_root
 def test_no_secret_in_a_jail(node):
     """Not by path, environment, /proc, descriptor or memory."""
     found, names, links = json.loads(node.drive(SECRETS).splitlines()[-1])
@@ -272,6 +401,7 @@ def test_no_secret_in_a_jail(node):
     assert not [link for link in links if "secret" in link or "token" in link]
 
 
+@of_root
 def test_spilled_objects_come_back(node):
     """Workers that spill have a directory, and share it."""
     out = node.drive(
@@ -287,6 +417,7 @@ def test_spilled_objects_come_back(node):
     assert all(os.stat(path).st_uid > 65535 for path in spilled)
 
 
+@of_root
 def test_other_languages_are_refused_and_raylet_lives(node):
     """A task in C++ or Java starts no worker, and does not end raylet."""
     raylet = node.raylet
@@ -362,6 +493,7 @@ def _jails_in(workers: list[int]) -> set[int]:
     } - set(workers)
 
 
+@of_root
 def test_killed_driver_and_worker_leave_nothing(node):
     """Their jails and groups go, raylet stays and serves the next."""
     raylet = node.raylet
@@ -437,6 +569,7 @@ def _refusal(
     return done.stderr
 
 
+@of_root
 def test_start_refuses_without_a_policy_that_only_its_owner_can_write(node):
     """Missing, or writable by others: nothing is started."""
     assert "there is no policy" in _refusal(policy=Path("/nonexistent/policy.toml"))
@@ -446,6 +579,7 @@ def test_start_refuses_without_a_policy_that_only_its_owner_can_write(node):
     assert "group or others" in _refusal(policy=loose)
 
 
+@of_root
 def test_start_refuses_a_python_that_workers_can_t_start(node):
     """Named, with the remedy: raylet would start one worker after the other."""
     with tempfile.TemporaryDirectory(prefix="rsn-", dir=Path.home()) as home:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +18,9 @@ from typing import Any
 
 import pytest
 
-from tests.node.nodes import Node
+from tests.attacks.conftest import USER
+from tests.node.nodes import Node, delegate
+from tests.require import require
 
 pytestmark = [pytest.mark.ray, pytest.mark.root, pytest.mark.timeout(240)]
 
@@ -120,20 +124,32 @@ def _told(name: str, secret: bytes) -> tuple[str, str, str]:
     return name, secret[:_FIRST].hex(), hashlib.sha256(rest).hexdigest()
 
 
-@pytest.fixture(scope="module")
-def hunts() -> Iterator[dict[str, Any]]:
-    """What was found by each profile, and by the driver, which may have it."""
+@pytest.fixture(scope="module", params=["root", "user"])
+def hunts(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
+    """What was found by each profile, and by the driver, which may have it.
+
+    On a node of root's, then on one of an ordinary user's.
+    """
     from ray._common.tls_utils import generate_self_signed_tls_certs
 
-    site = Path(tempfile.mkdtemp(prefix="rsn-", dir=Path.home()))
+    uid, given = 0, []
+    if request.param == "user":
+        require("landlock:6")
+        uid = USER
+        given = delegate(uid)
+    site = Path(tempfile.mkdtemp(prefix="rsn-", dir="/srv" if uid else Path.home()))
     cert, key = (site / name for name in ("cert.pem", "key.pem"))
     certificate, private = generate_self_signed_tls_certs()
     cert.write_text(certificate)
     key.write_text(private)
     key.chmod(0o600)
+    for path in (site, cert, key):
+        os.chown(path, uid, uid)
     lines = [line for line in private.splitlines() if "-----" not in line]
     node = Node(
         policy=POLICY,
+        uid=uid,
+        **({"RAYSANDBOX_CGROUP": ":".join(given)} if given else {}),
         RAY_USE_TLS="1",
         RAY_TLS_SERVER_CERT=str(cert),
         RAY_TLS_SERVER_KEY=str(key),
@@ -160,6 +176,8 @@ def hunts() -> Iterator[dict[str, Any]]:
         for path in (cert, key):
             path.unlink()
         site.rmdir()
+        for group in given:
+            subprocess.run(["find", group, "-depth", "-type", "d", "-delete"])
 
 
 def test_control_who_may_have_them_finds_them(hunts):
