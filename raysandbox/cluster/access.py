@@ -63,6 +63,11 @@ SHARED = {
     b"__autoscaler",
 }  # fmt: skip
 JOB_BYTES = 4
+# The GCS keeps a key of namespace n as this, n, ":" and the key, and one without a
+# namespace as it is (gcs/store_client_kv.cc): one name can be written in two ways.
+STORED, STORED_SEPARATOR = b"@namespace_", b":"
+# Of a key, a prefix, a namespace: Ray's own have at most some hundred bytes.
+MOST_NAME_BYTES = 4096
 # What is known by name, and survives a restart.
 TABLES = (
     "jobs", "bound", "namespaces", "job_namespace", "job_node", "nodes", "actors",
@@ -445,10 +450,12 @@ class Access:
         namespace = bytes(ask.namespace)
         write = call.method.endswith(("Put", "Del"))
         if call.method.endswith("Keys"):
+            _check_name(namespace, ask.prefix, prefix=True)
             self._list_keys(call, namespace, bytes(ask.prefix))
             return
         many = call.method.endswith("MultiGet")
         for key in ask.keys if many else [ask.key]:
+            _check_name(namespace, key, prefix=getattr(ask, "del_by_prefix", False))
             if namespace == FUN:
                 self._bind(call, _job_of_key(key))
                 # The next supervisor would run what this one put there.
@@ -464,6 +471,12 @@ class Access:
             self._keep(call, namespace, ask)
 
     def _list_keys(self, call: _Call, namespace: bytes, prefix: bytes) -> None:
+        # What the answer holds, which nobody's values are in.
+        call.reads += sum(
+            len(key)
+            for space, key in self.keys
+            if space == namespace and key.startswith(prefix)
+        )
         if call.role in ("head", "operator") or namespace in SHARED - {b""}:
             return
         if namespace == FUN:
@@ -937,6 +950,26 @@ def _who(uri: str) -> str:
     """Return role/name of an identity's URI."""
     parts = uri.removeprefix("spiffe://").split("/")
     return "/".join(parts[1:3])
+
+
+def _check_name(namespace: bytes, key: bytes, *, prefix: bool) -> None:
+    """Refuse a name that the GCS keeps as another's, or that is no name any more."""
+    if len(namespace) > MOST_NAME_BYTES or len(key) > MOST_NAME_BYTES:
+        raise _RefusedError(
+            f"a key of {len(key)} bytes in a namespace of {len(namespace)}: names have "
+            f"at most {MOST_NAME_BYTES} bytes; what is long belongs into the value"
+        )
+    if STORED_SEPARATOR in namespace:
+        raise _RefusedError(
+            f"namespace {_text(namespace)!r} has a ':' in it: the GCS would take part "
+            "of it for a key of another namespace"
+        )
+    if not namespace and (
+        key.startswith(STORED) or (prefix and STORED.startswith(key))
+    ):
+        raise _RefusedError(
+            f"{_text(key)!r} without a namespace would be keys of every namespace"
+        )
 
 
 def _job_of_key(key: bytes) -> str:

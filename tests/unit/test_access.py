@@ -364,6 +364,46 @@ def test_key_belongs_to_whom_wrote_it_first(world: World) -> None:
     world.ok(BOB, KV + "Put", put(b"k"))
 
 
+@pytest.mark.parametrize("uri", [BOB, N1, OBSERVER, WORKER, HEAD])
+def test_no_second_way_to_write_a_name(world: World, uri: str) -> None:
+    """The GCS joins namespace and key with ":", so ``fun:a`` ``b`` is ``fun`` ``a:b``.
+
+    And without a namespace, a prefix reaches into all of them.
+    """
+    kind, _, rest = fun(ALICES).partition(b":")
+    alias = b"fun:" + kind
+    stored = b"@namespace_fun:" + fun(ALICES)
+    for method, message in (
+        (KV + "Put", put(rest, b"evil", alias)), (KV + "Get", get(rest, alias)),
+        (KV + "Del", delete(rest, alias)), (KV + "Put", put(stored, b"evil", b"")),
+        (KV + "MultiGet", pb.InternalKVMultiGetRequest(namespace=b"",
+                                                       keys=[b"z", stored])),
+        *((KV + "Del", delete(key, b"", prefix=True))
+          for key in (b"", b"@", b"@namespace_", stored)),
+        *((KV + "Keys", pb.InternalKVKeysRequest(namespace=b"", prefix=key))
+          for key in (b"", b"@name", stored)),
+    ):  # fmt: skip
+        assert world.no(uri, method, message).why, method
+    mine = pb.InternalKVKeysRequest(namespace=b"", prefix=b"mine")
+    world.ok(HEAD, KV + "Keys", mine)
+    world.ok(ALICE, KV + "Put", put(b"mine:with:colons", namespace=b""))
+    world.ok(ALICE, KV + "Keys", mine)
+    world.ok(ALICE, KV + "Del", delete(b"mine", b"", prefix=True))
+
+
+@pytest.mark.parametrize(
+    "message",
+    [put(b"k" * 4097), put(b"k", namespace=b"n" * 4097), get(b"k" * 4097),
+     delete(b"k" * 4097), pb.InternalKVKeysRequest(prefix=b"k" * 4097),
+     pb.InternalKVMultiGetRequest(namespace=b"mine", keys=[b"a", b"k" * 4097])],
+)  # fmt: skip
+def test_name_of_any_length_is_refused(world: World, message: Any) -> None:
+    """A list of keys would answer with megabytes that nobody was charged for."""
+    method = KV + type(message).__name__.removeprefix("InternalKV")[: -len("Request")]
+    assert "at most 4096 bytes" in world.no(ALICE, method, message).why
+    world.ok(ALICE, KV + "Put", put(b"k" * 4096))
+
+
 def test_package_under_a_name_stays_what_it_was(world: World) -> None:
     """A package is shared by its content's name: a second content is refused."""
     first = put(b"gcs://_ray_pkg_1.zip", b"good", b"")
@@ -847,6 +887,25 @@ def test_reads_cost_what_the_key_holds() -> None:
     world.ok(ALICE, KV + "Get", get(b"k"))
     said = world.ask(ALICE, KV + "Get", get(b"k"))
     assert said.retry
+
+
+def test_list_of_keys_costs_its_names() -> None:
+    """And takes a place in flight, as a value of that size does."""
+    world = limited(
+        read_burst_bytes=600_000, calls_per_s=1000, calls_burst=1000, in_flight=1
+    )
+    for index in range(100):
+        world.ok(ALICE, KV + "Put", put(b"%04d" % index + bytes(4000)))
+    every = pb.InternalKVKeysRequest(namespace=b"mine", prefix=b"")
+    world.ok(ALICE, KV + "Keys", every, request_id="a")
+    world.now += 4
+    assert "in flight" in world.ask(ALICE, KV + "Keys", every, request_id="b").why
+    world.access.call_ended("a")
+    world.ok(ALICE, KV + "Keys", every, request_id="c")
+    world.access.call_ended("c")
+    assert world.ask(ALICE, KV + "Keys", every, request_id="d").retry
+    few = pb.InternalKVKeysRequest(namespace=b"mine", prefix=b"000")
+    world.ok(ALICE, KV + "Keys", few, request_id="d")
 
 
 def test_large_calls_in_flight_are_counted_until_they_end() -> None:
