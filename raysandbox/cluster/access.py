@@ -16,7 +16,9 @@ one of its role's. Here the request is parsed, and decided by what it names:
 * A node speaks for its own node ids, workers and drivers alone.
 * What a call costs is charged before it is made: bytes sent, bytes that the
   key is known to hold, one place in flight, bytes that stay stored. So a call
-  that is abandoned at its deadline has cost its caller what it cost the GCS.
+  that is abandoned at its deadline has cost its caller what it cost the GCS. A
+  key counts as the larger of what it held and what is written, and as there, until
+  the GCS has answered (`writes`).
   Over its limits a caller waits before it is refused (`budget`).
 
 Pure but for the clock: `Access` holds what is known and does no I/O.
@@ -45,6 +47,7 @@ from raysandbox.cluster.settings import (
     Settings,
 )
 from raysandbox.cluster.shapes import flaw, request_types
+from raysandbox.cluster.writes import Write, Writes
 from raysandbox.worker.entrypoint import LOG_KEY, LOG_NAMESPACE
 
 __all__ = ["Access", "Decision", "grpc_message"]
@@ -181,6 +184,7 @@ class Access:
         self._accounts: dict[str, Account] = {}
         self._open: dict[str, str] = {}
         self._stored: Counter[str] = Counter()
+        self._writes: Writes[Name, Entry] = Writes()
         self._kinds = request_types(CONTENT)
         self._rules: dict[str, Callable[[_Call], None]] = _rules(self)
 
@@ -220,11 +224,31 @@ class Access:
         for (namespace, key), (owner, size, digest) in self.keys.items():
             yield ["keys", namespace.hex(), key.hex(), owner, size, digest.hex()]
 
-    def call_ended(self, request_id: str) -> None:
-        """A call has ended, in whatever way: its place in flight is free."""
+    def call_ended(self, request_id: str, *, done: bool = False) -> None:
+        """A call has ended, in whatever way: its place in flight is free.
+
+        Args:
+            request_id: Which call.
+            done: Whether the GCS has answered that it was done.
+
+        Raises:
+            OSError: What became certain could not be written down; it stays as it
+                was counted.
+        """
         account = self._accounts.get(self._open.pop(request_id, ""))
         if account is not None:
             account.ended(request_id)
+        write, certain = self._writes.end(request_id, self._clock(), done=done)
+        if write is None:
+            return
+        for name in certain:
+            # What was forgotten or written anew in between is another entry.
+            if self.keys.get(name) is not write.before[name]:
+                continue
+            if write.made is None:
+                self._forget(name)
+            elif write.made != write.before[name]:
+                self._know(name, write.made)
 
     def _fact(self, table: str, key: str, value: str) -> None:
         known: dict[str, str] = getattr(self, table)
@@ -239,6 +263,12 @@ class Access:
         self._drop_key(namespace, key)
         self.keys[namespace, key] = (owner, size, digest)
         self._stored[self._payer(owner)] += size
+
+    def _know(self, name: Name, entry: Entry) -> Entry:
+        owner, size, digest = entry
+        self._journal(["keys", name[0].hex(), name[1].hex(), owner, size, digest.hex()])
+        self._set_key(*name, owner, size, digest)
+        return self.keys[name]
 
     def _drop_key(self, namespace: bytes, key: bytes) -> None:
         known = self.keys.pop((namespace, key), None)
@@ -509,7 +539,9 @@ class Access:
 
     def _write_key(self, call: _Call, namespace: bytes, key: bytes) -> None:
         if call.role == "head":
-            if namespace == JOB and (JOB, key) not in self.keys:
+            name = JOB, key
+            gone = name not in self.keys or self._writes.is_deleted(name)
+            if namespace == JOB and gone:
                 # A job under a name that another had, whose supervisor may live on.
                 if before := self.submissions.get(key.hex()):
                     self._fact("ended", before, call.who)
@@ -549,7 +581,10 @@ class Access:
                 raise _RefusedError("the key is Ray's own")
             return
         if known and not self._owns(call, known[0]):
-            raise _RefusedError(f"the key belongs to {known[0]}")
+            raise _RefusedError(
+                f"the key belongs to {known[0]}",
+                retry=self._writes.is_deleted((namespace, key)),
+            )
 
     def _submission(self, call: _Call, key: bytes) -> None:
         """A submitted job's state: for the one worker that supervises it."""
@@ -594,29 +629,39 @@ class Access:
                         raise _RefusedError(
                             f"keys of another owner under {_text(key)!r}"
                         )
-            for name in names:
-                if name in self.keys:
-                    self._forget(name)
+            before = {name: self.keys[name] for name in names if name in self.keys}
+            self._charge(call)
+            self._begin(call, before, None)
             return
         size = len(ask.key) + len(ask.value)
         call.writes += size
         known = self.keys.get((namespace, key))
-        if known and not ask.overwrite:
-            # Which of the two it is, the GCS knows: it may have removed the old one.
-            size = max(size, known[1])
+        # Which of the two it will be, the GCS knows.
+        most = max(size, known[1] if known else 0)
         owner = known[0] if known else self._new_owner(call, namespace, key)
         payer = self._payer(owner)
         limit = self.settings.limits.roles[call.role]  # type: ignore[index]
-        grows = size - (known[1] if known else 0)
+        grows = most - (known[1] if known else 0)
         if self._stored[payer] + grows > limit.stored_bytes:
             raise _RefusedError(
                 f"keys of {payer} would hold more than {limit.stored_bytes} bytes "
-                f"(limits.roles.{call.role}.stored_bytes)"
+                f"(limits.roles.{call.role}.stored_bytes)",
+                retry=self._writes.deletes(payer),
             )
         self._charge(call)
         digest = hashlib.sha256(ask.value).digest() if key.startswith(PACKAGE) else b""
-        self._journal(["keys", namespace.hex(), key.hex(), owner, size, digest.hex()])
-        self._set_key(namespace, key, owner, size, digest)
+        entry = self._know((namespace, key), (owner, most, digest))
+        # A write that may have left the old value says nothing of the size.
+        made = (owner, size if ask.overwrite else most, digest)
+        self._begin(call, {(namespace, key): entry}, made)
+
+    def _begin(
+        self, call: _Call, before: dict[Name, Entry], made: Entry | None
+    ) -> None:
+        """A write is on its way: what it makes of the keys is not certain yet."""
+        who = next((self._payer(owner) for owner, _, _ in before.values()), "")
+        write = Write(who, before, made)
+        self._writes.begin(call.request_id, self._clock(), write)
 
     def _new_owner(self, call: _Call, namespace: bytes, key: bytes) -> str:
         if namespace == FUN:

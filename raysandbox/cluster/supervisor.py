@@ -443,7 +443,11 @@ class HeadWorker(NodeWorker):
         request_id = str(entry.get("id", ""))
         about, why = self._verdicts.pop(request_id, ("", ""))
         name = "/".join(who.split("/")[:2])
-        self.access.call_ended(request_id)
+        try:
+            done = str(entry.get("grpc", "")) == "0"
+            self.access.call_ended(request_id, done=done)
+        except OSError as error:
+            self.event("access_error", why=f"{type(error).__name__}: {error}")
         details = str(entry.get("details", ""))
         why = str(entry.get("why", "")) or why or _why(details)
         role = name.partition("/")[0]
