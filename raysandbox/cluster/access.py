@@ -11,12 +11,13 @@ one of its role's. Here the request is parsed, and decided by what it names:
   named by their content: the first bytes under a name stay. Any other key
   belongs to the job or identity that wrote it first.
 * Actors and placement groups carry their job in their id. A named actor may be
-  found and killed from its Ray namespace too; a namespace belongs to the
-  driver identity that used it first, and to those that access.toml names.
+  found and killed from its Ray namespace too; a namespace belongs to those that
+  access.toml names, else to the driver identity that made something in it first.
 * A node speaks for its own node ids, workers and drivers alone.
 * What a call costs is charged before it is made: bytes sent, bytes that the
   key is known to hold, one place in flight, bytes that stay stored. So a call
-  that is abandoned at its deadline has cost its caller what it cost the GCS. A
+  that is abandoned at its deadline has cost its caller what it cost the GCS. What
+  is sent is charged as written where the GCS keeps it, else as read. A
   key counts as the larger of what it held and what is written, and as there, until
   the GCS has answered (`writes`).
   Over its limits a caller waits before it is refused (`budget`).
@@ -69,12 +70,14 @@ JOB_BYTES = 4
 # The GCS keeps a key of namespace n as this, n, ":" and the key, and one without a
 # namespace as it is (gcs/store_client_kv.cc): one name can be written in two ways.
 STORED, STORED_SEPARATOR = b"@namespace_", b":"
-# Of a key, a prefix, a namespace: Ray's own have at most some hundred bytes.
+# Of a key, a prefix, a namespace, an actor: Ray's own have at most some hundred bytes.
 MOST_NAME_BYTES = 4096
+# Namespaces of one identity: a job that is given none by its driver has its own.
+MOST_NAMESPACES = 1000
 # What is known by name, and survives a restart.
 TABLES = (
     "jobs", "bound", "namespaces", "job_namespace", "job_node", "nodes", "actors",
-    "submissions", "added", "workers", "detached", "ended",
+    "submissions", "added", "workers", "detached", "ended", "finished",
 )  # fmt: skip
 # Resources that Ray can count: ten thousandths (ray/common/constants.h).
 LEAST, MOST = 0.0001, 1e12
@@ -178,6 +181,7 @@ class Access:
         self.actor_owner: dict[str, tuple[str, str]] = {}
         self.detached: dict[str, str] = {}
         self.ended: dict[str, str] = {}
+        self.finished: dict[str, str] = {}
         self.dead: set[str] = set()
         self.added: dict[str, str] = {}
         self._adding: dict[str, tuple[str, str]] = {}
@@ -203,7 +207,7 @@ class Access:
     def replay(self, facts: Iterable[list[Any]]) -> None:
         """Take back what a former process wrote to the journal."""
         for table, *rest in facts:
-            if table not in (*TABLES, "keys", "gone"):
+            if table not in (*TABLES, "keys", "gone", "past"):
                 raise ValueError(f"no table {table!r}")
             if table == "keys":
                 namespace, key, owner, size, digest = rest
@@ -213,6 +217,10 @@ class Access:
                 )  # fmt: skip
             elif table == "gone":
                 self._drop_key(bytes.fromhex(rest[0]), bytes.fromhex(rest[1]))
+            elif table == "past":
+                if rest[0] not in TABLES:
+                    raise ValueError(f"no table {rest[0]!r}")
+                getattr(self, rest[0]).pop(rest[1], None)
             else:
                 getattr(self, table)[rest[0]] = rest[1]
 
@@ -256,6 +264,12 @@ class Access:
             # In this order: what could not be written down is not known either.
             self._journal([table, key, value])
             known[key] = value
+
+    def _let_go(self, table: str, key: str) -> None:
+        known: dict[str, str] = getattr(self, table)
+        if key in known:
+            self._journal(["past", table, key])
+            del known[key]
 
     def _set_key(
         self, namespace: bytes, key: bytes, owner: str, size: int, digest: bytes
@@ -461,14 +475,54 @@ class Access:
         holder = self.namespaces.get(namespace)
         if holder is not None and holder in (owner, call.uri):
             return True
-        name = owner.rpartition("/")[2]
-        grant = self.grants.drivers.get(name) if owner.startswith("driver/") else None
-        if grant and any(fnmatchcase(namespace, glob) for glob in grant.namespaces):
+        granted = self._granted(namespace)
+        if owner in granted:
             return True
-        if holder is None and owner:
-            self._fact("namespaces", namespace, owner)
-            return True
-        return False
+        # Nobody has made anything in it, and nobody else is to.
+        return holder is None and bool(owner) and not any(granted.values())
+
+    def _granted(self, namespace: str) -> dict[str, bool]:
+        """Return those that access.toml grants it to, and whether to them alone.
+
+        Who is granted every namespace has none reserved.
+        """
+        found: dict[str, bool] = {}
+        for name, grant in self.grants.drivers.items():
+            globs = [g for g in grant.namespaces if fnmatchcase(namespace, g)]
+            if globs:
+                found[f"driver/{name}"] = any(set(glob) - {"*"} for glob in globs)
+        return found
+
+    def _hold(self, namespace: str, owner: str) -> None:
+        """Something is made in a namespace: from now on it is its maker's.
+
+        Those that access.toml grants share theirs.
+        """
+        if namespace in self.namespaces or any(self._granted(namespace).values()):
+            return
+        mine = [name for name, holder in self.namespaces.items() if holder == owner]
+        if len(mine) >= MOST_NAMESPACES:
+            idle = set(mine) - self._in_use()
+            if not idle:
+                raise _RefusedError(
+                    f"{owner} has {MOST_NAMESPACES} namespaces in use; end jobs or "
+                    "detached actors in some of them"
+                )
+            self._let_go("namespaces", next(name for name in mine if name in idle))
+        self._fact("namespaces", namespace, owner)
+
+    def _in_use(self) -> set[str]:
+        """Return the namespaces in which something may live."""
+
+        def lives(job: str) -> bool:
+            return job not in self.finished or job in self.detached
+
+        jobs = {name for job, name in self.job_namespace.items() if lives(job)}
+        actors = {
+            name for actor, name in self.actors.items()
+            if lives(actor[-2 * JOB_BYTES :])
+        }  # fmt: skip
+        return jobs | actors
 
     def _own_node(self, call: _Call, node_id: str) -> None:
         if self.nodes.get(node_id) != call.who:
@@ -634,7 +688,7 @@ class Access:
             self._begin(call, before, None)
             return
         size = len(ask.key) + len(ask.value)
-        call.writes += size
+        call.reads, call.writes = 0, size
         known = self.keys.get((namespace, key))
         # Which of the two it will be, the GCS knows.
         most = max(size, known[1] if known else 0)
@@ -677,8 +731,13 @@ class Access:
             if call.role not in ("head", "operator"):
                 raise _RefusedError("named actors of all namespaces are for operators")
             return
-        if not self._may_use(call, ask.ray_namespace):
-            raise _RefusedError(f"namespace {ask.ray_namespace!r} is another driver's")
+        self._check_namespace(call, ask.ray_namespace)
+
+    def _check_namespace(self, call: _Call, namespace: str, name: str = "") -> None:
+        _check_length(namespace)
+        _check_length(name)
+        if not self._may_use(call, namespace):
+            raise _RefusedError(f"namespace {namespace!r} is another driver's")
 
     def actor_by_id(self, call: _Call) -> None:
         """Kill, restart, end of scope: by the actor's job, or its namespace."""
@@ -708,7 +767,7 @@ class Access:
     def new_actor(self, call: _Call) -> None:
         """An actor is made for the caller's own job, in its own namespace."""
         spec = call.ask.task_spec
-        call.writes = call.body_bytes
+        call.stores()
         job = spec.job_id.hex()
         if call.role == "worker":
             self._bind(call, job)
@@ -731,6 +790,12 @@ class Access:
             raise _RefusedError("the actor has no namespace")
         if made.actor_id.hex()[-2 * JOB_BYTES :] != job:
             raise _RefusedError("the actor's id names another job")
+        if made.name:
+            self._check_namespace(call, made.ray_namespace, made.name)
+        # What follows is kept, by the GCS and here.
+        self._charge(call)
+        if made.name and call.role != "head":
+            self._hold(made.ray_namespace, self._owner(call))
         if made.is_detached:
             self._fact("detached", job, made.actor_id.hex())
         self.actor_owner[made.actor_id.hex()] = (
@@ -739,10 +804,6 @@ class Access:
         if len(self.actor_owner) > MOST_WORKERS:
             del self.actor_owner[next(iter(self.actor_owner))]
         if made.name:
-            if not self._may_use(call, made.ray_namespace):
-                raise _RefusedError(
-                    f"namespace {made.ray_namespace!r} is another driver's"
-                )
             self._fact("actors", made.actor_id.hex(), made.ray_namespace)
 
     def _added(self, job: str) -> None:
@@ -766,17 +827,14 @@ class Access:
         """Placement groups are made and removed by their job's owner."""
         ask: Any = call.ask
         if call.method.endswith("GetNamedPlacementGroup"):
-            if not self._may_use(call, ask.ray_namespace):
-                raise _RefusedError(
-                    f"namespace {ask.ray_namespace!r} is another driver's"
-                )
+            self._check_namespace(call, ask.ray_namespace)
             return
         if call.method.endswith("CreatePlacementGroup"):
             spec = ask.placement_group_spec
             if spec.creator_job_id != spec.placement_group_id[-JOB_BYTES:]:
                 raise _RefusedError("the placement group's id names another job")
             job = spec.creator_job_id.hex()
-            call.writes = call.body_bytes
+            call.stores()
             self._added(job)
             self._check_bundles(spec)
         else:
@@ -786,7 +844,6 @@ class Access:
 
     def shape_only(self, call: _Call) -> None:
         """What is well-formed may be asked, and stores nothing for long."""
-        call.reads = call.body_bytes
 
     def task_events(self, call: _Call) -> None:
         """Events of tasks that are named: the GCS aborts on one that is not."""
@@ -794,7 +851,6 @@ class Access:
         for item in (*data.events_by_task, *data.dropped_task_attempts):
             if not item.task_id:
                 raise _RefusedError("malformed request: an event of no task")
-        call.reads = call.body_bytes
 
     def publish(self, call: _Call) -> None:
         """Errors and, from nodes, logs and usage: the GCS crashes on others."""
@@ -809,7 +865,6 @@ class Access:
             if (channel, inner) in NODE_CHANNELS and call.role in ("head", "node"):
                 continue
             raise _RefusedError(f"{call.role} may not publish {inner} on {channel}")
-        call.reads = call.body_bytes
 
     def add_job(self, call: _Call) -> None:
         """A node registers the jobs of the drivers that run on it."""
@@ -822,17 +877,22 @@ class Access:
         if self.job_node.get(job, call.who) != call.who:
             raise _RefusedError(f"job {job} was added by {self.job_node[job]}")
         namespace = data.config.ray_namespace
+        _check_length(namespace)
+        call.stores()
+        self._charge(call)
         self._adding[call.request_id] = job, call.who
         self._fact("job_node", job, call.who)
         self._fact("job_namespace", job, namespace)
-        if namespace and namespace not in (SUPERVISORS, *self.namespaces):
-            self._fact("namespaces", namespace, owner)
+        self._let_go("finished", job)
+        if namespace and namespace != SUPERVISORS:
+            self._hold(namespace, owner)
 
     def finish_job(self, call: _Call) -> None:
         """A node ends the jobs that it added."""
         job = call.ask.job_id.hex()
         if self.job_node.get(job) != call.who:
             raise _RefusedError(f"job {job} was not added by {call.who}")
+        self._fact("finished", job, call.who)
 
     def worker_info(self, call: _Call) -> None:
         """Workers report themselves, nodes their own workers' ends."""
@@ -842,7 +902,7 @@ class Access:
         else:
             data = ask.worker_data
             # It stays in the GCS, and here.
-            call.writes = call.body_bytes
+            call.stores()
             worker = data.worker_address.worker_id.hex()
             if not worker:
                 raise _RefusedError("malformed request: a worker without an id")
@@ -955,11 +1015,15 @@ class _Call:
         self.who = _who(uri)
         self.role = self.who.partition("/")[0]
         self.ask: Any = None
-        self.reads = self.writes = 0
+        self.reads, self.writes = self.body_bytes, 0
         self.wait_s = 0.0
         self.account = ""
         self.charge = True
         self.note = ""
+
+    def stores(self) -> None:
+        """What was sent is kept by the GCS."""
+        self.reads, self.writes = 0, self.body_bytes
 
     def about(self) -> str:
         """Name the object for the audit log."""
@@ -995,6 +1059,11 @@ def _who(uri: str) -> str:
     """Return role/name of an identity's URI."""
     parts = uri.removeprefix("spiffe://").split("/")
     return "/".join(parts[1:3])
+
+
+def _check_length(name: str) -> None:
+    if len(name) > MOST_NAME_BYTES:
+        raise _RefusedError(f"a name of {len(name)} letters; at most {MOST_NAME_BYTES}")
 
 
 def _check_name(namespace: bytes, key: bytes, *, prefix: bool) -> None:

@@ -16,6 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from ray.core.generated import common_pb2, gcs_service_pb2
 
+from raysandbox.cluster import access
 from raysandbox.cluster.access import SUPERVISORS, Access, Decision, grpc_message
 from raysandbox.cluster.methods import CONTENT, METHODS, PLAIN, STREAM, methods_of
 from raysandbox.cluster.settings import (
@@ -510,8 +511,80 @@ def test_namespace_is_its_first_users(world: World) -> None:
     world.no(ALICE, ACTOR + "ListNamedActors", listed)
     world.ok(OPERATOR, ACTOR + "ListNamedActors", listed)
     shared = pb.GetNamedActorInfoRequest(name="x", ray_namespace="shared-data")
-    world.ok(ALICE, ACTOR + "GetNamedActorInfo", shared)
     world.ok(BOB, ACTOR + "GetNamedActorInfo", shared)
+
+
+def test_namespace_that_another_was_granted_is_not_taken_first(world: World) -> None:
+    """Neither by looking into it, nor by an actor, nor as that of a job."""
+    ask = pb.GetNamedActorInfoRequest(name="x", ray_namespace="shared-data")
+    world.no(ALICE, ACTOR + "GetNamedActorInfo", ask)
+    world.no(ALICE, ACTOR + "RegisterActor", actor(ALICES, "x", "shared-data"))
+    world.access.learn_job(ALICE, 3)
+    message = pb.AddJobRequest()
+    message.data.job_id = job_id(3)
+    message.data.driver_address.node_id = NODE_ID
+    message.data.config.ray_namespace = "shared-data"
+    world.ok(N1, JOB + "AddJob", message)
+    world.no(ALICE, ACTOR + "GetNamedActorInfo", ask)
+    world.ok(BOB, ACTOR + "RegisterActor", actor(BOBS, "x", "shared-data"))
+    world.ok(BOB, ACTOR + "GetNamedActorInfo", ask)
+    # Who may look everywhere has not everything for itself.
+    world.access.grants = Grants(drivers={"bob": DriverAccess(namespaces=("*",))})
+    world.ok(ALICE, ACTOR + "GetNamedActorInfo", ask)
+    world.ok(BOB, ACTOR + "GetNamedActorInfo",
+             pb.GetNamedActorInfoRequest(name="x", ray_namespace="ns1"))  # fmt: skip
+
+
+def test_namespace_that_is_named_is_nobodys_yet() -> None:
+    """A question makes no fact: it would fill the disk, and keep others out."""
+    world = limited(calls_per_s=1000, calls_burst=1000)
+    known = len(world.journal)
+    for index in range(50):
+        ask = pb.GetNamedActorInfoRequest(name="x", ray_namespace=f"free-{index}")
+        world.ok(ALICE, ACTOR + "GetNamedActorInfo", ask)
+    assert len(world.journal) == known
+    world.ok(BOB, ACTOR + "RegisterActor", actor(BOBS, "x", "free-1"))
+    world.no(ALICE, ACTOR + "RegisterActor", actor(ALICES, "x", "free-1"))
+
+
+def test_names_of_any_length_are_refused() -> None:
+    """What is kept has a length, and what is sent costs its bytes."""
+    world = limited(read_burst_bytes=300_000)
+    for name, namespace in (("x" * 4097, "ns1"), ("x", "n" * 4097)):
+        said = world.no(ALICE, ACTOR + "RegisterActor", actor(ALICES, name, namespace))
+        assert "at most 4096" in said.why
+    ask = pb.GetNamedActorInfoRequest(name="x" * 250_000, ray_namespace="ns1")
+    world.ok(ALICE, ACTOR + "GetNamedActorInfo", ask)
+    assert world.ask(ALICE, ACTOR + "GetNamedActorInfo", ask).retry
+    message = pb.AddJobRequest()
+    message.data.job_id = job_id(ALICES)
+    message.data.driver_address.node_id = NODE_ID
+    message.data.config.ray_namespace = "n" * 4097
+    assert "at most 4096" in world.no(N1, JOB + "AddJob", message).why
+
+
+def test_one_identity_holds_so_many_namespaces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of ended jobs the oldest goes; what is in use does not."""
+    monkeypatch.setattr(access, "MOST_NAMESPACES", 3)
+    world = World()
+    for number in (11, 12):
+        world.begin(ALICE, number)
+    said = world.no(ALICE, ACTOR + "RegisterActor", actor(ALICES, "x", "more"))
+    assert "has 3 namespaces in use" in said.why
+    lasting = actor(11, "lasts")
+    lasting.task_spec.actor_creation_task_spec.is_detached = True
+    world.ok(ALICE, ACTOR + "RegisterActor", lasting)
+    for number in (11, 12):
+        end = pb.MarkJobFinishedRequest(job_id=job_id(number))
+        world.ok(N1, JOB + "MarkJobFinished", end)
+    world.ok(ALICE, ACTOR + "RegisterActor", actor(ALICES, "x", "more"))
+    again = world.new()
+    again.replay(json.loads(json.dumps(world.journal)))
+    for each in (world.access, again):
+        assert [n for n, holder in each.namespaces.items() if "alice" in holder] == [
+            "ns1", "ns11", "more"
+        ]  # fmt: skip
+    world.ok(BOB, ACTOR + "RegisterActor", actor(BOBS, "x", "other"))
 
 
 def test_placement_group_is_its_jobs(world: World) -> None:
