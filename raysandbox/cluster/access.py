@@ -408,7 +408,7 @@ class Access:
         call.charge = False
         account = self._account(call)
         call.wait_s = account.charge(
-            self._clock(), call.reads, call.writes, call.request_id
+            self._clock(), call.reads, call.writes, call.request_id, call.events
         )
         if call.request_id in account.flight:
             self._open[call.request_id] = call.account
@@ -851,6 +851,8 @@ class Access:
         for item in (*data.events_by_task, *data.dropped_task_attempts):
             if not item.task_id:
                 raise _RefusedError("malformed request: an event of no task")
+        # The GCS keeps the last hundred thousand of them, however large.
+        call.reads, call.events = 0, call.body_bytes
 
     def publish(self, call: _Call) -> None:
         """Errors and, from nodes, logs and usage: the GCS crashes on others."""
@@ -1002,8 +1004,8 @@ class _Call:
     """One call, and what it will cost."""
 
     __slots__ = (
-        "account", "ask", "body_bytes", "charge", "method", "node_id", "note", "reads",
-        "request_id", "role", "source", "uri", "wait_s", "who", "writes",
+        "account", "ask", "body_bytes", "charge", "events", "method", "node_id", "note",
+        "reads", "request_id", "role", "source", "uri", "wait_s", "who", "writes",
     )  # fmt: skip
 
     def __init__(
@@ -1015,7 +1017,7 @@ class _Call:
         self.who = _who(uri)
         self.role = self.who.partition("/")[0]
         self.ask: Any = None
-        self.reads, self.writes = self.body_bytes, 0
+        self.reads, self.writes, self.events = self.body_bytes, 0, 0
         self.wait_s = 0.0
         self.account = ""
         self.charge = True

@@ -1005,6 +1005,24 @@ def test_large_calls_in_flight_are_counted_until_they_end() -> None:
     world.ok(ALICE, KV + "Get", get(b"k"), request_id="d")
 
 
+def test_events_of_tasks_are_charged_as_what_is_kept() -> None:
+    """From a bucket of their own: neither reads nor writes pay for them."""
+    world = limited(
+        write_bytes_per_s=10_000, write_burst_bytes=300_000, read_burst_bytes=1 << 20
+    )
+    events = pb.AddTaskEventDataRequest()
+    events.data.events_by_task.add().task_id = b"t" * 24
+    events.data.events_by_task[0].task_info.name = "x" * 200_000
+    method = "/ray.rpc.TaskInfoGcsService/AddTaskEventData"
+    world.ok(ALICE, method, events)
+    assert world.ask(ALICE, method, events).retry
+    world.ok(ALICE, KV + "Put", put(b"k", bytes(250_000)))
+    world.now += 2
+    world.ok(ALICE, method, events)
+    events.data.events_by_task[0].task_info.name = "x" * 300_000
+    assert "write_burst_bytes" in world.no(ALICE, method, events).why
+
+
 def test_stored_bytes_have_a_ceiling_that_deleting_frees() -> None:
     """What stays in the GCS's memory is counted for who put it there."""
     world = limited(stored_bytes=500_000, write_bytes_per_s=1 << 30)
