@@ -78,7 +78,13 @@ MOST_NAMESPACES = 1000
 TABLES = (
     "jobs", "bound", "namespaces", "job_namespace", "job_node", "nodes", "actors",
     "submissions", "added", "workers", "detached", "ended", "finished",
+    "constraint",
 )  # fmt: skip
+# How long a package may be kept for a job that has not begun: Ray's own is 10 minutes.
+MOST_PIN_S = 3600
+# What a cluster is asked to grow to: bundles of resources, and of each how many.
+MOST_BUNDLES, MOST_COUNT = 10_000, 1_000_000
+CLUSTER = "cluster"
 # Resources that Ray can count: ten thousandths (ray/common/constants.h).
 LEAST, MOST = 0.0001, 1e12
 MOST_ACCOUNTS = 100_000
@@ -183,6 +189,7 @@ class Access:
         self.ended: dict[str, str] = {}
         self.finished: dict[str, str] = {}
         self.dead: set[str] = set()
+        self.constraint: dict[str, str] = {}
         self.added: dict[str, str] = {}
         self._adding: dict[str, tuple[str, str]] = {}
         self._accounts: dict[str, Account] = {}
@@ -868,6 +875,60 @@ class Access:
                 continue
             raise _RefusedError(f"{call.role} may not publish {inner} on {channel}")
 
+    def pin(self, call: _Call) -> None:
+        """A package is kept for a while, for a job that is about to begin."""
+        ask: Any = call.ask
+        _check_length(ask.uri)
+        if not 0 < ask.expiration_s <= MOST_PIN_S:
+            raise _RefusedError(
+                f"a package is kept for 1 to {MOST_PIN_S} seconds, not for "
+                f"{ask.expiration_s}: see RAY_RUNTIME_ENV_TEMPORARY_REFERENCE_"
+                "EXPIRATION_S"
+            )
+        # By a name that only a package has: the GCS keeps whatever else is named.
+        if not ask.uri.encode().startswith(PACKAGE):
+            raise _RefusedError(f"{ask.uri[:96]!r} is no package in the GCS")
+        call.stores()
+
+    def constrain(self, call: _Call) -> None:
+        """What the autoscaler is to make room for: one request for the whole cluster.
+
+        Ray takes the last one. So it is whose it was until that one has no jobs any
+        more, or asks for nothing.
+        """
+        asked = call.ask.cluster_resource_constraint.resource_requests
+        if len(asked) > MOST_BUNDLES or any(
+            not 0 <= each.count <= MOST_COUNT
+            or not all(0 <= a <= MOST for a in each.request.resources_bundle.values())
+            for each in asked
+        ):
+            raise _RefusedError(
+                f"more than {MOST_BUNDLES} kinds of bundles, {MOST_COUNT} of one, or "
+                "an amount that is none"
+            )
+        owner = self._owner(call) or call.uri
+        holder = self.constraint.get(CLUSTER, "")
+        if call.role != "head" and holder not in ("", owner) and self._works(holder):
+            raise _RefusedError(
+                f"{holder} has asked the autoscaler for resources; there is one "
+                "request for the whole cluster: ask again when its jobs have ended"
+            )
+        call.stores()
+        self._charge(call)
+        self._fact("constraint", CLUSTER, owner if len(asked) else "")
+
+    def _works(self, owner: str) -> bool:
+        """Whether an identity has a job that has not ended."""
+        return any(
+            self.jobs.get(job) == owner
+            for job in self.added
+            if job not in self.finished
+        )
+
+    def stored(self, call: _Call) -> None:
+        """What the GCS keeps, by those who are trusted with it."""
+        call.stores()
+
     def add_job(self, call: _Call) -> None:
         """A node registers the jobs of the drivers that run on it."""
         data = call.ask.data
@@ -1106,6 +1167,7 @@ _ACTOR = "/ray.rpc.ActorInfoGcsService/"
 _GROUP = "/ray.rpc.PlacementGroupInfoGcsService/"
 _PUBSUB = "/ray.rpc.ObservabilityPubSubService/"
 _WORKER = "/ray.rpc.WorkerInfoGcsService/"
+_AUTOSCALER = "/ray.rpc.autoscaler.AutoscalerStateService/"
 ERROR_CHANNEL = _pubsub.RAY_ERROR_INFO_CHANNEL
 NODE_CHANNELS = {
     (_pubsub.RAY_LOG_CHANNEL, "log_batch_message"),
@@ -1131,6 +1193,10 @@ def _rules(access: Access) -> dict[str, Callable[[_Call], None]]:
         "/ray.rpc.NodeInfoGcsService/UnregisterNode": access.unregister_node,
         "/ray.rpc.TaskInfoGcsService/AddTaskEventData": access.task_events,
         _PUBSUB + "GcsPublish": access.publish,
+        "/ray.rpc.RuntimeEnvGcsService/PinRuntimeEnvURI": access.pin,
+        _AUTOSCALER + "ReportAutoscalingState": access.stored,
+        _AUTOSCALER + "ReportClusterConfig": access.stored,
+        _AUTOSCALER + "RequestClusterResourceConstraint": access.constrain,
         _WORKER + "AddWorkerInfo": access.worker_info,
         _WORKER + "ReportWorkerFailure": access.worker_info,
         STREAM: access.sync,

@@ -14,7 +14,7 @@ import pytest
 from google.protobuf.message import Message
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from ray.core.generated import common_pb2, gcs_service_pb2
+from ray.core.generated import autoscaler_pb2, common_pb2, gcs_service_pb2
 
 from raysandbox.cluster import access
 from raysandbox.cluster.access import SUPERVISORS, Access, Decision, grpc_message
@@ -597,6 +597,60 @@ def test_placement_group_is_its_jobs(world: World) -> None:
     )
     world.no(BOB, GROUP + "RemovePlacementGroup", remove)
     world.ok(ALICE, GROUP + "RemovePlacementGroup", remove)
+
+
+# -- what is kept for everybody -----------------------------------------------------
+
+PIN = "/ray.rpc.RuntimeEnvGcsService/PinRuntimeEnvURI"
+CONSTRAIN = (
+    "/ray.rpc.autoscaler.AutoscalerStateService/RequestClusterResourceConstraint"
+)
+
+
+def test_package_is_kept_for_a_while(world: World) -> None:
+    """Nobody has the GCS keep anything, or for ever."""
+    for uri, seconds in (
+        ("gcs://_ray_pkg_1.zip", 2**31 - 1), ("gcs://_ray_pkg_1.zip", 0),
+        ("gcs://_ray_pkg_1.zip", -1), ("gcs://" + "x" * 5000, 600),
+        ("https://example.org/x.zip", 600), ("", 600),
+    ):  # fmt: skip
+        ask = pb.PinRuntimeEnvURIRequest(uri=uri, expiration_s=seconds)
+        world.no(ALICE, PIN, ask)
+    for seconds in (1, 600, 3600):
+        ask = pb.PinRuntimeEnvURIRequest(
+            uri="gcs://_ray_pkg_1.zip", expiration_s=seconds
+        )
+        world.ok(ALICE, PIN, ask)
+
+
+def constraint(**amounts: float) -> Any:
+    """Return a request for resources of the whole cluster."""
+    message = autoscaler_pb2.RequestClusterResourceConstraintRequest()  # type: ignore[attr-defined]
+    for name, amount in amounts.items():
+        each = message.cluster_resource_constraint.resource_requests.add(count=1)
+        each.request.resources_bundle[name] = amount
+    return message
+
+
+def test_request_for_the_whole_cluster_is_its_makers(world: World) -> None:
+    """Another driver's would take its place; ended jobs ask for nothing."""
+    world.ok(ALICE, CONSTRAIN, constraint(CPU=4))
+    said = world.no(BOB, CONSTRAIN, constraint(CPU=1))
+    assert "driver/alice has asked the autoscaler" in said.why
+    world.no(BOB, CONSTRAIN, constraint())
+    world.ok(ALICE, CONSTRAIN, constraint(CPU=8))
+    world.ok(ALICE, CONSTRAIN, constraint())
+    world.ok(BOB, CONSTRAIN, constraint(CPU=1))
+    world.no(ALICE, CONSTRAIN, constraint(CPU=4))
+    world.ok(
+        N1, JOB + "MarkJobFinished", pb.MarkJobFinishedRequest(job_id=job_id(BOBS))
+    )
+    world.ok(ALICE, CONSTRAIN, constraint(CPU=4))
+    for amount in (float("nan"), -1.0, float("inf")):
+        world.no(ALICE, CONSTRAIN, constraint(CPU=amount))
+    many = constraint(CPU=1)
+    many.cluster_resource_constraint.resource_requests[0].count = 1_000_001
+    world.no(ALICE, CONSTRAIN, many)
 
 
 # -- submitted jobs -----------------------------------------------------------------
