@@ -761,6 +761,45 @@ class Access:
             return
         raise _RefusedError(f"actor {actor[:16]} belongs to job {job}")
 
+    def look_at_actor(self, call: _Call) -> None:
+        """Where an actor is: for those of its job's owner, or of its namespace."""
+        if call.ask.actor_id:
+            self._check_seen(call, call.ask.actor_id)
+
+    def list_actors(self, call: _Call) -> None:
+        """Drivers list their own actors, by job or one by one."""
+        wanted = call.ask.filters
+        if call.role != "driver":
+            return
+        if wanted.actor_id:
+            self._check_seen(call, wanted.actor_id)
+        elif not self._same_owner(call, wanted.job_id.hex()):
+            raise _RefusedError("a driver lists the actors of one of its own jobs")
+
+    def subscribe(self, call: _Call) -> None:
+        """What is told of an actor is where it is."""
+        for command in call.ask.commands:
+            if command.channel_type == ACTOR_CHANNEL and not command.HasField(
+                "unsubscribe_message"
+            ):
+                self._check_seen(call, command.key_id)
+
+    def _check_seen(self, call: _Call, actor_id: bytes) -> None:
+        if call.role not in ("driver", "worker"):
+            return
+        actor = actor_id.hex()
+        job = actor[-2 * JOB_BYTES :]
+        namespace = self.actors.get(actor)
+        if self._same_owner(call, job) or (
+            namespace is not None and self._may_use(call, namespace)
+        ):
+            return
+        # A worker that has no job yet has it in a moment.
+        raise _RefusedError(
+            f"actor {actor[:16]} belongs to job {job}",
+            retry=call.role == "worker" and not self._owner(call),
+        )
+
     def out_of_scope(self, call: _Call) -> None:
         """Its owner alone ends an actor so, and while it lives: the GCS aborts else."""
         self.actor_by_id(call)
@@ -1166,8 +1205,10 @@ _KV = "/ray.rpc.InternalKVGcsService/InternalKV"
 _ACTOR = "/ray.rpc.ActorInfoGcsService/"
 _GROUP = "/ray.rpc.PlacementGroupInfoGcsService/"
 _PUBSUB = "/ray.rpc.ObservabilityPubSubService/"
+_CONTROL = "/ray.rpc.ControlPlanePubSubGcsService/"
 _WORKER = "/ray.rpc.WorkerInfoGcsService/"
 _AUTOSCALER = "/ray.rpc.autoscaler.AutoscalerStateService/"
+ACTOR_CHANNEL = _pubsub.GCS_ACTOR_CHANNEL
 ERROR_CHANNEL = _pubsub.RAY_ERROR_INFO_CHANNEL
 NODE_CHANNELS = {
     (_pubsub.RAY_LOG_CHANNEL, "log_batch_message"),
@@ -1180,6 +1221,8 @@ def _rules(access: Access) -> dict[str, Callable[[_Call], None]]:
         **{m: access.kv for m in CONTENT if m.startswith(_KV)},
         _ACTOR + "CreateActor": access.new_actor,
         _ACTOR + "RegisterActor": access.new_actor,
+        _ACTOR + "GetActorInfo": access.look_at_actor,
+        _ACTOR + "GetAllActorInfo": access.list_actors,
         _ACTOR + "GetNamedActorInfo": access.named_actor,
         _ACTOR + "ListNamedActors": access.named_actor,
         _ACTOR + "KillActorViaGcs": access.actor_by_id,
@@ -1192,7 +1235,9 @@ def _rules(access: Access) -> dict[str, Callable[[_Call], None]]:
         "/ray.rpc.NodeInfoGcsService/RegisterNode": access.register_node,
         "/ray.rpc.NodeInfoGcsService/UnregisterNode": access.unregister_node,
         "/ray.rpc.TaskInfoGcsService/AddTaskEventData": access.task_events,
+        _CONTROL + "GcsSubscriberCommandBatch": access.subscribe,
         _PUBSUB + "GcsPublish": access.publish,
+        _PUBSUB + "GcsSubscriberCommandBatch": access.subscribe,
         "/ray.rpc.RuntimeEnvGcsService/PinRuntimeEnvURI": access.pin,
         _AUTOSCALER + "ReportAutoscalingState": access.stored,
         _AUTOSCALER + "ReportClusterConfig": access.stored,

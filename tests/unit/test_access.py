@@ -587,6 +587,47 @@ def test_one_identity_holds_so_many_namespaces(monkeypatch: pytest.MonkeyPatch) 
     world.ok(BOB, ACTOR + "RegisterActor", actor(BOBS, "x", "other"))
 
 
+def test_where_an_actor_is_its_own_jobs_know(world: World) -> None:
+    """Its address is what its methods are called by. Asked, listed or subscribed to."""
+    bound = "spiffe://prod/worker/n1/w2"
+    world.ok(bound, KV + "Get", get(fun(BOBS), b"fun"))
+    identifier = kill(ALICES).actor_id
+    listed = pb.GetAllActorInfoRequest()
+    listed.filters.actor_id = identifier
+    told = pb.GcsSubscriberCommandBatchRequest()
+    told.commands.add(channel_type="GCS_ACTOR_CHANNEL", key_id=identifier)
+    told.commands[0].subscribe_message.SetInParent()
+    asked = pb.GetActorInfoRequest(actor_id=identifier)
+    of_job = pb.GetAllActorInfoRequest()
+    of_job.filters.job_id = job_id(ALICES)
+    pubsub = "/ray.rpc.ControlPlanePubSubGcsService/GcsSubscriberCommandBatch"
+    for method, message, others in (
+        (ACTOR + "GetActorInfo", asked, (BOB, bound)),
+        (pubsub, told, (BOB, bound)),
+        (ACTOR + "GetAllActorInfo", listed, (BOB,)),
+        (ACTOR + "GetAllActorInfo", of_job, (BOB,)),
+    ):
+        world.ok(ALICE, method, message)
+        world.ok(HEAD, method, message)
+        for uri in others:
+            world.no(uri, method, message)
+    world.no(ALICE, ACTOR + "GetAllActorInfo", pb.GetAllActorInfoRequest())
+    world.ok(OPERATOR, ACTOR + "GetAllActorInfo", pb.GetAllActorInfoRequest())
+    # Which job a worker has is known once it has fetched what it is to run.
+    assert world.ask(WORKER, ACTOR + "GetActorInfo", asked).retry
+    world.ok(WORKER, KV + "Get", get(fun(ALICES), b"fun"))
+    world.ok(WORKER, ACTOR + "GetActorInfo", asked)
+
+
+def test_actor_of_a_shared_namespace_is_found_by_who_shares_it(world: World) -> None:
+    """Its name is looked up first, and its address then."""
+    world.access.grants = Grants(drivers={"bob": DriverAccess(namespaces=("ns1",))})
+    asked = pb.GetActorInfoRequest(actor_id=kill(ALICES).actor_id)
+    world.no(BOB, ACTOR + "GetActorInfo", asked)
+    world.ok(ALICE, ACTOR + "RegisterActor", actor(ALICES, "counter"))
+    world.ok(BOB, ACTOR + "GetActorInfo", asked)
+
+
 def test_placement_group_is_its_jobs(world: World) -> None:
     """Made and removed by the owner; its id names the same job."""
     world.ok(ALICE, GROUP + "CreatePlacementGroup", group(ALICES))
