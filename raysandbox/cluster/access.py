@@ -89,6 +89,8 @@ CLUSTER = "cluster"
 LEAST, MOST = 0.0001, 1e12
 MOST_ACCOUNTS = 100_000
 MOST_WORKERS = 100_000
+# Keys of one call that the audit log names.
+SHOWN = 4
 ACTOR_CREATION = _common.ACTOR_CREATION_TASK
 SYSTEM = "head/"
 
@@ -1138,18 +1140,39 @@ class _Call:
             if name == "InternalKVKeys":
                 return f"{space}:{_text(bytes(ask.prefix))}*"
             if name == "InternalKVMultiGet":
-                return f"{space}:{len(ask.keys)} keys"
-            return f"{space}:{_text(bytes(ask.key))}"
+                shown = " ".join(_text(key, 48) for key in ask.keys[:SHOWN])
+                more = len(ask.keys) - SHOWN
+                return f"{space}:{shown}" + (f" and {more} more" if more > 0 else "")
+            many = "*" if getattr(ask, "del_by_prefix", False) else ""
+            return f"{space}:{_text(bytes(ask.key))}{many}"
         if hasattr(ask, "actor_id"):
             return f"actor {ask.actor_id.hex()}"
         if hasattr(ask, "ray_namespace"):
-            return f"{ask.ray_namespace}/{getattr(ask, 'name', '*')}"
+            return f"{_short(ask.ray_namespace)}/{_short(getattr(ask, 'name', '*'))}"
         if hasattr(ask, "task_spec"):
             made = ask.task_spec.actor_creation_task_spec
-            return f"actor {made.actor_id.hex()} {made.name}".rstrip()
+            return f"actor {made.actor_id.hex()} {_short(made.name)}".rstrip()
+        if hasattr(ask, "placement_group_id"):
+            return f"placement group {ask.placement_group_id.hex()}"
+        if hasattr(ask, "placement_group_spec"):
+            spec = ask.placement_group_spec
+            text = f"placement group {spec.placement_group_id.hex()}"
+            return f"{text} {_short(spec.name)}".rstrip()
+        if hasattr(ask, "worker_id"):
+            return f"worker {ask.worker_id.hex()}"
+        for field in ("worker_failure", "worker_data"):
+            if hasattr(ask, field):
+                address = getattr(ask, field).worker_address
+                return f"worker {address.worker_id.hex()}"
+        if hasattr(ask, "node_id"):
+            return f"node {ask.node_id.hex()}"
+        if hasattr(ask, "uri"):
+            return _short(ask.uri)
+        if name == "AddTaskEventData":
+            return f"{len(ask.data.events_by_task)} events"
         if hasattr(ask, "node_info"):
             info = ask.node_info
-            return f"node {info.node_id.hex()} {info.node_manager_address}"
+            return f"node {info.node_id.hex()} {_short(info.node_manager_address)}"
         if hasattr(ask, "data"):
             return f"job {ask.data.job_id.hex()}"
         if hasattr(ask, "job_id"):
@@ -1186,6 +1209,10 @@ def _check_name(namespace: bytes, key: bytes, *, prefix: bool) -> None:
         raise _RefusedError(
             f"{_text(key)!r} without a namespace would be keys of every namespace"
         )
+
+
+def _short(name: str) -> str:
+    return name[:96]
 
 
 def _job_of_key(key: bytes) -> str:

@@ -643,9 +643,8 @@ def test_placement_group_is_its_jobs(world: World) -> None:
 # -- what is kept for everybody -----------------------------------------------------
 
 PIN = "/ray.rpc.RuntimeEnvGcsService/PinRuntimeEnvURI"
-CONSTRAIN = (
-    "/ray.rpc.autoscaler.AutoscalerStateService/RequestClusterResourceConstraint"
-)
+AUTOSCALER = "/ray.rpc.autoscaler.AutoscalerStateService/"
+CONSTRAIN = AUTOSCALER + "RequestClusterResourceConstraint"
 
 
 def test_package_is_kept_for_a_while(world: World) -> None:
@@ -1251,6 +1250,39 @@ def test_object_in_the_log_is_text(name: str) -> None:
     said = world.ask(ALICE, KV + "Get", get(name.encode("utf-8", "replace") * 3))
     assert len(said.object) < 500
     said.object.encode()
+
+
+def test_audit_log_names_what_a_call_is_about(world: World) -> None:
+    """Nodes, workers, groups and each key of a few: who asks later has only that."""
+    node, worker = "11" * 28, worker_id(FIRST).hex()
+    name = (
+        f"placement group {group(ALICES).placement_group_spec.placement_group_id.hex()}"
+    )
+    made = group(ALICES)
+    made.placement_group_spec.name = "g"
+    identifier = made.placement_group_spec.placement_group_id
+    drain = autoscaler_pb2.DrainNodeRequest(node_id=NODE_ID)  # type: ignore[attr-defined]
+    keys = pb.InternalKVMultiGetRequest(
+        namespace=b"mine", keys=[b"a", b"b", b"c", b"d", b"e", b"f"]
+    )
+    for uri, method, message, said in (
+        (OPERATOR, AUTOSCALER + "DrainNode", drain, f"node {node}"),
+        (N1, NODE + "UnregisterNode", pb.UnregisterNodeRequest(node_id=NODE_ID),
+         f"node {node}"),
+        (ALICE, GROUP + "CreatePlacementGroup", made, f"{name} g"),
+        (ALICE, GROUP + "RemovePlacementGroup",
+         pb.RemovePlacementGroupRequest(placement_group_id=identifier), name),
+        (FIRST, WORKER_INFO + "AddWorkerInfo", worker_info(FIRST), f"worker {worker}"),
+        (N1, WORKER_INFO + "ReportWorkerFailure", worker_end(FIRST),
+         f"worker {worker}"),
+        (ALICE, WORKER_INFO + "GetWorkerInfo",
+         pb.GetWorkerInfoRequest(worker_id=worker_id(FIRST)), f"worker {worker}"),
+        (ALICE, KV + "MultiGet", keys, "mine:a b c d and 2 more"),
+        (ALICE, KV + "Del", delete(b"a", prefix=True), "mine:a*"),
+        (ALICE, PIN, pb.PinRuntimeEnvURIRequest(uri="gcs://x", expiration_s=1),
+         "gcs://x"),
+    ):  # fmt: skip
+        assert world.ask(uri, method, message).object == said
 
 
 def test_actor_is_owned_by_who_asks(world: World) -> None:
