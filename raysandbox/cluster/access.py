@@ -45,13 +45,14 @@ from raysandbox.cluster.settings import (
 )
 from raysandbox.cluster.settings import (
     Inventory,
+    Node,
     Settings,
 )
 from raysandbox.cluster.shapes import flaw, request_types
 from raysandbox.cluster.writes import Write, Writes
 from raysandbox.worker.entrypoint import LOG_KEY, LOG_NAMESPACE
 
-__all__ = ["Access", "Decision", "grpc_message"]
+__all__ = ["Access", "Decision", "grpc_message", "over_ceiling"]
 
 # Generated modules make their names when they are imported.
 _pubsub: Any = pubsub_pb2
@@ -1064,23 +1065,9 @@ class Access:
             )
         if info.is_head_node and not (entry.head and call.role == "head"):
             return f"node {name!r} claims to be the head"
-        rest = entry.resources.get("*", 0.0)
-        # Ray gives each node a resource of 1 in the name of its address, and the
-        # head one that draws what must run there.
-        own = {f"node:{info.node_manager_address}"}
-        if entry.head:
-            own.add("node:__internal_head__")
-        for resource, amount in info.resources_total.items():
-            if resource in own and 0 <= amount <= 1:
-                continue
-            if resource.startswith("node:") or not amount >= 0:
-                return f"node {name!r} claims {amount:g} of {resource}"
-            ceiling = entry.resources.get(resource, rest)
-            if amount > ceiling:
-                return (
-                    f"node {name!r} claims {amount:g} of {resource}, the inventory "
-                    f"allows {ceiling:g}"
-                )
+        address = info.node_manager_address
+        if problem := over_ceiling(name, entry, address, info.resources_total):
+            return problem
         for label, value in info.labels.items():
             if not label.startswith("ray.io/") and entry.labels.get(label) != value:
                 return f"node {name!r} claims label {label}={value}"
@@ -1178,6 +1165,37 @@ class _Call:
         if hasattr(ask, "job_id"):
             return f"job {ask.job_id.hex()}"
         return ""
+
+
+def over_ceiling(
+    name: str, entry: Node, address: str, amounts: Mapping[str, float]
+) -> str:
+    """Say which resources are more than a node may have, or ``""``.
+
+    Args:
+        name: The node's.
+        entry: Of the inventory.
+        address: Of the node, as it says.
+        amounts: What it says that it has.
+    """
+    rest = entry.resources.get("*", 0.0)
+    # Ray gives each node a resource of 1 in the name of its address, and the
+    # head one that draws what must run there.
+    own = {f"node:{address}"}
+    if entry.head:
+        own.add("node:__internal_head__")
+    for resource, amount in amounts.items():
+        if resource in own and 0 <= amount <= 1:
+            continue
+        if resource.startswith("node:") or not amount >= 0:
+            return f"node {name!r} claims {amount:g} of {resource}"
+        ceiling = entry.resources.get(resource, rest)
+        if amount > ceiling:
+            return (
+                f"node {name!r} claims {amount:g} of {resource}, the inventory "
+                f"allows {ceiling:g}"
+            )
+    return ""
 
 
 def _who(uri: str) -> str:

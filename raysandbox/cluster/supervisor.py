@@ -776,11 +776,18 @@ class HeadWorker(NodeWorker):
         self.__dict__.pop("_watcher", None)
 
     async def _watch_gcs(self) -> None:
+        from raysandbox.cluster.watch import Ceilings
+
         told: set[str] = set()
+        ceilings = Ceilings()
         while True:
             await asyncio.sleep(5)
             try:
                 alive = await self._watcher.alive()
+                beyond = ceilings.look(
+                    self.access.inventory, self.access.nodes, alive,
+                    await self._watcher.totals(), time.monotonic(),
+                )  # fmt: skip
             except Exception:  # noqa: BLE001 - the GCS may be away
                 self._watch_failed()
                 continue
@@ -790,17 +797,23 @@ class HeadWorker(NodeWorker):
                 who = self.access.nodes.get(node_id)
                 name = (who or "").partition("/")[2]
                 entry = self.access.inventory.nodes.get(name)
-                listed = entry is not None or self.settings.admission == "observe"
-                if who is not None and listed and not (entry and entry.quarantined):
+                observed = self.settings.admission == "observe"
+                listed = entry is not None or observed
+                fits = listed and not (entry and entry.quarantined)
+                if who is not None and fits and node_id not in beyond:
                     continue
                 if node_id not in told:
                     told.add(node_id)
                     self.alert(
-                        "node_without_admission" if who is None else "node_removed",
+                        "node_without_admission" if who is None
+                        else "node_beyond_inventory" if fits else "node_removed",
                         object=f"node {node_id} {address}", who=who or "",
                         why="in the GCS, and did not pass the guard" if who is None
+                        else beyond[node_id] if fits
                         else "quarantined" if entry else "not in the inventory",
                     )  # fmt: skip
+                if who is not None and fits and observed:
+                    continue
                 try:
                     await self._watcher.remove(node_id)
                 except Exception as error:  # noqa: BLE001 - gRPC's, of many kinds
