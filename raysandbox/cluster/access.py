@@ -590,7 +590,10 @@ class Access:
         return owner in self.jobs and self._same_owner(call, owner)
 
     def _read_key(self, call: _Call, namespace: bytes, key: bytes) -> None:
-        if call.role in ("head", "node", "operator") or namespace in SHARED:
+        if call.role in ("head", "node", "operator") or namespace in SHARED - {b""}:
+            return
+        if namespace == b"":
+            self._read_default(call, key)
             return
         if call.role == "observer":
             raise _RefusedError(f"namespace {_text(namespace)!r} is not for observers")
@@ -600,6 +603,24 @@ class Access:
         known = self.keys.get((namespace, key))
         if known and not self._owns(call, known[0]):
             raise _RefusedError(f"the key belongs to {known[0]}")
+
+    def _read_default(self, call: _Call, key: bytes) -> None:
+        """Without a namespace: what Ray's head and nodes keep there, and one's own.
+
+        A driver asks whether a package is there before it uploads it. What is in
+        it, nodes read for the jobs that they run.
+        """
+        known = self.keys.get((b"", key))
+        if known is None or known[0] == self._owner(call):
+            return
+        if self._owns(call, known[0]):
+            return
+        if key.startswith(PACKAGE):
+            if call.method.endswith("Exists"):
+                return
+        elif known[0].startswith((SYSTEM, "node/")):
+            return
+        raise _RefusedError(f"the key belongs to {known[0]}")
 
     def _write_key(self, call: _Call, namespace: bytes, key: bytes) -> None:
         if call.role == "head":

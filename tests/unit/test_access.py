@@ -423,6 +423,34 @@ def test_package_under_a_name_stays_what_it_was(world: World) -> None:
     world.no(ALICE, KV + "Del", delete(b"gcs://_ray_pkg_1.zip", b""))
 
 
+def test_default_namespace_is_read_by_its_writers(world: World) -> None:
+    """A package holds a job's code; what others keep there is theirs as elsewhere.
+
+    Nodes fetch packages, and drivers ask whether one is there.
+    """
+    package = b"gcs://_ray_pkg_1.zip"
+    world.ok(ALICE, KV + "Put", put(package, b"code", b""))
+    world.ok(HEAD, KV + "Put", put(b"gcs://_ray_pkg_2.zip", b"code", b""))
+    world.ok(ALICE, KV + "Put", put(b"notes", b"hers", b""))
+    mine = "spiffe://prod/worker/n1/w2"
+    world.ok(mine, KV + "Get", get(fun(ALICES), b"fun"))
+    for key in (package, b"gcs://_ray_pkg_2.zip", b"notes"):
+        for uri in (BOB, WORKER, OBSERVER):
+            world.no(uri, KV + "Get", get(key, b""))
+            many = pb.InternalKVMultiGetRequest(namespace=b"", keys=[b"z", key])
+            world.no(uri, KV + "MultiGet", many)
+        for uri in (N1, HEAD, OPERATOR):
+            world.ok(uri, KV + "Get", get(key, b""))
+    for uri in (ALICE, mine):
+        world.ok(uri, KV + "Get", get(package, b""))
+    ask = pb.InternalKVExistsRequest(namespace=b"", key=package)
+    world.ok(BOB, KV + "Exists", ask)
+    world.no(BOB, KV + "Exists", pb.InternalKVExistsRequest(key=b"notes"))
+    for uri in (BOB, WORKER, OBSERVER):
+        world.ok(uri, KV + "Get", get(b"gcs_pid", b""))
+        world.ok(uri, KV + "Get", get(b"__autoscaling_status", b""))
+
+
 @pytest.mark.parametrize(
     ("namespace", "key"),
     [(b"session", b"session_name"), (b"cluster", b"x"), (b"", b"__autoscaling_error"),
