@@ -88,6 +88,8 @@ MOST_BUNDLES, MOST_COUNT = 10_000, 1_000_000
 CLUSTER = "cluster"
 # Resources that Ray can count: ten thousandths (ray/common/constants.h).
 LEAST, MOST = 0.0001, 1e12
+# How long what has ended is still known, and how often it is looked for.
+PAST_S, LOOK_S = 3600.0, 60.0
 MOST_ACCOUNTS = 100_000
 MOST_WORKERS = 100_000
 # Keys of one call that the audit log names.
@@ -199,6 +201,8 @@ class Access:
         self._open: dict[str, str] = {}
         self._stored: Counter[str] = Counter()
         self._writes: Writes[Name, Entry] = Writes()
+        self._ends: dict[tuple[str, str], float] = {}
+        self._looked = clock()
         self._kinds = request_types(CONTENT)
         self._rules: dict[str, Callable[[_Call], None]] = _rules(self)
 
@@ -207,6 +211,7 @@ class Access:
     def learn_job(self, uri: str, number: int) -> None:
         """A job's number was given to an identity."""
         job = number.to_bytes(JOB_BYTES, "little").hex()
+        self._let_go("finished", job)
         self._fact("jobs", job, uri if "/worker/" in uri else _who(uri))
 
     def learn_added(self, request_id: str) -> None:
@@ -323,6 +328,50 @@ class Access:
             self._forget(name)
             del missing[name]
         return missing
+
+    def let_past_go(self, alive: Set[str]) -> None:
+        """Forget jobs, nodes and submissions that ended `PAST_S` seconds ago.
+
+        Not those that something may still be of: keys, detached actors. Of a job
+        that is forgotten, nobody has anything any more; nor of a node. What a
+        worker was bound to stays: it would be free for another job.
+
+        Args:
+            alive: Ids of the nodes that the GCS holds alive.
+
+        Raises:
+            OSError: It could not be written down; what is left goes next time.
+        """
+        now = self._clock()
+        if now - self._looked < LOOK_S:
+            return
+        self._looked = now
+        owners = {owner for owner, _, _ in self.keys.values()}
+        past = {
+            ("jobs", job)
+            for job in self.jobs
+            # A number that was given to somebody who never began is none either.
+            if (job in self.finished or job not in self.job_node)
+            and job not in self.detached
+            and job not in owners
+        }
+        past |= {("nodes", node_id) for node_id in self.nodes.keys() - alive}
+        past |= {
+            ("submissions", name)
+            for name, uri in self.submissions.items()
+            if uri in self.ended and (JOB, bytes.fromhex(name)) not in self.keys
+        }
+        self._ends = {each: self._ends.get(each, now) for each in past}
+        gone = [each for each, since in self._ends.items() if now - since >= PAST_S]
+        jobs = {key for table, key in gone if table == "jobs"}
+        for actor in [a for a in self.actors if a[-2 * JOB_BYTES :] in jobs]:
+            self._let_go("actors", actor)
+        for table, key in gone:
+            if table == "jobs":
+                for other in ("job_namespace", "job_node", "added", "finished"):
+                    self._let_go(other, key)
+            self._let_go(table, key)
+            del self._ends[table, key]
 
     def orphans(self) -> list[Name]:
         """Return keys that nobody can own any more.

@@ -835,6 +835,7 @@ class HeadWorker(NodeWorker):
                 spaces = {namespace for namespace, _ in self.access.keys}
                 present = {space: await self._watcher.keys(space) for space in spaces}
                 absent = self.access.forget(present, absent)
+                self.access.let_past_go((await self._watcher.alive()).keys())
             except Exception:  # noqa: BLE001 - the GCS may be away, a disk full
                 self._watch_failed()
 

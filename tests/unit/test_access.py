@@ -1248,6 +1248,74 @@ def test_refused_write_leaves_nothing_behind() -> None:
     world.ok(BOB, KV + "Put", put(b"k"))
 
 
+# -- what has ended -----------------------------------------------------------------
+
+
+def test_what_ended_is_forgotten_after_an_hour() -> None:
+    """Of jobs, nodes and submitted jobs there would be ever more.
+
+    What something may still be of stays, and nobody comes into its place.
+    """
+    world = supervised()
+    info, alive = world.access, {NODE_ID.hex(), HEAD_NODE.hex()}
+    tables = ("jobs", "job_namespace", "job_node", "added", "finished", "actors")
+
+    def known(number: int) -> set[str]:
+        job = job_id(number).hex()
+        return {t for t in tables if any(k.endswith(job) for k in getattr(info, t))}
+
+    def hours(count: float) -> None:
+        for _ in range(round(count * 60)):
+            world.now += 60
+            info.let_past_go(alive)
+
+    world.ok(N1, NODE + "RegisterNode", register(node_id=b"\x77" * 28))
+    for number in (20, 21, 22):
+        world.begin(ALICE, number)
+        lasting = actor(number, "a")
+        lasting.task_spec.actor_creation_task_spec.is_detached = number == 21
+        world.ok(ALICE, ACTOR + "RegisterActor", lasting)
+    world.ok(ALICE, KV + "Put", put(fun(22), namespace=b"fun"))
+    info.learn_job(ALICE, 23)
+    mine = "spiffe://prod/worker/n1/w20"
+    world.ok(mine, KV + "Get", get(fun(20), b"fun"))
+    for number in (20, 21, 22):
+        end = pb.MarkJobFinishedRequest(job_id=job_id(number))
+        world.ok(N1, JOB + "MarkJobFinished", end)
+    world.ok(HEAD, WORKER_INFO + "ReportWorkerFailure", worker_end(FIRST))
+    world.ok(HEAD, KV + "Del", delete(state_of("a"), b"job"))
+    hours(0.9)
+    assert known(20) == {*tables}
+    hours(0.2)
+    assert known(20) == known(23) == set()
+    assert known(21) == known(22) == {*tables}
+    assert known(ALICES) == {"jobs", "job_namespace", "job_node", "added"}
+    assert info.nodes.keys() == alive
+    assert state_of("a").hex() not in info.submissions
+    assert state_of("b").hex() in info.submissions
+    # The job is nobody's now, its worker no other job's, its namespace alice's.
+    world.no(ALICE, ACTOR + "KillActorViaGcs", kill(20))
+    world.no(BOB, ACTOR + "KillActorViaGcs", kill(20))
+    world.no(mine, KV + "Get", get(fun(BOBS), b"fun"))
+    ask = pb.GetNamedActorInfoRequest(name="a", ray_namespace="ns20")
+    world.no(BOB, ACTOR + "GetNamedActorInfo", ask)
+    again = world.new()
+    again.replay(json.loads(json.dumps(world.journal)))
+    for table in (*tables, "nodes", "submissions"):
+        assert getattr(again, table) == getattr(info, table), table
+
+
+def test_number_that_is_given_anew_is_a_new_job(world: World) -> None:
+    """The GCS may begin to count again."""
+    end = pb.MarkJobFinishedRequest(job_id=job_id(ALICES))
+    world.ok(N1, JOB + "MarkJobFinished", end)
+    world.access.learn_job(BOB, ALICES)
+    for _ in range(180):
+        world.now += 60
+        world.access.let_past_go({NODE_ID.hex()})
+    assert world.access.jobs[job_id(ALICES).hex()] == "driver/bob"
+
+
 # -- restart ------------------------------------------------------------------------
 
 
