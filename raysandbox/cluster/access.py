@@ -11,12 +11,15 @@ one of its role's. Here the request is parsed, and decided by what it names:
   named by their content: the first bytes under a name stay. Any other key
   belongs to the job or identity that wrote it first.
 * Actors and placement groups carry their job in their id. A named actor may be
-  found and killed from its Ray namespace too; a namespace belongs to the
-  driver identity that used it first, and to those that access.toml names.
+  found and killed from its Ray namespace too; a namespace belongs to those that
+  access.toml names, else to the driver identity that made something in it first.
 * A node speaks for its own node ids, workers and drivers alone.
 * What a call costs is charged before it is made: bytes sent, bytes that the
   key is known to hold, one place in flight, bytes that stay stored. So a call
-  that is abandoned at its deadline has cost its caller what it cost the GCS.
+  that is abandoned at its deadline has cost its caller what it cost the GCS. What
+  is sent is charged as written where the GCS keeps it, else as read. A
+  key counts as the larger of what it held and what is written, and as there, until
+  the GCS has answered (`writes`).
   Over its limits a caller waits before it is refused (`budget`).
 
 Pure but for the clock: `Access` holds what is known and does no I/O.
@@ -42,12 +45,14 @@ from raysandbox.cluster.settings import (
 )
 from raysandbox.cluster.settings import (
     Inventory,
+    Node,
     Settings,
 )
 from raysandbox.cluster.shapes import flaw, request_types
+from raysandbox.cluster.writes import Write, Writes
 from raysandbox.worker.entrypoint import LOG_KEY, LOG_NAMESPACE
 
-__all__ = ["Access", "Decision", "grpc_message"]
+__all__ = ["Access", "Decision", "grpc_message", "over_ceiling"]
 
 # Generated modules make their names when they are imported.
 _pubsub: Any = pubsub_pb2
@@ -63,15 +68,32 @@ SHARED = {
     b"__autoscaler",
 }  # fmt: skip
 JOB_BYTES = 4
+# The GCS keeps a key of namespace n as this, n, ":" and the key, and one without a
+# namespace as it is (gcs/store_client_kv.cc): one name can be written in two ways.
+STORED, STORED_SEPARATOR = b"@namespace_", b":"
+# Of a key, a prefix, a namespace, an actor: Ray's own have at most some hundred bytes.
+MOST_NAME_BYTES = 4096
+# Namespaces of one identity: a job that is given none by its driver has its own.
+MOST_NAMESPACES = 1000
 # What is known by name, and survives a restart.
 TABLES = (
     "jobs", "bound", "namespaces", "job_namespace", "job_node", "nodes", "actors",
-    "submissions", "added", "workers", "detached", "ended",
+    "submissions", "added", "workers", "detached", "ended", "finished",
+    "constraint",
 )  # fmt: skip
+# How long a package may be kept for a job that has not begun: Ray's own is 10 minutes.
+MOST_PIN_S = 3600
+# What a cluster is asked to grow to: bundles of resources, and of each how many.
+MOST_BUNDLES, MOST_COUNT = 10_000, 1_000_000
+CLUSTER = "cluster"
 # Resources that Ray can count: ten thousandths (ray/common/constants.h).
 LEAST, MOST = 0.0001, 1e12
+# How long what has ended is still known, and how often it is looked for.
+PAST_S, LOOK_S = 3600.0, 60.0
 MOST_ACCOUNTS = 100_000
 MOST_WORKERS = 100_000
+# Keys of one call that the audit log names.
+SHOWN = 4
 ACTOR_CREATION = _common.ACTOR_CREATION_TASK
 SYSTEM = "head/"
 
@@ -170,12 +192,17 @@ class Access:
         self.actor_owner: dict[str, tuple[str, str]] = {}
         self.detached: dict[str, str] = {}
         self.ended: dict[str, str] = {}
+        self.finished: dict[str, str] = {}
         self.dead: set[str] = set()
+        self.constraint: dict[str, str] = {}
         self.added: dict[str, str] = {}
         self._adding: dict[str, tuple[str, str]] = {}
         self._accounts: dict[str, Account] = {}
         self._open: dict[str, str] = {}
         self._stored: Counter[str] = Counter()
+        self._writes: Writes[Name, Entry] = Writes()
+        self._ends: dict[tuple[str, str], float] = {}
+        self._looked = clock()
         self._kinds = request_types(CONTENT)
         self._rules: dict[str, Callable[[_Call], None]] = _rules(self)
 
@@ -184,6 +211,7 @@ class Access:
     def learn_job(self, uri: str, number: int) -> None:
         """A job's number was given to an identity."""
         job = number.to_bytes(JOB_BYTES, "little").hex()
+        self._let_go("finished", job)
         self._fact("jobs", job, uri if "/worker/" in uri else _who(uri))
 
     def learn_added(self, request_id: str) -> None:
@@ -194,7 +222,7 @@ class Access:
     def replay(self, facts: Iterable[list[Any]]) -> None:
         """Take back what a former process wrote to the journal."""
         for table, *rest in facts:
-            if table not in (*TABLES, "keys", "gone"):
+            if table not in (*TABLES, "keys", "gone", "past"):
                 raise ValueError(f"no table {table!r}")
             if table == "keys":
                 namespace, key, owner, size, digest = rest
@@ -204,6 +232,10 @@ class Access:
                 )  # fmt: skip
             elif table == "gone":
                 self._drop_key(bytes.fromhex(rest[0]), bytes.fromhex(rest[1]))
+            elif table == "past":
+                if rest[0] not in TABLES:
+                    raise ValueError(f"no table {rest[0]!r}")
+                getattr(self, rest[0]).pop(rest[1], None)
             else:
                 getattr(self, table)[rest[0]] = rest[1]
 
@@ -215,11 +247,31 @@ class Access:
         for (namespace, key), (owner, size, digest) in self.keys.items():
             yield ["keys", namespace.hex(), key.hex(), owner, size, digest.hex()]
 
-    def call_ended(self, request_id: str) -> None:
-        """A call has ended, in whatever way: its place in flight is free."""
+    def call_ended(self, request_id: str, *, done: bool = False) -> None:
+        """A call has ended, in whatever way: its place in flight is free.
+
+        Args:
+            request_id: Which call.
+            done: Whether the GCS has answered that it was done.
+
+        Raises:
+            OSError: What became certain could not be written down; it stays as it
+                was counted.
+        """
         account = self._accounts.get(self._open.pop(request_id, ""))
         if account is not None:
             account.ended(request_id)
+        write, certain = self._writes.end(request_id, self._clock(), done=done)
+        if write is None:
+            return
+        for name in certain:
+            # What was forgotten or written anew in between is another entry.
+            if self.keys.get(name) is not write.before[name]:
+                continue
+            if write.made is None:
+                self._forget(name)
+            elif write.made != write.before[name]:
+                self._know(name, write.made)
 
     def _fact(self, table: str, key: str, value: str) -> None:
         known: dict[str, str] = getattr(self, table)
@@ -228,12 +280,24 @@ class Access:
             self._journal([table, key, value])
             known[key] = value
 
+    def _let_go(self, table: str, key: str) -> None:
+        known: dict[str, str] = getattr(self, table)
+        if key in known:
+            self._journal(["past", table, key])
+            del known[key]
+
     def _set_key(
         self, namespace: bytes, key: bytes, owner: str, size: int, digest: bytes
     ) -> None:
         self._drop_key(namespace, key)
         self.keys[namespace, key] = (owner, size, digest)
         self._stored[self._payer(owner)] += size
+
+    def _know(self, name: Name, entry: Entry) -> Entry:
+        owner, size, digest = entry
+        self._journal(["keys", name[0].hex(), name[1].hex(), owner, size, digest.hex()])
+        self._set_key(*name, owner, size, digest)
+        return self.keys[name]
 
     def _drop_key(self, namespace: bytes, key: bytes) -> None:
         known = self.keys.pop((namespace, key), None)
@@ -264,6 +328,50 @@ class Access:
             self._forget(name)
             del missing[name]
         return missing
+
+    def let_past_go(self, alive: Set[str]) -> None:
+        """Forget jobs, nodes and submissions that ended `PAST_S` seconds ago.
+
+        Not those that something may still be of: keys, detached actors. Of a job
+        that is forgotten, nobody has anything any more; nor of a node. What a
+        worker was bound to stays: it would be free for another job.
+
+        Args:
+            alive: Ids of the nodes that the GCS holds alive.
+
+        Raises:
+            OSError: It could not be written down; what is left goes next time.
+        """
+        now = self._clock()
+        if now - self._looked < LOOK_S:
+            return
+        self._looked = now
+        owners = {owner for owner, _, _ in self.keys.values()}
+        past = {
+            ("jobs", job)
+            for job in self.jobs
+            # A number that was given to somebody who never began is none either.
+            if (job in self.finished or job not in self.job_node)
+            and job not in self.detached
+            and job not in owners
+        }
+        past |= {("nodes", node_id) for node_id in self.nodes.keys() - alive}
+        past |= {
+            ("submissions", name)
+            for name, uri in self.submissions.items()
+            if uri in self.ended and (JOB, bytes.fromhex(name)) not in self.keys
+        }
+        self._ends = {each: self._ends.get(each, now) for each in past}
+        gone = [each for each, since in self._ends.items() if now - since >= PAST_S]
+        jobs = {key for table, key in gone if table == "jobs"}
+        for actor in [a for a in self.actors if a[-2 * JOB_BYTES :] in jobs]:
+            self._let_go("actors", actor)
+        for table, key in gone:
+            if table == "jobs":
+                for other in ("job_namespace", "job_node", "added", "finished"):
+                    self._let_go(other, key)
+            self._let_go(table, key)
+            del self._ends[table, key]
 
     def orphans(self) -> list[Name]:
         """Return keys that nobody can own any more.
@@ -359,7 +467,7 @@ class Access:
         call.charge = False
         account = self._account(call)
         call.wait_s = account.charge(
-            self._clock(), call.reads, call.writes, call.request_id
+            self._clock(), call.reads, call.writes, call.request_id, call.events
         )
         if call.request_id in account.flight:
             self._open[call.request_id] = call.account
@@ -426,14 +534,54 @@ class Access:
         holder = self.namespaces.get(namespace)
         if holder is not None and holder in (owner, call.uri):
             return True
-        name = owner.rpartition("/")[2]
-        grant = self.grants.drivers.get(name) if owner.startswith("driver/") else None
-        if grant and any(fnmatchcase(namespace, glob) for glob in grant.namespaces):
+        granted = self._granted(namespace)
+        if owner in granted:
             return True
-        if holder is None and owner:
-            self._fact("namespaces", namespace, owner)
-            return True
-        return False
+        # Nobody has made anything in it, and nobody else is to.
+        return holder is None and bool(owner) and not any(granted.values())
+
+    def _granted(self, namespace: str) -> dict[str, bool]:
+        """Return those that access.toml grants it to, and whether to them alone.
+
+        Who is granted every namespace has none reserved.
+        """
+        found: dict[str, bool] = {}
+        for name, grant in self.grants.drivers.items():
+            globs = [g for g in grant.namespaces if fnmatchcase(namespace, g)]
+            if globs:
+                found[f"driver/{name}"] = any(set(glob) - {"*"} for glob in globs)
+        return found
+
+    def _hold(self, namespace: str, owner: str) -> None:
+        """Something is made in a namespace: from now on it is its maker's.
+
+        Those that access.toml grants share theirs.
+        """
+        if namespace in self.namespaces or any(self._granted(namespace).values()):
+            return
+        mine = [name for name, holder in self.namespaces.items() if holder == owner]
+        if len(mine) >= MOST_NAMESPACES:
+            idle = set(mine) - self._in_use()
+            if not idle:
+                raise _RefusedError(
+                    f"{owner} has {MOST_NAMESPACES} namespaces in use; end jobs or "
+                    "detached actors in some of them"
+                )
+            self._let_go("namespaces", next(name for name in mine if name in idle))
+        self._fact("namespaces", namespace, owner)
+
+    def _in_use(self) -> set[str]:
+        """Return the namespaces in which something may live."""
+
+        def lives(job: str) -> bool:
+            return job not in self.finished or job in self.detached
+
+        jobs = {name for job, name in self.job_namespace.items() if lives(job)}
+        actors = {
+            name for actor, name in self.actors.items()
+            if lives(actor[-2 * JOB_BYTES :])
+        }  # fmt: skip
+        return jobs | actors
 
     def _own_node(self, call: _Call, node_id: str) -> None:
         if self.nodes.get(node_id) != call.who:
@@ -445,10 +593,12 @@ class Access:
         namespace = bytes(ask.namespace)
         write = call.method.endswith(("Put", "Del"))
         if call.method.endswith("Keys"):
+            _check_name(namespace, ask.prefix, prefix=True)
             self._list_keys(call, namespace, bytes(ask.prefix))
             return
         many = call.method.endswith("MultiGet")
         for key in ask.keys if many else [ask.key]:
+            _check_name(namespace, key, prefix=getattr(ask, "del_by_prefix", False))
             if namespace == FUN:
                 self._bind(call, _job_of_key(key))
                 # The next supervisor would run what this one put there.
@@ -464,6 +614,12 @@ class Access:
             self._keep(call, namespace, ask)
 
     def _list_keys(self, call: _Call, namespace: bytes, prefix: bytes) -> None:
+        # What the answer holds, which nobody's values are in.
+        call.reads += sum(
+            len(key)
+            for space, key in self.keys
+            if space == namespace and key.startswith(prefix)
+        )
         if call.role in ("head", "operator") or namespace in SHARED - {b""}:
             return
         if namespace == FUN:
@@ -483,7 +639,10 @@ class Access:
         return owner in self.jobs and self._same_owner(call, owner)
 
     def _read_key(self, call: _Call, namespace: bytes, key: bytes) -> None:
-        if call.role in ("head", "node", "operator") or namespace in SHARED:
+        if call.role in ("head", "node", "operator") or namespace in SHARED - {b""}:
+            return
+        if namespace == b"":
+            self._read_default(call, key)
             return
         if call.role == "observer":
             raise _RefusedError(f"namespace {_text(namespace)!r} is not for observers")
@@ -494,9 +653,29 @@ class Access:
         if known and not self._owns(call, known[0]):
             raise _RefusedError(f"the key belongs to {known[0]}")
 
+    def _read_default(self, call: _Call, key: bytes) -> None:
+        """Without a namespace: what Ray's head and nodes keep there, and one's own.
+
+        A driver asks whether a package is there before it uploads it. What is in
+        it, nodes read for the jobs that they run.
+        """
+        known = self.keys.get((b"", key))
+        if known is None or known[0] == self._owner(call):
+            return
+        if self._owns(call, known[0]):
+            return
+        if key.startswith(PACKAGE):
+            if call.method.endswith("Exists"):
+                return
+        elif known[0].startswith((SYSTEM, "node/")):
+            return
+        raise _RefusedError(f"the key belongs to {known[0]}")
+
     def _write_key(self, call: _Call, namespace: bytes, key: bytes) -> None:
         if call.role == "head":
-            if namespace == JOB and (JOB, key) not in self.keys:
+            name = JOB, key
+            gone = name not in self.keys or self._writes.is_deleted(name)
+            if namespace == JOB and gone:
                 # A job under a name that another had, whose supervisor may live on.
                 if before := self.submissions.get(key.hex()):
                     self._fact("ended", before, call.who)
@@ -536,7 +715,10 @@ class Access:
                 raise _RefusedError("the key is Ray's own")
             return
         if known and not self._owns(call, known[0]):
-            raise _RefusedError(f"the key belongs to {known[0]}")
+            raise _RefusedError(
+                f"the key belongs to {known[0]}",
+                retry=self._writes.is_deleted((namespace, key)),
+            )
 
     def _submission(self, call: _Call, key: bytes) -> None:
         """A submitted job's state: for the one worker that supervises it."""
@@ -581,29 +763,39 @@ class Access:
                         raise _RefusedError(
                             f"keys of another owner under {_text(key)!r}"
                         )
-            for name in names:
-                if name in self.keys:
-                    self._forget(name)
+            before = {name: self.keys[name] for name in names if name in self.keys}
+            self._charge(call)
+            self._begin(call, before, None)
             return
         size = len(ask.key) + len(ask.value)
-        call.writes += size
+        call.reads, call.writes = 0, size
         known = self.keys.get((namespace, key))
-        if known and not ask.overwrite:
-            # Which of the two it is, the GCS knows: it may have removed the old one.
-            size = max(size, known[1])
+        # Which of the two it will be, the GCS knows.
+        most = max(size, known[1] if known else 0)
         owner = known[0] if known else self._new_owner(call, namespace, key)
         payer = self._payer(owner)
         limit = self.settings.limits.roles[call.role]  # type: ignore[index]
-        grows = size - (known[1] if known else 0)
+        grows = most - (known[1] if known else 0)
         if self._stored[payer] + grows > limit.stored_bytes:
             raise _RefusedError(
                 f"keys of {payer} would hold more than {limit.stored_bytes} bytes "
-                f"(limits.roles.{call.role}.stored_bytes)"
+                f"(limits.roles.{call.role}.stored_bytes)",
+                retry=self._writes.deletes(payer),
             )
         self._charge(call)
         digest = hashlib.sha256(ask.value).digest() if key.startswith(PACKAGE) else b""
-        self._journal(["keys", namespace.hex(), key.hex(), owner, size, digest.hex()])
-        self._set_key(namespace, key, owner, size, digest)
+        entry = self._know((namespace, key), (owner, most, digest))
+        # A write that may have left the old value says nothing of the size.
+        made = (owner, size if ask.overwrite else most, digest)
+        self._begin(call, {(namespace, key): entry}, made)
+
+    def _begin(
+        self, call: _Call, before: dict[Name, Entry], made: Entry | None
+    ) -> None:
+        """A write is on its way: what it makes of the keys is not certain yet."""
+        who = next((self._payer(owner) for owner, _, _ in before.values()), "")
+        write = Write(who, before, made)
+        self._writes.begin(call.request_id, self._clock(), write)
 
     def _new_owner(self, call: _Call, namespace: bytes, key: bytes) -> str:
         if namespace == FUN:
@@ -619,8 +811,13 @@ class Access:
             if call.role not in ("head", "operator"):
                 raise _RefusedError("named actors of all namespaces are for operators")
             return
-        if not self._may_use(call, ask.ray_namespace):
-            raise _RefusedError(f"namespace {ask.ray_namespace!r} is another driver's")
+        self._check_namespace(call, ask.ray_namespace)
+
+    def _check_namespace(self, call: _Call, namespace: str, name: str = "") -> None:
+        _check_length(namespace)
+        _check_length(name)
+        if not self._may_use(call, namespace):
+            raise _RefusedError(f"namespace {namespace!r} is another driver's")
 
     def actor_by_id(self, call: _Call) -> None:
         """Kill, restart, end of scope: by the actor's job, or its namespace."""
@@ -637,6 +834,45 @@ class Access:
             return
         raise _RefusedError(f"actor {actor[:16]} belongs to job {job}")
 
+    def look_at_actor(self, call: _Call) -> None:
+        """Where an actor is: for those of its job's owner, or of its namespace."""
+        if call.ask.actor_id:
+            self._check_seen(call, call.ask.actor_id)
+
+    def list_actors(self, call: _Call) -> None:
+        """Drivers list their own actors, by job or one by one."""
+        wanted = call.ask.filters
+        if call.role != "driver":
+            return
+        if wanted.actor_id:
+            self._check_seen(call, wanted.actor_id)
+        elif not self._same_owner(call, wanted.job_id.hex()):
+            raise _RefusedError("a driver lists the actors of one of its own jobs")
+
+    def subscribe(self, call: _Call) -> None:
+        """What is told of an actor is where it is."""
+        for command in call.ask.commands:
+            if command.channel_type == ACTOR_CHANNEL and not command.HasField(
+                "unsubscribe_message"
+            ):
+                self._check_seen(call, command.key_id)
+
+    def _check_seen(self, call: _Call, actor_id: bytes) -> None:
+        if call.role not in ("driver", "worker"):
+            return
+        actor = actor_id.hex()
+        job = actor[-2 * JOB_BYTES :]
+        namespace = self.actors.get(actor)
+        if self._same_owner(call, job) or (
+            namespace is not None and self._may_use(call, namespace)
+        ):
+            return
+        # A worker that has no job yet has it in a moment.
+        raise _RefusedError(
+            f"actor {actor[:16]} belongs to job {job}",
+            retry=call.role == "worker" and not self._owner(call),
+        )
+
     def out_of_scope(self, call: _Call) -> None:
         """Its owner alone ends an actor so, and while it lives: the GCS aborts else."""
         self.actor_by_id(call)
@@ -650,7 +886,7 @@ class Access:
     def new_actor(self, call: _Call) -> None:
         """An actor is made for the caller's own job, in its own namespace."""
         spec = call.ask.task_spec
-        call.writes = call.body_bytes
+        call.stores()
         job = spec.job_id.hex()
         if call.role == "worker":
             self._bind(call, job)
@@ -673,6 +909,12 @@ class Access:
             raise _RefusedError("the actor has no namespace")
         if made.actor_id.hex()[-2 * JOB_BYTES :] != job:
             raise _RefusedError("the actor's id names another job")
+        if made.name:
+            self._check_namespace(call, made.ray_namespace, made.name)
+        # What follows is kept, by the GCS and here.
+        self._charge(call)
+        if made.name and call.role != "head":
+            self._hold(made.ray_namespace, self._owner(call))
         if made.is_detached:
             self._fact("detached", job, made.actor_id.hex())
         self.actor_owner[made.actor_id.hex()] = (
@@ -681,10 +923,6 @@ class Access:
         if len(self.actor_owner) > MOST_WORKERS:
             del self.actor_owner[next(iter(self.actor_owner))]
         if made.name:
-            if not self._may_use(call, made.ray_namespace):
-                raise _RefusedError(
-                    f"namespace {made.ray_namespace!r} is another driver's"
-                )
             self._fact("actors", made.actor_id.hex(), made.ray_namespace)
 
     def _added(self, job: str) -> None:
@@ -708,17 +946,14 @@ class Access:
         """Placement groups are made and removed by their job's owner."""
         ask: Any = call.ask
         if call.method.endswith("GetNamedPlacementGroup"):
-            if not self._may_use(call, ask.ray_namespace):
-                raise _RefusedError(
-                    f"namespace {ask.ray_namespace!r} is another driver's"
-                )
+            self._check_namespace(call, ask.ray_namespace)
             return
         if call.method.endswith("CreatePlacementGroup"):
             spec = ask.placement_group_spec
             if spec.creator_job_id != spec.placement_group_id[-JOB_BYTES:]:
                 raise _RefusedError("the placement group's id names another job")
             job = spec.creator_job_id.hex()
-            call.writes = call.body_bytes
+            call.stores()
             self._added(job)
             self._check_bundles(spec)
         else:
@@ -728,7 +963,6 @@ class Access:
 
     def shape_only(self, call: _Call) -> None:
         """What is well-formed may be asked, and stores nothing for long."""
-        call.reads = call.body_bytes
 
     def task_events(self, call: _Call) -> None:
         """Events of tasks that are named: the GCS aborts on one that is not."""
@@ -736,7 +970,8 @@ class Access:
         for item in (*data.events_by_task, *data.dropped_task_attempts):
             if not item.task_id:
                 raise _RefusedError("malformed request: an event of no task")
-        call.reads = call.body_bytes
+        # The GCS keeps the last hundred thousand of them, however large.
+        call.reads, call.events = 0, call.body_bytes
 
     def publish(self, call: _Call) -> None:
         """Errors and, from nodes, logs and usage: the GCS crashes on others."""
@@ -751,7 +986,60 @@ class Access:
             if (channel, inner) in NODE_CHANNELS and call.role in ("head", "node"):
                 continue
             raise _RefusedError(f"{call.role} may not publish {inner} on {channel}")
-        call.reads = call.body_bytes
+
+    def pin(self, call: _Call) -> None:
+        """A package is kept for a while, for a job that is about to begin."""
+        ask: Any = call.ask
+        _check_length(ask.uri)
+        if not 0 < ask.expiration_s <= MOST_PIN_S:
+            raise _RefusedError(
+                f"a package is kept for 1 to {MOST_PIN_S} seconds, not for "
+                f"{ask.expiration_s}: see RAY_RUNTIME_ENV_TEMPORARY_REFERENCE_"
+                "EXPIRATION_S"
+            )
+        # By a name that only a package has: the GCS keeps whatever else is named.
+        if not ask.uri.encode().startswith(PACKAGE):
+            raise _RefusedError(f"{ask.uri[:96]!r} is no package in the GCS")
+        call.stores()
+
+    def constrain(self, call: _Call) -> None:
+        """What the autoscaler is to make room for: one request for the whole cluster.
+
+        Ray takes the last one. So it is whose it was until that one has no jobs any
+        more, or asks for nothing.
+        """
+        asked = call.ask.cluster_resource_constraint.resource_requests
+        if len(asked) > MOST_BUNDLES or any(
+            not 0 <= each.count <= MOST_COUNT
+            or not all(0 <= a <= MOST for a in each.request.resources_bundle.values())
+            for each in asked
+        ):
+            raise _RefusedError(
+                f"more than {MOST_BUNDLES} kinds of bundles, {MOST_COUNT} of one, or "
+                "an amount that is none"
+            )
+        owner = self._owner(call) or call.uri
+        holder = self.constraint.get(CLUSTER, "")
+        if call.role != "head" and holder not in ("", owner) and self._works(holder):
+            raise _RefusedError(
+                f"{holder} has asked the autoscaler for resources; there is one "
+                "request for the whole cluster: ask again when its jobs have ended"
+            )
+        call.stores()
+        self._charge(call)
+        self._fact("constraint", CLUSTER, owner if len(asked) else "")
+
+    def _works(self, owner: str) -> bool:
+        """Whether an identity has a job that has not ended."""
+        return any(
+            self.jobs.get(job) == owner
+            for job in self.added
+            if job not in self.finished
+        )
+
+    def stored(self, call: _Call) -> None:
+        """What the GCS keeps, by those who are trusted with it."""
+        call.stores()
 
     def add_job(self, call: _Call) -> None:
         """A node registers the jobs of the drivers that run on it."""
@@ -764,17 +1052,22 @@ class Access:
         if self.job_node.get(job, call.who) != call.who:
             raise _RefusedError(f"job {job} was added by {self.job_node[job]}")
         namespace = data.config.ray_namespace
+        _check_length(namespace)
+        call.stores()
+        self._charge(call)
         self._adding[call.request_id] = job, call.who
         self._fact("job_node", job, call.who)
         self._fact("job_namespace", job, namespace)
-        if namespace and namespace not in (SUPERVISORS, *self.namespaces):
-            self._fact("namespaces", namespace, owner)
+        self._let_go("finished", job)
+        if namespace and namespace != SUPERVISORS:
+            self._hold(namespace, owner)
 
     def finish_job(self, call: _Call) -> None:
         """A node ends the jobs that it added."""
         job = call.ask.job_id.hex()
         if self.job_node.get(job) != call.who:
             raise _RefusedError(f"job {job} was not added by {call.who}")
+        self._fact("finished", job, call.who)
 
     def worker_info(self, call: _Call) -> None:
         """Workers report themselves, nodes their own workers' ends."""
@@ -784,7 +1077,7 @@ class Access:
         else:
             data = ask.worker_data
             # It stays in the GCS, and here.
-            call.writes = call.body_bytes
+            call.stores()
             worker = data.worker_address.worker_id.hex()
             if not worker:
                 raise _RefusedError("malformed request: a worker without an id")
@@ -842,23 +1135,9 @@ class Access:
             )
         if info.is_head_node and not (entry.head and call.role == "head"):
             return f"node {name!r} claims to be the head"
-        rest = entry.resources.get("*", 0.0)
-        # Ray gives each node a resource of 1 in the name of its address, and the
-        # head one that draws what must run there.
-        own = {f"node:{info.node_manager_address}"}
-        if entry.head:
-            own.add("node:__internal_head__")
-        for resource, amount in info.resources_total.items():
-            if resource in own and 0 <= amount <= 1:
-                continue
-            if resource.startswith("node:") or not amount >= 0:
-                return f"node {name!r} claims {amount:g} of {resource}"
-            ceiling = entry.resources.get(resource, rest)
-            if amount > ceiling:
-                return (
-                    f"node {name!r} claims {amount:g} of {resource}, the inventory "
-                    f"allows {ceiling:g}"
-                )
+        address = info.node_manager_address
+        if problem := over_ceiling(name, entry, address, info.resources_total):
+            return problem
         for label, value in info.labels.items():
             if not label.startswith("ray.io/") and entry.labels.get(label) != value:
                 return f"node {name!r} claims label {label}={value}"
@@ -884,8 +1163,8 @@ class _Call:
     """One call, and what it will cost."""
 
     __slots__ = (
-        "account", "ask", "body_bytes", "charge", "method", "node_id", "note", "reads",
-        "request_id", "role", "source", "uri", "wait_s", "who", "writes",
+        "account", "ask", "body_bytes", "charge", "events", "method", "node_id", "note",
+        "reads", "request_id", "role", "source", "uri", "wait_s", "who", "writes",
     )  # fmt: skip
 
     def __init__(
@@ -897,11 +1176,15 @@ class _Call:
         self.who = _who(uri)
         self.role = self.who.partition("/")[0]
         self.ask: Any = None
-        self.reads = self.writes = 0
+        self.reads, self.writes, self.events = self.body_bytes, 0, 0
         self.wait_s = 0.0
         self.account = ""
         self.charge = True
         self.note = ""
+
+    def stores(self) -> None:
+        """What was sent is kept by the GCS."""
+        self.reads, self.writes = 0, self.body_bytes
 
     def about(self) -> str:
         """Name the object for the audit log."""
@@ -914,18 +1197,39 @@ class _Call:
             if name == "InternalKVKeys":
                 return f"{space}:{_text(bytes(ask.prefix))}*"
             if name == "InternalKVMultiGet":
-                return f"{space}:{len(ask.keys)} keys"
-            return f"{space}:{_text(bytes(ask.key))}"
+                shown = " ".join(_text(key, 48) for key in ask.keys[:SHOWN])
+                more = len(ask.keys) - SHOWN
+                return f"{space}:{shown}" + (f" and {more} more" if more > 0 else "")
+            many = "*" if getattr(ask, "del_by_prefix", False) else ""
+            return f"{space}:{_text(bytes(ask.key))}{many}"
         if hasattr(ask, "actor_id"):
             return f"actor {ask.actor_id.hex()}"
         if hasattr(ask, "ray_namespace"):
-            return f"{ask.ray_namespace}/{getattr(ask, 'name', '*')}"
+            return f"{_short(ask.ray_namespace)}/{_short(getattr(ask, 'name', '*'))}"
         if hasattr(ask, "task_spec"):
             made = ask.task_spec.actor_creation_task_spec
-            return f"actor {made.actor_id.hex()} {made.name}".rstrip()
+            return f"actor {made.actor_id.hex()} {_short(made.name)}".rstrip()
+        if hasattr(ask, "placement_group_id"):
+            return f"placement group {ask.placement_group_id.hex()}"
+        if hasattr(ask, "placement_group_spec"):
+            spec = ask.placement_group_spec
+            text = f"placement group {spec.placement_group_id.hex()}"
+            return f"{text} {_short(spec.name)}".rstrip()
+        if hasattr(ask, "worker_id"):
+            return f"worker {ask.worker_id.hex()}"
+        for field in ("worker_failure", "worker_data"):
+            if hasattr(ask, field):
+                address = getattr(ask, field).worker_address
+                return f"worker {address.worker_id.hex()}"
+        if hasattr(ask, "node_id"):
+            return f"node {ask.node_id.hex()}"
+        if hasattr(ask, "uri"):
+            return _short(ask.uri)
+        if name == "AddTaskEventData":
+            return f"{len(ask.data.events_by_task)} events"
         if hasattr(ask, "node_info"):
             info = ask.node_info
-            return f"node {info.node_id.hex()} {info.node_manager_address}"
+            return f"node {info.node_id.hex()} {_short(info.node_manager_address)}"
         if hasattr(ask, "data"):
             return f"job {ask.data.job_id.hex()}"
         if hasattr(ask, "job_id"):
@@ -933,10 +1237,70 @@ class _Call:
         return ""
 
 
+def over_ceiling(
+    name: str, entry: Node, address: str, amounts: Mapping[str, float]
+) -> str:
+    """Say which resources are more than a node may have, or ``""``.
+
+    Args:
+        name: The node's.
+        entry: Of the inventory.
+        address: Of the node, as it says.
+        amounts: What it says that it has.
+    """
+    rest = entry.resources.get("*", 0.0)
+    # Ray gives each node a resource of 1 in the name of its address, and the
+    # head one that draws what must run there.
+    own = {f"node:{address}"}
+    if entry.head:
+        own.add("node:__internal_head__")
+    for resource, amount in amounts.items():
+        if resource in own and 0 <= amount <= 1:
+            continue
+        if resource.startswith("node:") or not amount >= 0:
+            return f"node {name!r} claims {amount:g} of {resource}"
+        ceiling = entry.resources.get(resource, rest)
+        if amount > ceiling:
+            return (
+                f"node {name!r} claims {amount:g} of {resource}, the inventory "
+                f"allows {ceiling:g}"
+            )
+    return ""
+
+
 def _who(uri: str) -> str:
     """Return role/name of an identity's URI."""
     parts = uri.removeprefix("spiffe://").split("/")
     return "/".join(parts[1:3])
+
+
+def _check_length(name: str) -> None:
+    if len(name) > MOST_NAME_BYTES:
+        raise _RefusedError(f"a name of {len(name)} letters; at most {MOST_NAME_BYTES}")
+
+
+def _check_name(namespace: bytes, key: bytes, *, prefix: bool) -> None:
+    """Refuse a name that the GCS keeps as another's, or that is no name any more."""
+    if len(namespace) > MOST_NAME_BYTES or len(key) > MOST_NAME_BYTES:
+        raise _RefusedError(
+            f"a key of {len(key)} bytes in a namespace of {len(namespace)}: names have "
+            f"at most {MOST_NAME_BYTES} bytes; what is long belongs into the value"
+        )
+    if STORED_SEPARATOR in namespace:
+        raise _RefusedError(
+            f"namespace {_text(namespace)!r} has a ':' in it: the GCS would take part "
+            "of it for a key of another namespace"
+        )
+    if not namespace and (
+        key.startswith(STORED) or (prefix and STORED.startswith(key))
+    ):
+        raise _RefusedError(
+            f"{_text(key)!r} without a namespace would be keys of every namespace"
+        )
+
+
+def _short(name: str) -> str:
+    return name[:96]
 
 
 def _job_of_key(key: bytes) -> str:
@@ -956,7 +1320,10 @@ _KV = "/ray.rpc.InternalKVGcsService/InternalKV"
 _ACTOR = "/ray.rpc.ActorInfoGcsService/"
 _GROUP = "/ray.rpc.PlacementGroupInfoGcsService/"
 _PUBSUB = "/ray.rpc.ObservabilityPubSubService/"
+_CONTROL = "/ray.rpc.ControlPlanePubSubGcsService/"
 _WORKER = "/ray.rpc.WorkerInfoGcsService/"
+_AUTOSCALER = "/ray.rpc.autoscaler.AutoscalerStateService/"
+ACTOR_CHANNEL = _pubsub.GCS_ACTOR_CHANNEL
 ERROR_CHANNEL = _pubsub.RAY_ERROR_INFO_CHANNEL
 NODE_CHANNELS = {
     (_pubsub.RAY_LOG_CHANNEL, "log_batch_message"),
@@ -969,6 +1336,8 @@ def _rules(access: Access) -> dict[str, Callable[[_Call], None]]:
         **{m: access.kv for m in CONTENT if m.startswith(_KV)},
         _ACTOR + "CreateActor": access.new_actor,
         _ACTOR + "RegisterActor": access.new_actor,
+        _ACTOR + "GetActorInfo": access.look_at_actor,
+        _ACTOR + "GetAllActorInfo": access.list_actors,
         _ACTOR + "GetNamedActorInfo": access.named_actor,
         _ACTOR + "ListNamedActors": access.named_actor,
         _ACTOR + "KillActorViaGcs": access.actor_by_id,
@@ -981,7 +1350,13 @@ def _rules(access: Access) -> dict[str, Callable[[_Call], None]]:
         "/ray.rpc.NodeInfoGcsService/RegisterNode": access.register_node,
         "/ray.rpc.NodeInfoGcsService/UnregisterNode": access.unregister_node,
         "/ray.rpc.TaskInfoGcsService/AddTaskEventData": access.task_events,
+        _CONTROL + "GcsSubscriberCommandBatch": access.subscribe,
         _PUBSUB + "GcsPublish": access.publish,
+        _PUBSUB + "GcsSubscriberCommandBatch": access.subscribe,
+        "/ray.rpc.RuntimeEnvGcsService/PinRuntimeEnvURI": access.pin,
+        _AUTOSCALER + "ReportAutoscalingState": access.stored,
+        _AUTOSCALER + "ReportClusterConfig": access.stored,
+        _AUTOSCALER + "RequestClusterResourceConstraint": access.constrain,
         _WORKER + "AddWorkerInfo": access.worker_info,
         _WORKER + "ReportWorkerFailure": access.worker_info,
         STREAM: access.sync,

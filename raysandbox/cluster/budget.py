@@ -23,6 +23,10 @@ PENALTY_S = 0.25
 # guard's log says so, some time later: a place for each small call would be held
 # long after it, and small calls are counted by their bucket anyhow.
 LARGE_BYTES = 64 << 10
+# Events of tasks are kept too, and are no requests that anybody waits for: a driver
+# that starts two thousand tasks a second sends a megabyte of them, in one call. So
+# they have a bucket of their own, which refills this much faster than that of writes.
+EVENTS = 8
 # A call that its end was never heard of is given up after this long.
 IN_FLIGHT_S = 120.0
 
@@ -56,13 +60,16 @@ class _Bucket:
 class Account:
     """One caller's budget."""
 
-    __slots__ = ("calls", "flight", "limit", "reads", "writes")
+    __slots__ = ("calls", "events", "flight", "limit", "reads", "writes")
 
     def __init__(self, limit: RoleLimit, now: float) -> None:
         self.limit = limit
         self.calls = _Bucket(limit.calls_per_s, limit.calls_burst, now)
         self.reads = _Bucket(limit.read_bytes_per_s, limit.read_burst_bytes, now)
         self.writes = _Bucket(limit.write_bytes_per_s, limit.write_burst_bytes, now)
+        self.events = _Bucket(
+            EVENTS * limit.write_bytes_per_s, limit.write_burst_bytes, now
+        )
         self.flight: dict[str, float] = {}
 
     def count(self, now: float) -> float:
@@ -73,7 +80,9 @@ class Account:
         self.calls.left -= 1
         return wait_s
 
-    def charge(self, now: float, reads: int, writes: int, request_id: str) -> float:
+    def charge(
+        self, now: float, reads: int, writes: int, request_id: str, events: int = 0
+    ) -> float:
         """Charge for a call's bytes; return its wait.
 
         Raises:
@@ -81,7 +90,7 @@ class Account:
         """
         limit = self.limit
         for key, size, most in (
-            ("write_burst_bytes", writes, limit.write_burst_bytes),
+            ("write_burst_bytes", max(writes, events), limit.write_burst_bytes),
             ("read_burst_bytes", reads, limit.read_burst_bytes),
         ):
             if size > most:
@@ -90,7 +99,7 @@ class Account:
                     "(cluster.toml, limits.roles)",
                     retry=False,
                 )
-        large = reads + writes >= LARGE_BYTES
+        large = reads + writes + events >= LARGE_BYTES
         if large and len(self.flight) >= limit.in_flight:
             self.flight = {
                 key: since
@@ -102,11 +111,15 @@ class Account:
                     f"{limit.in_flight} large calls of this identity are in flight",
                     retry=True,
                 )
-        wait_s = max(self.reads.wait_s(reads, now), self.writes.wait_s(writes, now))
+        wait_s = max(
+            self.reads.wait_s(reads, now), self.writes.wait_s(writes, now),
+            self.events.wait_s(events, now),
+        )  # fmt: skip
         if wait_s > PATIENCE_S:
             raise OverBudgetError("bytes per second of this identity", retry=True)
         self.reads.left -= reads
         self.writes.left -= writes
+        self.events.left -= events
         if large and request_id:
             self.flight[request_id] = now
         return wait_s

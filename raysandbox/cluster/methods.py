@@ -146,8 +146,8 @@ METHODS: dict[str, frozenset[str]] = {
     "observer": _STATE | _KV_READ,
 }
 
-# Requests that carry no identifier and name nothing of anybody's. Every other one
-# is parsed by the access service before the GCS sees it.
+# Requests that carry no identifier, name nothing of anybody's and leave nothing in
+# the GCS. Every other one is parsed by the access service before the GCS sees it.
 PLAIN: frozenset[str] = (
     _of("InternalKVGcsService", "GetInternalConfig")
     | _of("JobInfoGcsService", "GetAllJobInfo")
@@ -160,15 +160,11 @@ PLAIN: frozenset[str] = (
         "GetDrainingNodes",
     )
     | _of("PlacementGroupInfoGcsService", "GetAllPlacementGroup")
-    | _of("RuntimeEnvGcsService", "PinRuntimeEnvURI")
     | _of("WorkerInfoGcsService", "GetAllWorkerInfo")
     | _of(
         "autoscaler.AutoscalerStateService",
         "GetClusterResourceState",
         "GetClusterStatus",
-        "ReportAutoscalingState",
-        "ReportClusterConfig",
-        "RequestClusterResourceConstraint",
     )
 )
 CONTENT: frozenset[str] = frozenset().union(*METHODS.values()) - PLAIN

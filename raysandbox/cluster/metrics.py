@@ -21,6 +21,7 @@ __all__ = ["ALERTS", "Metrics"]
 # Every alert that there is.
 ALERTS = (
     "unexpected_node", "node_without_admission", "node_not_removed", "node_removed",
+    "node_beyond_inventory",
     "odd_call", "reload_failed", "guard_died", "certificate_ends", "certificate_bad",
     "audit_broken", "audit_not_writable",
 )  # fmt: skip

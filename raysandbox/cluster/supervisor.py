@@ -443,7 +443,11 @@ class HeadWorker(NodeWorker):
         request_id = str(entry.get("id", ""))
         about, why = self._verdicts.pop(request_id, ("", ""))
         name = "/".join(who.split("/")[:2])
-        self.access.call_ended(request_id)
+        try:
+            done = str(entry.get("grpc", "")) == "0"
+            self.access.call_ended(request_id, done=done)
+        except OSError as error:
+            self.event("access_error", why=f"{type(error).__name__}: {error}")
         details = str(entry.get("details", ""))
         why = str(entry.get("why", "")) or why or _why(details)
         role = name.partition("/")[0]
@@ -772,11 +776,18 @@ class HeadWorker(NodeWorker):
         self.__dict__.pop("_watcher", None)
 
     async def _watch_gcs(self) -> None:
+        from raysandbox.cluster.watch import Ceilings
+
         told: set[str] = set()
+        ceilings = Ceilings()
         while True:
             await asyncio.sleep(5)
             try:
                 alive = await self._watcher.alive()
+                beyond = ceilings.look(
+                    self.access.inventory, self.access.nodes, alive,
+                    await self._watcher.totals(), time.monotonic(),
+                )  # fmt: skip
             except Exception:  # noqa: BLE001 - the GCS may be away
                 self._watch_failed()
                 continue
@@ -786,17 +797,23 @@ class HeadWorker(NodeWorker):
                 who = self.access.nodes.get(node_id)
                 name = (who or "").partition("/")[2]
                 entry = self.access.inventory.nodes.get(name)
-                listed = entry is not None or self.settings.admission == "observe"
-                if who is not None and listed and not (entry and entry.quarantined):
+                observed = self.settings.admission == "observe"
+                listed = entry is not None or observed
+                fits = listed and not (entry and entry.quarantined)
+                if who is not None and fits and node_id not in beyond:
                     continue
                 if node_id not in told:
                     told.add(node_id)
                     self.alert(
-                        "node_without_admission" if who is None else "node_removed",
+                        "node_without_admission" if who is None
+                        else "node_beyond_inventory" if fits else "node_removed",
                         object=f"node {node_id} {address}", who=who or "",
                         why="in the GCS, and did not pass the guard" if who is None
+                        else beyond[node_id] if fits
                         else "quarantined" if entry else "not in the inventory",
                     )  # fmt: skip
+                if who is not None and fits and observed:
+                    continue
                 try:
                     await self._watcher.remove(node_id)
                 except Exception as error:  # noqa: BLE001 - gRPC's, of many kinds
@@ -818,6 +835,7 @@ class HeadWorker(NodeWorker):
                 spaces = {namespace for namespace, _ in self.access.keys}
                 present = {space: await self._watcher.keys(space) for space in spaces}
                 absent = self.access.forget(present, absent)
+                self.access.let_past_go((await self._watcher.alive()).keys())
             except Exception:  # noqa: BLE001 - the GCS may be away, a disk full
                 self._watch_failed()
 

@@ -14,8 +14,9 @@ import pytest
 from google.protobuf.message import Message
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from ray.core.generated import common_pb2, gcs_service_pb2
+from ray.core.generated import autoscaler_pb2, common_pb2, gcs_service_pb2
 
+from raysandbox.cluster import access
 from raysandbox.cluster.access import SUPERVISORS, Access, Decision, grpc_message
 from raysandbox.cluster.methods import CONTENT, METHODS, PLAIN, STREAM, methods_of
 from raysandbox.cluster.settings import (
@@ -66,7 +67,7 @@ class World:
     """A cluster with a node, two drivers and a job of each."""
 
     def __init__(self, **how: Any) -> None:
-        self.now = 1000.0
+        self.now, self.calls = 1000.0, 0
         self.journal: list[list[Any]] = []
         self.settings = Settings(name="prod", head_address="10.0.0.1", **how)
         self.inventory = Inventory(
@@ -109,7 +110,16 @@ class World:
             # Whoever asks is the worker that the request says it is.
             owner = message.task_spec.caller_address.worker_id.hex()
             self.access.workers[owner] = uri
-        return self.access.decide(uri=uri, method=method, body=frame(message), **how)
+        if "request_id" in how or not method.startswith(KV):
+            return self.access.decide(
+                uri=uri, method=method, body=frame(message), **how
+            )
+        # Nobody's place in flight, and done when it is let through.
+        self.calls += 1
+        identifier = how["request_id"] = f"call {self.calls}"
+        said = self.access.decide(uri=uri, method=method, body=frame(message), **how)
+        self.access.call_ended(identifier, done=said.allowed)
+        return said
 
     def ok(self, uri: str, method: str, message: Message, **how: Any) -> Decision:
         """Decide one call that must be allowed."""
@@ -364,6 +374,46 @@ def test_key_belongs_to_whom_wrote_it_first(world: World) -> None:
     world.ok(BOB, KV + "Put", put(b"k"))
 
 
+@pytest.mark.parametrize("uri", [BOB, N1, OBSERVER, WORKER, HEAD])
+def test_no_second_way_to_write_a_name(world: World, uri: str) -> None:
+    """The GCS joins namespace and key with ":", so ``fun:a`` ``b`` is ``fun`` ``a:b``.
+
+    And without a namespace, a prefix reaches into all of them.
+    """
+    kind, _, rest = fun(ALICES).partition(b":")
+    alias = b"fun:" + kind
+    stored = b"@namespace_fun:" + fun(ALICES)
+    for method, message in (
+        (KV + "Put", put(rest, b"evil", alias)), (KV + "Get", get(rest, alias)),
+        (KV + "Del", delete(rest, alias)), (KV + "Put", put(stored, b"evil", b"")),
+        (KV + "MultiGet", pb.InternalKVMultiGetRequest(namespace=b"",
+                                                       keys=[b"z", stored])),
+        *((KV + "Del", delete(key, b"", prefix=True))
+          for key in (b"", b"@", b"@namespace_", stored)),
+        *((KV + "Keys", pb.InternalKVKeysRequest(namespace=b"", prefix=key))
+          for key in (b"", b"@name", stored)),
+    ):  # fmt: skip
+        assert world.no(uri, method, message).why, method
+    mine = pb.InternalKVKeysRequest(namespace=b"", prefix=b"mine")
+    world.ok(HEAD, KV + "Keys", mine)
+    world.ok(ALICE, KV + "Put", put(b"mine:with:colons", namespace=b""))
+    world.ok(ALICE, KV + "Keys", mine)
+    world.ok(ALICE, KV + "Del", delete(b"mine", b"", prefix=True))
+
+
+@pytest.mark.parametrize(
+    "message",
+    [put(b"k" * 4097), put(b"k", namespace=b"n" * 4097), get(b"k" * 4097),
+     delete(b"k" * 4097), pb.InternalKVKeysRequest(prefix=b"k" * 4097),
+     pb.InternalKVMultiGetRequest(namespace=b"mine", keys=[b"a", b"k" * 4097])],
+)  # fmt: skip
+def test_name_of_any_length_is_refused(world: World, message: Any) -> None:
+    """A list of keys would answer with megabytes that nobody was charged for."""
+    method = KV + type(message).__name__.removeprefix("InternalKV")[: -len("Request")]
+    assert "at most 4096 bytes" in world.no(ALICE, method, message).why
+    world.ok(ALICE, KV + "Put", put(b"k" * 4096))
+
+
 def test_package_under_a_name_stays_what_it_was(world: World) -> None:
     """A package is shared by its content's name: a second content is refused."""
     first = put(b"gcs://_ray_pkg_1.zip", b"good", b"")
@@ -371,6 +421,34 @@ def test_package_under_a_name_stays_what_it_was(world: World) -> None:
     world.ok(BOB, KV + "Put", first)
     world.no(BOB, KV + "Put", put(b"gcs://_ray_pkg_1.zip", b"evil", b""))
     world.no(ALICE, KV + "Del", delete(b"gcs://_ray_pkg_1.zip", b""))
+
+
+def test_default_namespace_is_read_by_its_writers(world: World) -> None:
+    """A package holds a job's code; what others keep there is theirs as elsewhere.
+
+    Nodes fetch packages, and drivers ask whether one is there.
+    """
+    package = b"gcs://_ray_pkg_1.zip"
+    world.ok(ALICE, KV + "Put", put(package, b"code", b""))
+    world.ok(HEAD, KV + "Put", put(b"gcs://_ray_pkg_2.zip", b"code", b""))
+    world.ok(ALICE, KV + "Put", put(b"notes", b"hers", b""))
+    mine = "spiffe://prod/worker/n1/w2"
+    world.ok(mine, KV + "Get", get(fun(ALICES), b"fun"))
+    for key in (package, b"gcs://_ray_pkg_2.zip", b"notes"):
+        for uri in (BOB, WORKER, OBSERVER):
+            world.no(uri, KV + "Get", get(key, b""))
+            many = pb.InternalKVMultiGetRequest(namespace=b"", keys=[b"z", key])
+            world.no(uri, KV + "MultiGet", many)
+        for uri in (N1, HEAD, OPERATOR):
+            world.ok(uri, KV + "Get", get(key, b""))
+    for uri in (ALICE, mine):
+        world.ok(uri, KV + "Get", get(package, b""))
+    ask = pb.InternalKVExistsRequest(namespace=b"", key=package)
+    world.ok(BOB, KV + "Exists", ask)
+    world.no(BOB, KV + "Exists", pb.InternalKVExistsRequest(key=b"notes"))
+    for uri in (BOB, WORKER, OBSERVER):
+        world.ok(uri, KV + "Get", get(b"gcs_pid", b""))
+        world.ok(uri, KV + "Get", get(b"__autoscaling_status", b""))
 
 
 @pytest.mark.parametrize(
@@ -461,8 +539,121 @@ def test_namespace_is_its_first_users(world: World) -> None:
     world.no(ALICE, ACTOR + "ListNamedActors", listed)
     world.ok(OPERATOR, ACTOR + "ListNamedActors", listed)
     shared = pb.GetNamedActorInfoRequest(name="x", ray_namespace="shared-data")
-    world.ok(ALICE, ACTOR + "GetNamedActorInfo", shared)
     world.ok(BOB, ACTOR + "GetNamedActorInfo", shared)
+
+
+def test_namespace_that_another_was_granted_is_not_taken_first(world: World) -> None:
+    """Neither by looking into it, nor by an actor, nor as that of a job."""
+    ask = pb.GetNamedActorInfoRequest(name="x", ray_namespace="shared-data")
+    world.no(ALICE, ACTOR + "GetNamedActorInfo", ask)
+    world.no(ALICE, ACTOR + "RegisterActor", actor(ALICES, "x", "shared-data"))
+    world.access.learn_job(ALICE, 3)
+    message = pb.AddJobRequest()
+    message.data.job_id = job_id(3)
+    message.data.driver_address.node_id = NODE_ID
+    message.data.config.ray_namespace = "shared-data"
+    world.ok(N1, JOB + "AddJob", message)
+    world.no(ALICE, ACTOR + "GetNamedActorInfo", ask)
+    world.ok(BOB, ACTOR + "RegisterActor", actor(BOBS, "x", "shared-data"))
+    world.ok(BOB, ACTOR + "GetNamedActorInfo", ask)
+    # Who may look everywhere has not everything for itself.
+    world.access.grants = Grants(drivers={"bob": DriverAccess(namespaces=("*",))})
+    world.ok(ALICE, ACTOR + "GetNamedActorInfo", ask)
+    world.ok(BOB, ACTOR + "GetNamedActorInfo",
+             pb.GetNamedActorInfoRequest(name="x", ray_namespace="ns1"))  # fmt: skip
+
+
+def test_namespace_that_is_named_is_nobodys_yet() -> None:
+    """A question makes no fact: it would fill the disk, and keep others out."""
+    world = limited(calls_per_s=1000, calls_burst=1000)
+    known = len(world.journal)
+    for index in range(50):
+        ask = pb.GetNamedActorInfoRequest(name="x", ray_namespace=f"free-{index}")
+        world.ok(ALICE, ACTOR + "GetNamedActorInfo", ask)
+    assert len(world.journal) == known
+    world.ok(BOB, ACTOR + "RegisterActor", actor(BOBS, "x", "free-1"))
+    world.no(ALICE, ACTOR + "RegisterActor", actor(ALICES, "x", "free-1"))
+
+
+def test_names_of_any_length_are_refused() -> None:
+    """What is kept has a length, and what is sent costs its bytes."""
+    world = limited(read_burst_bytes=300_000)
+    for name, namespace in (("x" * 4097, "ns1"), ("x", "n" * 4097)):
+        said = world.no(ALICE, ACTOR + "RegisterActor", actor(ALICES, name, namespace))
+        assert "at most 4096" in said.why
+    ask = pb.GetNamedActorInfoRequest(name="x" * 250_000, ray_namespace="ns1")
+    world.ok(ALICE, ACTOR + "GetNamedActorInfo", ask)
+    assert world.ask(ALICE, ACTOR + "GetNamedActorInfo", ask).retry
+    message = pb.AddJobRequest()
+    message.data.job_id = job_id(ALICES)
+    message.data.driver_address.node_id = NODE_ID
+    message.data.config.ray_namespace = "n" * 4097
+    assert "at most 4096" in world.no(N1, JOB + "AddJob", message).why
+
+
+def test_one_identity_holds_so_many_namespaces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of ended jobs the oldest goes; what is in use does not."""
+    monkeypatch.setattr(access, "MOST_NAMESPACES", 3)
+    world = World()
+    for number in (11, 12):
+        world.begin(ALICE, number)
+    said = world.no(ALICE, ACTOR + "RegisterActor", actor(ALICES, "x", "more"))
+    assert "has 3 namespaces in use" in said.why
+    lasting = actor(11, "lasts")
+    lasting.task_spec.actor_creation_task_spec.is_detached = True
+    world.ok(ALICE, ACTOR + "RegisterActor", lasting)
+    for number in (11, 12):
+        end = pb.MarkJobFinishedRequest(job_id=job_id(number))
+        world.ok(N1, JOB + "MarkJobFinished", end)
+    world.ok(ALICE, ACTOR + "RegisterActor", actor(ALICES, "x", "more"))
+    again = world.new()
+    again.replay(json.loads(json.dumps(world.journal)))
+    for each in (world.access, again):
+        assert [n for n, holder in each.namespaces.items() if "alice" in holder] == [
+            "ns1", "ns11", "more"
+        ]  # fmt: skip
+    world.ok(BOB, ACTOR + "RegisterActor", actor(BOBS, "x", "other"))
+
+
+def test_where_an_actor_is_its_own_jobs_know(world: World) -> None:
+    """Its address is what its methods are called by. Asked, listed or subscribed to."""
+    bound = "spiffe://prod/worker/n1/w2"
+    world.ok(bound, KV + "Get", get(fun(BOBS), b"fun"))
+    identifier = kill(ALICES).actor_id
+    listed = pb.GetAllActorInfoRequest()
+    listed.filters.actor_id = identifier
+    told = pb.GcsSubscriberCommandBatchRequest()
+    told.commands.add(channel_type="GCS_ACTOR_CHANNEL", key_id=identifier)
+    told.commands[0].subscribe_message.SetInParent()
+    asked = pb.GetActorInfoRequest(actor_id=identifier)
+    of_job = pb.GetAllActorInfoRequest()
+    of_job.filters.job_id = job_id(ALICES)
+    pubsub = "/ray.rpc.ControlPlanePubSubGcsService/GcsSubscriberCommandBatch"
+    for method, message, others in (
+        (ACTOR + "GetActorInfo", asked, (BOB, bound)),
+        (pubsub, told, (BOB, bound)),
+        (ACTOR + "GetAllActorInfo", listed, (BOB,)),
+        (ACTOR + "GetAllActorInfo", of_job, (BOB,)),
+    ):
+        world.ok(ALICE, method, message)
+        world.ok(HEAD, method, message)
+        for uri in others:
+            world.no(uri, method, message)
+    world.no(ALICE, ACTOR + "GetAllActorInfo", pb.GetAllActorInfoRequest())
+    world.ok(OPERATOR, ACTOR + "GetAllActorInfo", pb.GetAllActorInfoRequest())
+    # Which job a worker has is known once it has fetched what it is to run.
+    assert world.ask(WORKER, ACTOR + "GetActorInfo", asked).retry
+    world.ok(WORKER, KV + "Get", get(fun(ALICES), b"fun"))
+    world.ok(WORKER, ACTOR + "GetActorInfo", asked)
+
+
+def test_actor_of_a_shared_namespace_is_found_by_who_shares_it(world: World) -> None:
+    """Its name is looked up first, and its address then."""
+    world.access.grants = Grants(drivers={"bob": DriverAccess(namespaces=("ns1",))})
+    asked = pb.GetActorInfoRequest(actor_id=kill(ALICES).actor_id)
+    world.no(BOB, ACTOR + "GetActorInfo", asked)
+    world.ok(ALICE, ACTOR + "RegisterActor", actor(ALICES, "counter"))
+    world.ok(BOB, ACTOR + "GetActorInfo", asked)
 
 
 def test_placement_group_is_its_jobs(world: World) -> None:
@@ -475,6 +666,59 @@ def test_placement_group_is_its_jobs(world: World) -> None:
     )
     world.no(BOB, GROUP + "RemovePlacementGroup", remove)
     world.ok(ALICE, GROUP + "RemovePlacementGroup", remove)
+
+
+# -- what is kept for everybody -----------------------------------------------------
+
+PIN = "/ray.rpc.RuntimeEnvGcsService/PinRuntimeEnvURI"
+AUTOSCALER = "/ray.rpc.autoscaler.AutoscalerStateService/"
+CONSTRAIN = AUTOSCALER + "RequestClusterResourceConstraint"
+
+
+def test_package_is_kept_for_a_while(world: World) -> None:
+    """Nobody has the GCS keep anything, or for ever."""
+    for uri, seconds in (
+        ("gcs://_ray_pkg_1.zip", 2**31 - 1), ("gcs://_ray_pkg_1.zip", 0),
+        ("gcs://_ray_pkg_1.zip", -1), ("gcs://" + "x" * 5000, 600),
+        ("https://example.org/x.zip", 600), ("", 600),
+    ):  # fmt: skip
+        ask = pb.PinRuntimeEnvURIRequest(uri=uri, expiration_s=seconds)
+        world.no(ALICE, PIN, ask)
+    for seconds in (1, 600, 3600):
+        ask = pb.PinRuntimeEnvURIRequest(
+            uri="gcs://_ray_pkg_1.zip", expiration_s=seconds
+        )
+        world.ok(ALICE, PIN, ask)
+
+
+def constraint(**amounts: float) -> Any:
+    """Return a request for resources of the whole cluster."""
+    message = autoscaler_pb2.RequestClusterResourceConstraintRequest()  # type: ignore[attr-defined]
+    for name, amount in amounts.items():
+        each = message.cluster_resource_constraint.resource_requests.add(count=1)
+        each.request.resources_bundle[name] = amount
+    return message
+
+
+def test_request_for_the_whole_cluster_is_its_makers(world: World) -> None:
+    """Another driver's would take its place; ended jobs ask for nothing."""
+    world.ok(ALICE, CONSTRAIN, constraint(CPU=4))
+    said = world.no(BOB, CONSTRAIN, constraint(CPU=1))
+    assert "driver/alice has asked the autoscaler" in said.why
+    world.no(BOB, CONSTRAIN, constraint())
+    world.ok(ALICE, CONSTRAIN, constraint(CPU=8))
+    world.ok(ALICE, CONSTRAIN, constraint())
+    world.ok(BOB, CONSTRAIN, constraint(CPU=1))
+    world.no(ALICE, CONSTRAIN, constraint(CPU=4))
+    world.ok(
+        N1, JOB + "MarkJobFinished", pb.MarkJobFinishedRequest(job_id=job_id(BOBS))
+    )
+    world.ok(ALICE, CONSTRAIN, constraint(CPU=4))
+    for amount in (float("nan"), -1.0, float("inf")):
+        world.no(ALICE, CONSTRAIN, constraint(CPU=amount))
+    many = constraint(CPU=1)
+    many.cluster_resource_constraint.resource_requests[0].count = 1_000_001
+    world.no(ALICE, CONSTRAIN, many)
 
 
 # -- submitted jobs -----------------------------------------------------------------
@@ -849,6 +1093,25 @@ def test_reads_cost_what_the_key_holds() -> None:
     assert said.retry
 
 
+def test_list_of_keys_costs_its_names() -> None:
+    """And takes a place in flight, as a value of that size does."""
+    world = limited(
+        read_burst_bytes=600_000, calls_per_s=1000, calls_burst=1000, in_flight=1
+    )
+    for index in range(100):
+        world.ok(ALICE, KV + "Put", put(b"%04d" % index + bytes(4000)))
+    every = pb.InternalKVKeysRequest(namespace=b"mine", prefix=b"")
+    world.ok(ALICE, KV + "Keys", every, request_id="a")
+    world.now += 4
+    assert "in flight" in world.ask(ALICE, KV + "Keys", every, request_id="b").why
+    world.access.call_ended("a")
+    world.ok(ALICE, KV + "Keys", every, request_id="c")
+    world.access.call_ended("c")
+    assert world.ask(ALICE, KV + "Keys", every, request_id="d").retry
+    few = pb.InternalKVKeysRequest(namespace=b"mine", prefix=b"000")
+    world.ok(ALICE, KV + "Keys", few, request_id="d")
+
+
 def test_large_calls_in_flight_are_counted_until_they_end() -> None:
     """The place is free when the log says so, or after two minutes unheard."""
     world = limited(read_burst_bytes=1 << 30, read_bytes_per_s=1 << 30, in_flight=2)
@@ -864,6 +1127,24 @@ def test_large_calls_in_flight_are_counted_until_they_end() -> None:
     world.ok(ALICE, KV + "Get", get(b"k"), request_id="d")
 
 
+def test_events_of_tasks_are_charged_as_what_is_kept() -> None:
+    """From a bucket of their own: neither reads nor writes pay for them."""
+    world = limited(
+        write_bytes_per_s=10_000, write_burst_bytes=300_000, read_burst_bytes=1 << 20
+    )
+    events = pb.AddTaskEventDataRequest()
+    events.data.events_by_task.add().task_id = b"t" * 24
+    events.data.events_by_task[0].task_info.name = "x" * 200_000
+    method = "/ray.rpc.TaskInfoGcsService/AddTaskEventData"
+    world.ok(ALICE, method, events)
+    assert world.ask(ALICE, method, events).retry
+    world.ok(ALICE, KV + "Put", put(b"k", bytes(250_000)))
+    world.now += 2
+    world.ok(ALICE, method, events)
+    events.data.events_by_task[0].task_info.name = "x" * 300_000
+    assert "write_burst_bytes" in world.no(ALICE, method, events).why
+
+
 def test_stored_bytes_have_a_ceiling_that_deleting_frees() -> None:
     """What stays in the GCS's memory is counted for who put it there."""
     world = limited(stored_bytes=500_000, write_bytes_per_s=1 << 30)
@@ -876,11 +1157,163 @@ def test_stored_bytes_have_a_ceiling_that_deleting_frees() -> None:
     world.ok(ALICE, KV + "Put", put(b"b", bytes(300_000)))
 
 
+LARGE = 400_000
+
+
+@pytest.mark.parametrize("message", [put(b"k", b"v"), delete(b"k")])
+def test_write_that_was_given_up_has_not_happened(message: Any) -> None:
+    """A key holds what it held until the GCS has answered: for reads and for quotas.
+
+    Else a write of one byte that is cancelled while it is held back makes the next
+    reads of megabytes free, and a deletion the megabytes nobody's.
+    """
+    method = KV + ("Put" if hasattr(message, "value") else "Del")
+    world = limited(read_burst_bytes=600_000, stored_bytes=500_000)
+    world.ok(ALICE, KV + "Put", put(b"k", bytes(LARGE)))
+    world.ok(ALICE, method, message, request_id="w")
+    world.access.call_ended("w")
+    world.no(ALICE, KV + "Put", put(b"more", bytes(200_000)))
+    world.no(BOB, KV + "Put", put(b"k"))
+    world.ok(ALICE, KV + "Get", get(b"k"))
+    assert world.ask(ALICE, KV + "Get", get(b"k")).retry
+    # It may be at work for some time; then one that is done is believed.
+    for wait_s, size in ((0.0, LARGE + 1), (11.0, 2 if method.endswith("Put") else 0)):
+        world.now += wait_s
+        world.ok(ALICE, method, message)
+        assert world.access._stored["driver/alice"] == size
+
+
+def test_of_two_writes_at_a_time_the_larger_counts() -> None:
+    """Which one was last, only the GCS knows."""
+    world = limited(stored_bytes=900_000, write_bytes_per_s=1 << 30, in_flight=9)
+    stored = world.access._stored
+    for order in ("ab", "ba"):
+        world.ok(ALICE, KV + "Put", put(b"k", bytes(LARGE)), request_id="a")
+        world.ok(ALICE, KV + "Put", put(b"k"), request_id="b")
+        for call in order:
+            world.access.call_ended(call, done=True)
+        assert stored["driver/alice"] == LARGE + 1
+        world.ok(ALICE, KV + "Put", put(b"k"))
+        assert stored["driver/alice"] == 2
+    # A deletion beside a write leaves what the write may have put there.
+    world.ok(ALICE, KV + "Del", delete(b"k"), request_id="a")
+    world.ok(ALICE, KV + "Put", put(b"k", bytes(LARGE)), request_id="b")
+    world.access.call_ended("a", done=True)
+    world.access.call_ended("b", done=True)
+    assert stored["driver/alice"] == LARGE + 1
+
+
+def test_key_that_is_being_deleted_is_free_later() -> None:
+    """Whoever writes it, or into the room that it takes, comes back for it."""
+    world = limited(stored_bytes=500_000, write_bytes_per_s=1 << 30)
+    world.ok(ALICE, KV + "Put", put(b"k", bytes(LARGE)))
+    world.ok(ALICE, KV + "Del", delete(b"k"), request_id="d")
+    assert world.ask(BOB, KV + "Put", put(b"k")).retry
+    assert world.ask(ALICE, KV + "Put", put(b"more", bytes(200_000))).retry
+    world.access.call_ended("d", done=True)
+    world.ok(BOB, KV + "Put", put(b"k"))
+    world.ok(ALICE, KV + "Put", put(b"more", bytes(200_000)))
+
+
+def test_end_that_is_never_heard_of_leaves_a_key_uncertain_for_minutes() -> None:
+    """And no longer: the guard may have been started again."""
+    world = limited(stored_bytes=900_000, write_bytes_per_s=1 << 30, in_flight=9)
+    world.ok(ALICE, KV + "Put", put(b"k", bytes(LARGE)), request_id="lost")
+    world.ok(ALICE, KV + "Put", put(b"k"))
+    assert world.access._stored["driver/alice"] == LARGE + 1
+    world.now += 121
+    world.ok(ALICE, KV + "Put", put(b"k"))
+    assert world.access._stored["driver/alice"] == 2
+    world.ok(ALICE, KV + "Put", put(b"k", bytes(LARGE)), request_id="open")
+    world.access.call_ended("lost", done=True)
+    world.ok(ALICE, KV + "Put", put(b"k"))
+    assert world.access._stored["driver/alice"] == LARGE + 1
+
+
+def test_name_of_a_job_that_is_being_deleted_is_a_new_ones() -> None:
+    """The head's next call may come before the end of its last is known."""
+    world, third = supervised(), "spiffe://prod/worker/head/s3"
+    world.ok(third, KV + "Get", get(fun(HEADS_JOB), b"fun"))
+    world.ok(HEAD, KV + "Del", delete(state_of("a"), b"job"), request_id="d")
+    world.ok(HEAD, KV + "Put", put(state_of("a"), STATE, b"job"))
+    world.access.call_ended("d", done=True)
+    world.no(FIRST, KV + "Get", get(state_of("a"), b"job"))
+    world.ok(third, KV + "Get", get(state_of("a"), b"job"))
+
+
 def test_refused_write_leaves_nothing_behind() -> None:
     """A write that was over a limit owns no key and stores no byte."""
     world = limited(write_burst_bytes=300_000)
     world.no(ALICE, KV + "Put", put(b"k", bytes(300_001)))
     world.ok(BOB, KV + "Put", put(b"k"))
+
+
+# -- what has ended -----------------------------------------------------------------
+
+
+def test_what_ended_is_forgotten_after_an_hour() -> None:
+    """Of jobs, nodes and submitted jobs there would be ever more.
+
+    What something may still be of stays, and nobody comes into its place.
+    """
+    world = supervised()
+    info, alive = world.access, {NODE_ID.hex(), HEAD_NODE.hex()}
+    tables = ("jobs", "job_namespace", "job_node", "added", "finished", "actors")
+
+    def known(number: int) -> set[str]:
+        job = job_id(number).hex()
+        return {t for t in tables if any(k.endswith(job) for k in getattr(info, t))}
+
+    def hours(count: float) -> None:
+        for _ in range(round(count * 60)):
+            world.now += 60
+            info.let_past_go(alive)
+
+    world.ok(N1, NODE + "RegisterNode", register(node_id=b"\x77" * 28))
+    for number in (20, 21, 22):
+        world.begin(ALICE, number)
+        lasting = actor(number, "a")
+        lasting.task_spec.actor_creation_task_spec.is_detached = number == 21
+        world.ok(ALICE, ACTOR + "RegisterActor", lasting)
+    world.ok(ALICE, KV + "Put", put(fun(22), namespace=b"fun"))
+    info.learn_job(ALICE, 23)
+    mine = "spiffe://prod/worker/n1/w20"
+    world.ok(mine, KV + "Get", get(fun(20), b"fun"))
+    for number in (20, 21, 22):
+        end = pb.MarkJobFinishedRequest(job_id=job_id(number))
+        world.ok(N1, JOB + "MarkJobFinished", end)
+    world.ok(HEAD, WORKER_INFO + "ReportWorkerFailure", worker_end(FIRST))
+    world.ok(HEAD, KV + "Del", delete(state_of("a"), b"job"))
+    hours(0.9)
+    assert known(20) == {*tables}
+    hours(0.2)
+    assert known(20) == known(23) == set()
+    assert known(21) == known(22) == {*tables}
+    assert known(ALICES) == {"jobs", "job_namespace", "job_node", "added"}
+    assert info.nodes.keys() == alive
+    assert state_of("a").hex() not in info.submissions
+    assert state_of("b").hex() in info.submissions
+    # The job is nobody's now, its worker no other job's, its namespace alice's.
+    world.no(ALICE, ACTOR + "KillActorViaGcs", kill(20))
+    world.no(BOB, ACTOR + "KillActorViaGcs", kill(20))
+    world.no(mine, KV + "Get", get(fun(BOBS), b"fun"))
+    ask = pb.GetNamedActorInfoRequest(name="a", ray_namespace="ns20")
+    world.no(BOB, ACTOR + "GetNamedActorInfo", ask)
+    again = world.new()
+    again.replay(json.loads(json.dumps(world.journal)))
+    for table in (*tables, "nodes", "submissions"):
+        assert getattr(again, table) == getattr(info, table), table
+
+
+def test_number_that_is_given_anew_is_a_new_job(world: World) -> None:
+    """The GCS may begin to count again."""
+    end = pb.MarkJobFinishedRequest(job_id=job_id(ALICES))
+    world.ok(N1, JOB + "MarkJobFinished", end)
+    world.access.learn_job(BOB, ALICES)
+    for _ in range(180):
+        world.now += 60
+        world.access.let_past_go({NODE_ID.hex()})
+    assert world.access.jobs[job_id(ALICES).hex()] == "driver/bob"
 
 
 # -- restart ------------------------------------------------------------------------
@@ -913,6 +1346,39 @@ def test_object_in_the_log_is_text(name: str) -> None:
     said = world.ask(ALICE, KV + "Get", get(name.encode("utf-8", "replace") * 3))
     assert len(said.object) < 500
     said.object.encode()
+
+
+def test_audit_log_names_what_a_call_is_about(world: World) -> None:
+    """Nodes, workers, groups and each key of a few: who asks later has only that."""
+    node, worker = "11" * 28, worker_id(FIRST).hex()
+    name = (
+        f"placement group {group(ALICES).placement_group_spec.placement_group_id.hex()}"
+    )
+    made = group(ALICES)
+    made.placement_group_spec.name = "g"
+    identifier = made.placement_group_spec.placement_group_id
+    drain = autoscaler_pb2.DrainNodeRequest(node_id=NODE_ID)  # type: ignore[attr-defined]
+    keys = pb.InternalKVMultiGetRequest(
+        namespace=b"mine", keys=[b"a", b"b", b"c", b"d", b"e", b"f"]
+    )
+    for uri, method, message, said in (
+        (OPERATOR, AUTOSCALER + "DrainNode", drain, f"node {node}"),
+        (N1, NODE + "UnregisterNode", pb.UnregisterNodeRequest(node_id=NODE_ID),
+         f"node {node}"),
+        (ALICE, GROUP + "CreatePlacementGroup", made, f"{name} g"),
+        (ALICE, GROUP + "RemovePlacementGroup",
+         pb.RemovePlacementGroupRequest(placement_group_id=identifier), name),
+        (FIRST, WORKER_INFO + "AddWorkerInfo", worker_info(FIRST), f"worker {worker}"),
+        (N1, WORKER_INFO + "ReportWorkerFailure", worker_end(FIRST),
+         f"worker {worker}"),
+        (ALICE, WORKER_INFO + "GetWorkerInfo",
+         pb.GetWorkerInfoRequest(worker_id=worker_id(FIRST)), f"worker {worker}"),
+        (ALICE, KV + "MultiGet", keys, "mine:a b c d and 2 more"),
+        (ALICE, KV + "Del", delete(b"a", prefix=True), "mine:a*"),
+        (ALICE, PIN, pb.PinRuntimeEnvURIRequest(uri="gcs://x", expiration_s=1),
+         "gcs://x"),
+    ):  # fmt: skip
+        assert world.ask(uri, method, message).object == said
 
 
 def test_actor_is_owned_by_who_asks(world: World) -> None:
