@@ -405,18 +405,7 @@ def listeners(
 ) -> Json:
     """Return the LDS file: what depends on inventory and revocations."""
     filters = [
-        {
-            "name": "envoy.filters.http.fault",
-            "typed_config": _typed(
-                "extensions.filters.http.fault.v3.HTTPFault",
-                # Runtime fault.http.abort.abort_percent is 0 until the audit
-                # log can't be written.
-                abort={
-                    "http_status": 503,
-                    "percentage": {"numerator": 0, "denominator": "HUNDRED"},
-                },
-            ),
-        },
+        _fault(),
         {
             "name": "envoy.filters.http.lua",
             "typed_config": _typed(
@@ -491,6 +480,23 @@ def listeners(
     return {"resources": found}
 
 
+def _fault() -> Json:
+    """Return what refuses everything while the audit log can't be written.
+
+    Runtime fault.http.abort.abort_percent is 0 until then.
+    """
+    return {
+        "name": "envoy.filters.http.fault",
+        "typed_config": _typed(
+            "extensions.filters.http.fault.v3.HTTPFault",
+            abort={
+                "http_status": 503,
+                "percentage": {"numerator": 0, "denominator": "HUNDRED"},
+            },
+        ),
+    }
+
+
 def _connection_limit(settings: Settings) -> Json:
     return {
         "name": "envoy.filters.network.connection_limit",
@@ -523,6 +529,7 @@ def _dashboard(settings: Settings, run: Path) -> Json:
         },
     )
     filters = [
+        _fault(),
         {"name": "envoy.filters.http.rbac", "typed_config": rbac},
         {
             "name": "envoy.filters.http.router",

@@ -22,7 +22,8 @@ __all__ = ["ALERTS", "Metrics"]
 ALERTS = (
     "unexpected_node", "node_without_admission", "node_not_removed", "node_removed",
     "odd_call", "reload_failed", "guard_died", "certificate_ends", "certificate_bad",
-    "audit_broken", "audit_not_writable",
+    "audit_broken", "audit_not_writable", "facts_not_written",
+    "no_worker_certificates", "not_told",
 )  # fmt: skip
 
 

@@ -356,6 +356,10 @@ def write_file(
             view = view[os.write(fd, view) :]
         if durable:
             os.fsync(fd)
+    except OSError:
+        # Or a full disk would be left full of them.
+        os.unlink(scratch)
+        raise
     finally:
         os.close(fd)
     os.rename(scratch, path)

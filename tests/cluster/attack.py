@@ -188,6 +188,25 @@ def two_tokens(gcs: Gcs) -> dict[str, Any]:
     return {"answer": stub(b"", metadata=metadata, timeout=10).hex()[:80]}
 
 
+def compressed(gcs: Gcs) -> None:
+    """Look a node up in a request that is compressed."""
+    stub = gcs.channel.unary_unary(NODE + "GetAllNodeInfo", lambda r: r, lambda r: r)
+    stub(bytes(4096), metadata=gcs.metadata, timeout=10,
+         compression=grpc.Compression.Gzip)  # fmt: skip
+
+
+def drain_budget(gcs: Gcs) -> dict[str, Any]:
+    """Write until the budget of bytes is spent; count what is answered."""
+    ask = pb.InternalKVPutRequest(
+        namespace=b"drain", key=b"k", value=bytes(6 << 20), overwrite=True
+    )
+    seen: Counter[str] = Counter()
+    for _ in range(4):
+        said = outcome(_discard, gcs, KV + "Put", ask.SerializeToString())
+        seen[f"{said['code']}: {said.get('details', '')}"] += 1
+    return {"seen": dict(seen)}
+
+
 def junk(gcs: Gcs) -> dict[str, Any]:
     """Send what no client sends, on connections of its own; count what happens."""
     seen: Counter[str] = Counter()

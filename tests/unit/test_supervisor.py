@@ -20,10 +20,11 @@ from hypothesis import strategies as st
 
 from raysandbox.cli.member import take_up
 from raysandbox.cluster import supervisor
+from raysandbox.cluster.access import Decision
 from raysandbox.cluster.errors import ClusterError
 from raysandbox.cluster.metrics import Metrics
 from raysandbox.cluster.settings import ClusterDir
-from raysandbox.cluster.supervisor import AccessServer, Throttle
+from raysandbox.cluster.supervisor import BUSY, DISK, AccessServer, HeadWorker, Throttle
 from tests.unit.test_certificates import make_cluster
 
 
@@ -103,6 +104,100 @@ class _Worker:
     def may_wait(self, server: object) -> bool:
         self.waiting.add(server)
         return True
+
+
+@pytest.fixture
+def head(tmp_path: Path) -> HeadWorker:
+    """What surrounds the guard of a head, before anything is started."""
+    cluster = make_cluster(tmp_path / "c")
+    cluster.run.mkdir(mode=0o700, exist_ok=True)
+    return HeadWorker(cluster)
+
+
+def _recorded(head: HeadWorker, **entry: Any) -> dict[str, Any]:
+    """Return the record of a call that Envoy logs."""
+    line = {"t": "1.0", "id": "r1", "method": "/x", "uri": "spiffe://c/driver/a/driver"}
+    head._logged({**line, **entry})
+    (record,) = [*head._queue, *head._fold.take()]
+    return record
+
+
+ASKED = {"x-request-id": "r1", "x-rsb-uri": "spiffe://c/driver/a/driver"}
+
+
+@pytest.mark.parametrize(
+    ("error", "encoding", "status", "why"),
+    [
+        (OSError(28, "full"), "identity", 429, DISK),
+        (KeyError("bug"), "identity", 403, "internal error of the guard"),
+        (None, "gzip", 403, "compressed requests can't be checked"),
+    ],
+)
+def test_refusal_before_a_decision_is_a_refused_record(
+    head: HeadWorker, monkeypatch: pytest.MonkeyPatch, error: Exception | None,
+    encoding: str, status: int, why: str,
+) -> None:  # fmt: skip
+    """What the access service refuses without a decision is logged as refused.
+
+    Guards against records that say "ok" of calls that never reached the GCS.
+    """
+
+    def fails(**_: Any) -> None:
+        assert error is not None
+        raise error
+
+    monkeypatch.setattr(head.access, "decide", fails)
+    said = head.answer("/x", {**ASKED, "grpc-encoding": encoding}, b"")
+    assert said[0] == status
+    assert said[1].startswith(why)
+    head._queue.clear()
+    record = _recorded(head, details="ext_authz_denied", grpc=7)
+    assert record["ok"] is False
+    assert record["why"].startswith(why)
+
+
+def test_caller_that_waits_too_often_is_a_refused_record(head: HeadWorker) -> None:
+    """Its reason is that, not that the access service did not answer."""
+    server, transport = AccessServer(head), _Transport()
+    server.connection_made(transport)  # type: ignore[arg-type]
+    for _ in range(supervisor.WAITING_EACH):
+        other = AccessServer(head)
+        other.who = "u"
+        head.waiting.add(other)
+    head.access.decide = lambda **_: Decision(wait_s=0.5)  # type: ignore[assignment]
+    server.data_received(
+        ASK.replace(b"\r\n\r\n", b"\r\nx-request-id: r1\r\n\r\n") + b"abc"
+    )
+    assert transport.written.startswith(b"HTTP/1.1 429 ")
+    assert BUSY.encode() in transport.written
+    record = _recorded(head, details="ext_authz_denied", grpc=14)
+    assert (record["ok"], record["why"]) == (False, BUSY)
+
+
+@pytest.mark.parametrize(
+    ("entry", "why"),
+    [
+        ({"grpc": 16, "http": 200}, "the GCS refused its token"),
+        ({"grpc": 7, "http": 200}, "the GCS refused it"),
+        ({"http": 401}, "the dashboard refused its token"),
+        ({"http": 403}, "the dashboard refused it"),
+        ({"details": "ext_authz_denied", "grpc": 7}, "the access service refused it"),
+    ],
+)
+def test_refusal_behind_the_guard_is_a_refused_record(
+    head: HeadWorker, entry: dict[str, Any], why: str
+) -> None:
+    """A wrong token passes the guard, and is no call that went well."""
+    record = _recorded(head, **{"details": "via_upstream", **entry})
+    assert record["ok"] is False
+    assert record["why"].startswith(why)
+
+
+def test_call_that_failed_is_not_refused(head: HeadWorker) -> None:
+    """Positive control: what the GCS did not find, or took too long for, is a call."""
+    for grpc in (0, 2, 4, 5, 14):
+        assert _recorded(head, details="via_upstream", http=200, grpc=grpc)["ok"]
+        head._queue.clear()
 
 
 def _serve(*chunks: bytes) -> tuple[_Worker, bytes]:
