@@ -31,6 +31,7 @@ import socket
 import sys
 import time
 import urllib.request
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,7 @@ from typing import TYPE_CHECKING, Any
 from raysandbox.cluster import guard, pki
 from raysandbox.cluster.access import Access, Entry, Name, grpc_message
 from raysandbox.cluster.audit import AuditLog, Fold, tail_problem
+from raysandbox.cluster.budget import PENALTY_S
 from raysandbox.cluster.errors import ClusterError
 from raysandbox.cluster.journal import Journal
 from raysandbox.cluster.metrics import Metrics
@@ -75,6 +77,13 @@ LOAD_S = 30.0
 # How often the keys that the GCS has are compared with those that are known.
 KEYS_S = 15.0
 SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+# Answered when there is something to tell, an actor runs, a group is placed.
+HELD = {
+    "/ray.rpc.ControlPlanePubSubGcsService/GcsSubscriberPoll",
+    "/ray.rpc.ObservabilityPubSubService/GcsSubscriberPoll",
+    "/ray.rpc.ActorInfoGcsService/CreateActor",
+    "/ray.rpc.PlacementGroupInfoGcsService/WaitPlacementGroupUntilReady",
+}
 REGISTER = "/ray.rpc.NodeInfoGcsService/RegisterNode"
 
 
@@ -178,6 +187,41 @@ class Throttle:
             key = ""
         self._seen[key] = self._seen.get(key, 0) + 1
         return self._seen[key] <= self._a_minute
+
+
+class Held:
+    """Calls that are answered when something happens, by who waits with them.
+
+    Args:
+        most: Of one identity at once.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._open: dict[str, str] = {}
+        self._of: Counter[str] = Counter()
+        # Ended before we had read that they began, which Envoy does not wait for.
+        self._over: deque[str] = deque(maxlen=1000)
+
+    def full(self, who: str) -> bool:
+        """Whether somebody has as many open as one may."""
+        return self._of[who] >= self._most
+
+    def began(self, who: str, request_id: str) -> None:
+        """Count one."""
+        if request_id not in self._over and request_id not in self._open:
+            self._open[request_id] = who
+            self._of[who] += 1
+
+    def ended(self, request_id: str) -> None:
+        """Count one less."""
+        who = self._open.pop(request_id, None)
+        if who is None:
+            self._over.append(request_id)
+            return
+        self._of[who] -= 1
+        if not self._of[who]:
+            del self._of[who]
 
 
 class Stock:
@@ -330,6 +374,7 @@ class HeadWorker(NodeWorker):
         self._poster, self._waiting = ThreadPoolExecutor(1), 0
         self.waiting: set[AccessServer] = set()
         self._verdicts: dict[str, tuple[str, str]] = {}
+        self._held = Held(self.settings.limits.held_calls)
         self._queue: list[dict[str, Any]] = []
         self._fold = Fold()
         self._lost = 0
@@ -381,6 +426,13 @@ class HeadWorker(NodeWorker):
                 request_id,
                 "compressed requests can't be checked; switch the compression off",
             )
+        held = path in HELD and uri.split("/")[3:4] not in (["head"], ["node"])
+        if held and self._held.full(who := _limited(uri)):
+            why = (
+                f"{self.settings.limits.held_calls} calls of this identity wait for "
+                "something already (cluster.toml, limits.held_calls)"
+            )
+            return self.refused(request_id, why, status=429, wait_s=PENALTY_S)
         decision = self.access.decide(
             uri=uri, method=path, body=body, request_id=request_id,
             node_id=headers.get("node_id", ""),
@@ -393,6 +445,8 @@ class HeadWorker(NodeWorker):
             )  # fmt: skip
         if decision.allowed:
             self._verdicts[request_id] = (decision.object, "")
+            if held:
+                self._held.began(who, request_id)
             return 200, "", decision.wait_s
         return self.refused(
             request_id, decision.why, about=decision.object,
@@ -516,14 +570,16 @@ class HeadWorker(NodeWorker):
     def _logged(self, entry: dict[str, Any]) -> None:
         uri = str(entry.get("uri", ""))
         who = _short(uri)
-        method = entry.get("method")
-        if method is None:
-            self._handshake(entry, who)
+        if entry.get("kind") == "connection":
+            self._closed(entry, who)
             return
+        method = str(entry.get("method", ""))
         request_id = str(entry.get("id", ""))
         about, why = self._verdicts.pop(request_id, ("", ""))
         name = "/".join(who.split("/")[:2])
         self.access.call_ended(request_id)
+        if method in HELD:
+            self._held.ended(request_id)
         details = str(entry.get("details", ""))
         why = str(entry.get("why", "")) or why or _why(details) or _answered(entry)
         role = name.partition("/")[0]
@@ -543,6 +599,8 @@ class HeadWorker(NodeWorker):
             record["flags"] = flags
         if ok:
             self._push(record)
+            if self.settings.admission == "observe" and role in ("node", "worker"):
+                self._observe(name.partition("/")[2], record)
         else:
             self._fold.add(record)
             # Whose name is not in the inventory is refused before the access
@@ -556,18 +614,42 @@ class HeadWorker(NodeWorker):
                     why=why,
                 )
 
-    def _handshake(self, entry: dict[str, Any], who: str) -> None:
-        if "system_library" in str(entry.get("tls", "")):
-            # A peer that hung up: nobody refused it.
+    def _observe(self, node: str, record: dict[str, Any]) -> None:
+        """Alert of a node, or a worker of one, that enforcing would have refused."""
+        known = self.access.inventory.nodes.get(node)
+        address = str(record["source"]).rpartition(":")[0]
+        if known is None or known.has_address(address):
+            # Of a node that is not listed, its registration tells.
             return
-        self.metrics.handshakes.inc()
-        self._fold.add(
-            {
-                "t": float(entry["t"]), "event": "handshake_refused", "who": who,
-                "source": str(entry.get("source", "")), "ok": False,
-                "why": str(entry.get("tls", "") or entry.get("details", "")),
-            }
+        if known.head and address == guard.LOOPBACK:
+            return
+        self.alert(
+            "unexpected_address", who=record["who"], source=record["source"],
+            method=record["method"], refused=False,
+            why="not an address of this node in inventory.toml: put it there, or look "
+            "who has the node's keys",
         )  # fmt: skip
+
+    def _closed(self, entry: dict[str, Any], who: str) -> None:
+        """A connection has ended: record those that were refused."""
+        record = {
+            "t": float(entry["t"]), "who": who, "ok": False,
+            "source": str(entry.get("source", "")),
+        }  # fmt: skip
+        tls = str(entry.get("tls", "") or "")
+        if entry.get("closed") == "over_connection_limit":
+            self.metrics.events.labels("connection_refused").inc()
+            self._fold.add(
+                {
+                    **record, "event": "connection_refused",
+                    "why": "too many connections (cluster.toml, limits.connections, or "
+                    "limits.other_connections for who is not in the inventory)",
+                }
+            )  # fmt: skip
+        # A peer that hung up was refused by nobody.
+        elif tls and "system_library" not in tls:
+            self.metrics.handshakes.inc()
+            self._fold.add({**record, "event": "handshake_refused", "why": tls})
 
     async def _write(self) -> None:
         loop = asyncio.get_running_loop()
@@ -661,7 +743,23 @@ class HeadWorker(NodeWorker):
     def write_listeners(self, digest: str) -> None:
         """Write what depends on the inventory."""
         ca = pki.load_chain(self.dir.ca_cert)[0]
-        guard.write_listeners(self.dir, ca.subject.rfc4514_string(), digest)
+        guard.write_listeners(
+            self.dir, ca.subject.rfc4514_string(), digest, self._addresses()
+        )
+
+    def _addresses(self) -> set[str]:
+        """Return where members are that have certificates in force."""
+        try:
+            records = Registry(self.dir).records()
+        except ClusterError:
+            # `_watch_ends` alerts; they share the connections of strangers until then.
+            return set()
+        return {
+            address
+            for record in records
+            if record.state() in ("valid", "expiring")
+            for address in record.addresses
+        }
 
     def reload(self) -> None:
         """Take up inventory, grants, certificates and lists, once the last is done."""
@@ -717,7 +815,10 @@ class HeadWorker(NodeWorker):
             await asyncio.sleep(0.05)
         raise ClusterError(
             where=str(self.dir.run / "envoy.log"),
-            what="the guard's program refused the new configuration",
+            what="the guard's program did not take up the new configuration within "
+            f"{LOAD_S:.0f} s, and goes on with the old one",
+            remedy="the end of that file says what it refused; if it says nothing, the "
+            "machine is busy: `raysandbox cluster reload`",
         )
 
     def _note_ends(self) -> None:
@@ -764,6 +865,8 @@ class HeadWorker(NodeWorker):
 
     async def _spawn(self) -> None:
         self.dir.admin_socket.unlink(missing_ok=True)
+        # Whatever the one before held has ended with it.
+        self._held = Held(self.settings.limits.held_calls)
         program, log = guard.executable(), self.dir.run / "envoy.log"
         try:
             self._envoy = await self._execute(program, log)
@@ -808,7 +911,9 @@ class HeadWorker(NodeWorker):
         log = self.dir.run / "envoy.log"
         tail = log.read_text()[-1500:] if log.exists() else ""
         raise ClusterError(
-            where=f"port {self.settings.port}", what=f"the guard did not start: {tail}"
+            where=f"port {self.settings.port}",
+            what=f"the guard did not start: {tail or 'it said nothing'}",
+            remedy=f"see {log}",
         )
 
     async def _watch_envoy(self) -> None:
@@ -855,6 +960,13 @@ class HeadWorker(NodeWorker):
                     self.alert(
                         "certificate_ends", who=member,
                         why=f"{record.end}; `raysandbox cluster certs rolling`",
+                    )  # fmt: skip
+                for file, end in Registry(self.dir).lists_end():
+                    self.alert(
+                        "certificate_ends", who=file.name,
+                        why=f"this list of revoked certificates ends on {end}, and the "
+                        "guard refuses everybody then; `raysandbox cluster certs trust`"
+                        " the CA's next one",
                     )  # fmt: skip
                 for component in pki.COMPONENTS["head"]:
                     for warning in pki.check_identity(self.dir, component):
@@ -939,23 +1051,9 @@ class HeadWorker(NodeWorker):
         writer.close()
 
 
-_REASONS = {
-    "local_rate_limited": "calls per second of this identity",
-    # The access service's own words are known, unless it has been started again.
-    "ext_authz_denied": "the access service refused it",
-    "ext_authz_error": "the access service did not answer",
-    "request_payload_too_large": "the request is larger than limits.request_bytes",
-    "fault_filter_abort": "the audit log can't be written",
-    "overflow": "too many calls in flight",
-    "route_not_found": "no method of the GCS",
-}
-
-
 def _why(details: str) -> str:
     """Say why the guard itself refused a call, or "" when it did not."""
-    if details.startswith("rbac_access_denied"):
-        return "not a method of this role, or not from this node's address"
-    for mark, words in _REASONS.items():
+    for mark, (words, _) in guard.REASONS.items():
         if mark in details:
             return words
     # A caller that gives its own call up is no offence: http2.remote_reset.
@@ -982,6 +1080,12 @@ def _answered(entry: dict[str, Any]) -> str:
         if why:
             return why
     return ""
+
+
+def _limited(uri: str) -> str:
+    """Return whom a limit is for: each worker, and all components of any other."""
+    parts = _short(uri).split("/")
+    return uri if parts[0] == "worker" else "/".join(parts[:2])
 
 
 def _short(uri: str) -> str:

@@ -70,7 +70,7 @@ class Guard:
         if said["code"] == "PERMISSION_DENIED":
             return "denied"
         for mark, word in (
-            ("fault filter", "closed"), ("upstream", "through"),
+            ("the audit log can't be written", "closed"), ("upstream", "through"),
             ("TSI", "handshake"), ("andshake", "handshake"),
         ):  # fmt: skip
             if mark in said["details"]:

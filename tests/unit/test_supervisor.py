@@ -15,16 +15,24 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from raysandbox.cli.member import take_up
-from raysandbox.cluster import supervisor
+from raysandbox.cluster import guard, supervisor
 from raysandbox.cluster.access import Decision
 from raysandbox.cluster.errors import ClusterError
 from raysandbox.cluster.metrics import Metrics
-from raysandbox.cluster.settings import ClusterDir
-from raysandbox.cluster.supervisor import BUSY, DISK, AccessServer, HeadWorker, Throttle
+from raysandbox.cluster.settings import ClusterDir, Inventory, Node, Settings
+from raysandbox.cluster.supervisor import (
+    BUSY,
+    DISK,
+    AccessServer,
+    HeadWorker,
+    Held,
+    Throttle,
+)
 from tests.unit.test_certificates import make_cluster
 
 
@@ -193,6 +201,111 @@ def test_refusal_behind_the_guard_is_a_refused_record(
     assert record["why"].startswith(why)
 
 
+def test_observed_node_at_another_address_is_an_alert(head: HeadWorker) -> None:
+    """It is let through, which enforcing would not do, and somebody is told."""
+    head.settings = head.settings.model_copy(update={"admission": "observe"})
+    nodes = {
+        "n1": Node(addresses=("10.0.0.1", "10.1.0.0/16")),
+        "h": Node(addresses=("10.0.0.9",), head=True),
+    }
+    head.access.inventory = Inventory(nodes=nodes)
+
+    def alerts(who: str, source: str) -> int:
+        head._logged(
+            {"t": "1.0", "method": "/x", "uri": f"spiffe://c/{who}", "source": source}
+        )
+        found = [r for r in head._queue if r.get("event") == "unexpected_address"]
+        head._queue.clear()
+        return len(found)
+
+    assert alerts("node/n1/raylet", "10.0.0.2:55") == 1
+    assert alerts("worker/n1/7", "10.2.0.1:55") == 1
+    for who, source in (
+        ("node/n1/raylet", "10.0.0.1:55"), ("worker/n1/7", "10.1.2.3:55"),
+        ("node/h/raylet", "127.0.0.1:55"), ("driver/n1/driver", "10.0.0.2:55"),
+        ("node/unlisted/raylet", "10.0.0.2:55"),
+    ):  # fmt: skip
+        assert alerts(who, source) == 0, who
+
+
+@pytest.mark.parametrize("admission", ["enforce", "observe"])
+def test_quarantined_node_is_in_no_rule(admission: Any) -> None:
+    """Observing takes in who is not listed, and not who was put out."""
+    inventory = Inventory(
+        nodes={"bad": Node(addresses=("10.0.0.7",), quarantined=True)}
+    )
+    made = Settings(name="c", head_address="10.0.0.1", admission=admission)
+    policies = guard._rbac(made, inventory)["rules"]["policies"]
+    for role in ("node", "worker"):
+        if admission == "enforce":
+            assert role not in policies
+            continue
+        (rule,) = policies[role]["principals"]
+        assert rule["and_ids"]["ids"][1] == {
+            "not_id": {"or_ids": {"ids": [guard._who(f"spiffe://c/{role}/bad/.+")]}}
+        }
+
+
+def test_held_calls_are_counted_for_each_caller() -> None:
+    """One that has as many as it may is full, others are not, and an end makes room.
+
+    Guards against an end that was read before the beginning, and counted for ever.
+    """
+    held = Held(2)
+    for number in range(2):
+        held.began("a", f"a{number}")
+        held.began("a", f"a{number}")
+    assert (held.full("a"), held.full("b")) == (True, False)
+    held.ended("a0")
+    assert not held.full("a")
+    held.ended("early")
+    held.began("a", "early")
+    assert not held.full("a")
+    held.ended("a1")
+    held.ended("a1")
+    assert (held._of, held._open) == ({}, {})
+
+
+POLL = "/ray.rpc.ControlPlanePubSubGcsService/GcsSubscriberPoll"
+
+
+@pytest.mark.parametrize(
+    ("uri", "other", "shared"),
+    [
+        ("driver/a/driver", "driver/a/other", True),
+        ("worker/n/1", "worker/n/2", False),
+        ("driver/a/driver", "driver/b/driver", False),
+    ],
+)
+def test_caller_with_too_many_held_calls_is_told_to_come_back(
+    head: HeadWorker, uri: str, other: str, shared: bool
+) -> None:
+    """It is refused for now, with the setting's name, and so is nobody else."""
+    head._held = Held(2)
+    head.access.decide = lambda **_: Decision()  # type: ignore[assignment]
+
+    def ask(who: str, number: int) -> tuple[int, str, float]:
+        asked = {"x-request-id": f"{who} {number}", "x-rsb-uri": f"spiffe://c/{who}"}
+        return head.answer(POLL, asked, b"")
+
+    assert [ask(uri, number)[0] for number in range(3)] == [200, 200, 429]
+    assert "limits.held_calls" in ask(uri, 4)[1]
+    assert ask(other, 0)[0] == (429 if shared else 200)
+    record = _recorded(head, id=f"{uri} 4", details="ext_authz_denied", grpc=14)
+    assert "wait for something already" in record["why"]
+    head._logged({"t": "1.0", "method": POLL, "id": f"{uri} 0"})
+    assert ask(uri, 5)[0] == 200
+
+
+def test_nodes_hold_as_many_calls_as_they_need(head: HeadWorker) -> None:
+    """Positive control: a node's are not counted."""
+    head._held = Held(1)
+    head.access.decide = lambda **_: Decision()  # type: ignore[assignment]
+    for number in range(3):
+        asked = {"x-request-id": str(number), "x-rsb-uri": "spiffe://c/node/n/raylet"}
+        assert head.answer(POLL, asked, b"")[0] == 200
+
+
 def test_call_that_failed_is_not_refused(head: HeadWorker) -> None:
     """Positive control: what the GCS did not find, or took too long for, is a call."""
     for grpc in (0, 2, 4, 5, 14):
@@ -251,7 +364,7 @@ def test_reason_can_not_split_the_answer() -> None:
     assert int(length[1]) == len(body)
 
 
-@settings(max_examples=200)
+@hypothesis_settings(max_examples=200)
 @given(st.lists(st.binary(max_size=60), max_size=5))
 def test_any_bytes_are_no_answer_or_an_error(chunks: list[bytes]) -> None:
     """No bytes make an answer of 200 that nobody decided.
