@@ -101,6 +101,7 @@ def take_up(cluster: ClusterDir, wait_s: float = 90.0) -> bool:
                 raise ClusterError(
                     where=f"guard, pid {pid}",
                     what=f"goes on with what it had: {said['problem']}",
+                    remedy="put that right, then `raysandbox cluster reload`",
                 )
             if said["digest"] == wanted:
                 print("in force")

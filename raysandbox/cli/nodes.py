@@ -229,8 +229,18 @@ def release(
             raise ClusterError(where=name, what="is not quarantined")
         if node is not None:
             # The old keys were in the node's hands: they don't come back.
-            hosts = [a for a in node.addresses if "/" not in a]
-            for uri in Registry(directory).issue("node", name, hosts, out):
+            registry = Registry(directory)
+            hosts = [a for a in node.addresses if "/" not in a] or [
+                a for a in registry.last_addresses("node", name) if node.has_address(a)
+            ]
+            if not hosts:
+                raise ClusterError(
+                    where=name,
+                    what="has only networks in inventory.toml, and no certificate "
+                    "that names an address in them",
+                    remedy="write its own address into its entry there",
+                )
+            for uri in registry.issue("node", name, hosts, out):
                 print(uri)
         inventory.quarantine(directory, name, False)
         print(f"{name} is admitted again, with the certificates in {out} alone")

@@ -42,7 +42,14 @@ function envoy_on_request(handle)
   if uri == nil then return refuse(handle, role) end
   headers:add("x-rsb-uri", uri)
   headers:add("x-rsb-role", role)
-  headers:add("x-rsb-who", role == "worker" and uri or who)
+  if role == "worker" then who = uri end
+  -- A node's limits are for each address: its certificate, taken elsewhere, uses up
+  -- none of its own before it is refused.
+  if TO[role] ~= nil or role == "worker" then
+    local from = handle:streamInfo():downstreamDirectRemoteAddress()
+    who = who .. "@" .. string.gsub(from, ":%d+$", "")
+  end
+  headers:add("x-rsb-who", who)
   headers:add("x-rsb-to", TO[role] or "gcs-users")
   handle:streamInfo():dynamicMetadata():set("rsb", "uri", uri)
 

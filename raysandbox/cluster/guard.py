@@ -6,8 +6,9 @@ its filters, in this order::
 
     fault       refuses everything while the audit log can't be written
     lua         who speaks (certificate, issuer), one token, node_id of a sync
-    rbac        revoked identities; a node's calls from its own address; methods
     ratelimit   one bucket of calls per identity, sized by its role
+    rbac        revoked identities; a node's calls from its own address; methods
+    buffer      how large a request may be that nobody looks into
     ext_authz   content: whose key, whose actor, which node, how many bytes
     router      to the real GCS, one pool of connections per group of roles
 
@@ -18,8 +19,12 @@ RESOURCE_EXHAUSTED.
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
 import json
 import re
+import socket
+from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -35,8 +40,12 @@ from raysandbox.cluster.settings import (
 )
 
 __all__ = [
+    "DASHBOARD_PORT",
+    "LOOPBACK",
+    "REASONS",
     "bootstrap",
     "executable",
+    "listen_addresses",
     "listeners",
     "secrets_of",
     "write_listeners",
@@ -44,8 +53,54 @@ __all__ = [
 ]
 
 Json = dict[str, Any]
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 TYPE = "type.googleapis.com/envoy"
+BUFFER = "envoy.filters.http.buffer"
+HEAP = "envoy.resource_monitors.fixed_heap"
+LOOPBACK = "127.0.0.1"
+# Between what is accepted and what is closed again.
+SPARE_CONNECTIONS = 256
+# Where Ray's dashboard is, unless that is taken: a start looks first.
+DASHBOARD_PORT = 8265
+# Requests that nobody looks into name next to nothing.
+PLAIN_BYTES = 4 << 20
+# A package that is sent to the dashboard is whole after this long.
+DASHBOARD_REQUEST_S = 600
 STREAM_WINDOW_BYTES = 1 << 20
+# By a mark in the details that Envoy gives: why it refused by itself, what to do.
+REASONS = {
+    "rbac_access_denied": (
+        "not a method of this role, or not from this node's address",
+        "the audit log says who called from where; inventory.toml has the addresses",
+    ),
+    "local_rate_limited": (
+        "calls per second of this identity",
+        "call less often, or raise limits.roles in cluster.toml",
+    ),
+    "request_payload_too_large": (
+        "the request is larger than its role may send",
+        "send less, or raise its write_burst_bytes in cluster.toml, limits.roles",
+    ),
+    "request_overall_timeout": (
+        "the request did not come in whole in time",
+        "raise limits.request_s in cluster.toml for a slow network",
+    ),
+    "fault_filter_abort": (
+        "the audit log can't be written",
+        "make room on the head's disk",
+    ),
+    "overflow": (
+        "too many calls in flight",
+        "come back later, or raise limits.calls_open in cluster.toml",
+    ),
+    "route_not_found": ("no method of the GCS", "see the version of Ray"),
+    "ext_authz_error": (
+        "the access service did not answer",
+        "come back later; run/supervisor.log on the head says more",
+    ),
+    # Its own words are known, unless it has been started again in between.
+    "ext_authz_denied": ("the access service refused it", ""),
+}
 CONNECTION_WINDOW_BYTES = 4 << 20
 
 
@@ -176,7 +231,7 @@ def _rbac(settings: Settings, inventory: Inventory) -> Json:
                     {"direct_remote_ip": _cidr(a)} for a in node.addresses
                 ]
                 if node.head:
-                    sources.append({"direct_remote_ip": _cidr("127.0.0.1")})
+                    sources.append({"direct_remote_ip": _cidr(LOOPBACK)})
                 principals.append(
                     {
                         "and_ids": {
@@ -188,7 +243,7 @@ def _rbac(settings: Settings, inventory: Inventory) -> Json:
                     }
                 )
             if settings.admission == "observe" and role != "head":
-                principals.append(_who(f"{base}/{role}/[a-z0-9.-]+/.+"))
+                principals.append(_observed(f"{base}/{role}", inventory))
         else:
             principals = [_who(f"{base}/{role}/[a-z0-9.-]+/.+")]
         if principals:
@@ -199,6 +254,19 @@ def _rbac(settings: Settings, inventory: Inventory) -> Json:
         "extensions.filters.http.rbac.v3.RBAC",
         rules={"action": "ALLOW", "policies": policies},
     )
+
+
+def _observed(base: str, inventory: Inventory) -> Json:
+    """Return whoever is not in quarantine, wherever from; others are alerted of."""
+    anybody = _who(f"{base}/[a-z0-9.-]+/.+")
+    out = [
+        _who(f"{base}/{re.escape(name)}/.+")
+        for name, node in sorted(inventory.nodes.items())
+        if node.quarantined
+    ]
+    if not out:
+        return anybody
+    return {"and_ids": {"ids": [anybody, {"not_id": {"or_ids": {"ids": out}}}]}}
 
 
 def _cidr(address: str) -> Json:
@@ -274,42 +342,58 @@ def _ext_authz(settings: Settings) -> Json:
         },
         allowed_headers={"patterns": exact},
         transport_api_version="V3",
-        with_request_body={
-            "max_request_bytes": settings.limits.request_bytes,
-            "allow_partial_message": False,
-            "pack_as_bytes": True,
-        },
+        with_request_body=_body(settings.limits.user_request_bytes),
         failure_mode_allow=False,
         # UNAVAILABLE: clients wait for the access service to come back.
         status_on_error={"code": "ServiceUnavailable"},
     )  # fmt: skip
 
 
-def _routes() -> list[Json]:
+def _body(most: int) -> Json:
+    return {
+        "max_request_bytes": most, "allow_partial_message": False,
+        "pack_as_bytes": True,
+    }  # fmt: skip
+
+
+def _routes(limits: Limits) -> list[Json]:
     """Return who is asked before a call goes on; whereto, the Lua filter says.
 
     Envoy tries one after the other, for each call: few, and without expressions.
     What is not named is looked into, and refused there if nobody knows it.
     """
 
-    def route(match: Json, **authz: Any) -> Json:
+    def route(match: Json, *, most: int = 0, **authz: Any) -> Json:
         made: Json = {
             "match": match,
             "route": {
                 "cluster_header": "x-rsb-to", "timeout": "0s", "idle_timeout": "0s"
             },
         }  # fmt: skip
+        filters: Json = {}
         if authz:
             kind = "extensions.filters.http.ext_authz.v3.ExtAuthzPerRoute"
-            made["typed_per_filter_config"] = {
-                "envoy.filters.http.ext_authz": _typed(kind, **authz)
-            }
+            filters["envoy.filters.http.ext_authz"] = _typed(kind, **authz)
+        if most:
+            kind = "extensions.filters.http.buffer.v3.BufferPerRoute"
+            filters[BUFFER] = _typed(kind, buffer={"max_request_bytes": most})
+        if filters:
+            made["typed_per_filter_config"] = filters
         return made
 
-    no_body = {"disable_request_body_buffering": True}
+    trusted = {"name": "x-rsb-to", "string_match": {"exact": "gcs-trusted"}}
     return [
-        route({"path": STREAM}, check_settings=no_body),
-        *(route({"path": method}, disabled=True) for method in sorted(PLAIN)),
+        route(
+            {"path": STREAM}, check_settings={"disable_request_body_buffering": True}
+        ),
+        *(
+            route({"path": method}, most=PLAIN_BYTES, disabled=True)
+            for method in sorted(PLAIN)
+        ),
+        route(
+            {"prefix": "/ray.rpc.", "headers": [trusted]},
+            check_settings={"with_request_body": _body(limits.request_bytes)},
+        ),
         route({"prefix": "/ray.rpc."}),
     ]
 
@@ -329,13 +413,16 @@ LOG_FORMAT = {
     "out": "%BYTES_SENT%",
     "ms": "%DURATION%",
 }
-REFUSED_FORMAT = {
+# Of every connection, when it has ended: the guard's own reason has no attribute
+# that a filter could ask for.
+CLOSED_FORMAT = {
+    "kind": "connection",
     "t": "%START_TIME(%s.%6f)%",
     "source": "%DOWNSTREAM_DIRECT_REMOTE_ADDRESS%",
     "uri": "%DOWNSTREAM_PEER_URI_SAN%",
     "subject": "%DOWNSTREAM_PEER_SUBJECT%",
     "tls": "%DOWNSTREAM_TRANSPORT_FAILURE_REASON%",
-    "details": "%CONNECTION_TERMINATION_DETAILS%",
+    "closed": "%DOWNSTREAM_LOCAL_CLOSE_REASON%",
     "ms": "%DURATION%",
 }
 
@@ -374,7 +461,33 @@ def _tls(name: str, run: Path) -> Json:
     }
 
 
-def _manager(settings: Settings, run: Path, filters: list[Json], **more: Any) -> Json:
+def _replies() -> Json:
+    """Return what a caller reads that Envoy itself refuses."""
+    return {
+        "mappers": [
+            {
+                "filter": _cel(f"response.code_details.contains('{mark}')"),
+                "body": {"inline_string": f"raysandbox: {why} ({remedy})"},
+            }
+            for mark, (why, remedy) in REASONS.items()
+            if remedy
+        ]
+    }
+
+
+def _cel(expression: str) -> Json:
+    return {
+        "extension_filter": {
+            "name": "envoy.access_loggers.extension_filters.cel",
+            "typed_config": _typed(
+                "extensions.access_loggers.filters.cel.v3.ExpressionFilter",
+                expression=expression,
+            ),
+        }
+    }
+
+
+def _manager(run: Path, filters: list[Json], request_s: int, **more: Any) -> Json:
     return {
         "name": "envoy.filters.network.http_connection_manager",
         "typed_config": _typed(
@@ -391,32 +504,86 @@ def _manager(settings: Settings, run: Path, filters: list[Json], **more: Any) ->
                 "max_headers_count": 64,
             },
             stream_idle_timeout="0s",
-            request_timeout="0s",
+            # Until the request is whole: an answer may take as long as it likes.
+            request_timeout=f"{request_s}s",
             request_headers_timeout="10s",
             access_log=[_log(run / "calls.pipe", LOG_FORMAT)],
             http_filters=filters,
+            local_reply_config=_replies(),
             **more,
         ),
     }
 
 
+def listen_addresses(settings: Settings) -> list[str]:
+    """Return the IPv4 addresses that the guard listens at.
+
+    Raises:
+        ClusterError: The head's name has no such address.
+    """
+    chosen = list(settings.listen_addresses)
+    if not chosen:
+        try:
+            found = socket.getaddrinfo(settings.head_address, None, socket.AF_INET)
+        except OSError as error:
+            raise ClusterError(
+                where=f"cluster.toml: head_address = {settings.head_address!r}",
+                what=f"has no IPv4 address: {error.strerror}",
+                remedy="write the address itself",
+            ) from None
+        chosen = [str(each[4][0]) for each in found]
+    if "0.0.0.0" in chosen:  # noqa: S104 - an operator's choice
+        return ["0.0.0.0"]  # noqa: S104
+    return list(dict.fromkeys([*chosen, LOOPBACK]))
+
+
+def _at(settings: Settings, port: int) -> Json:
+    first, *more = listen_addresses(settings)
+    return {
+        "address": _address(first, port),
+        "additional_addresses": [{"address": _address(each, port)} for each in more],
+    }
+
+
+def _networks(
+    inventory: Inventory, members: Iterable[str]
+) -> tuple[list[Network], list[Network]]:
+    """Return where nodes call from, and where other members do and no node does."""
+    nodes = {ipaddress.ip_network(LOOPBACK)} | {
+        ipaddress.ip_network(address)
+        for node in inventory.nodes.values()
+        for address in node.addresses
+        if not node.quarantined
+    }
+    others = set()
+    for address in members:
+        # A certificate may name a host, which Envoy does not look up.
+        with contextlib.suppress(ValueError):
+            ip = ipaddress.ip_address(address)
+            if not any(ip in network for network in nodes):
+                others.add(ipaddress.ip_network(ip))
+    return sorted(nodes, key=str), sorted(others, key=str)
+
+
 def listeners(
-    settings: Settings, inventory: Inventory, run: Path, root_subject: str
+    settings: Settings,
+    inventory: Inventory,
+    run: Path,
+    root_subject: str,
+    members: Iterable[str] = (),
 ) -> Json:
-    """Return the LDS file: what depends on inventory and revocations."""
+    """Return the LDS file: what depends on inventory and revocations.
+
+    Args:
+        settings: Of the cluster.
+        inventory: Its nodes.
+        run: Where the guard's other files are.
+        root_subject: Name of the CA.
+        members: Addresses that certificates in force name.
+    """
+    nodes, others = _networks(inventory, members)
     filters = [
-        {
-            "name": "envoy.filters.http.fault",
-            "typed_config": _typed(
-                "extensions.filters.http.fault.v3.HTTPFault",
-                # Runtime fault.http.abort.abort_percent is 0 until the audit
-                # log can't be written.
-                abort={
-                    "http_status": 503,
-                    "percentage": {"numerator": 0, "denominator": "HUNDRED"},
-                },
-            ),
-        },
+        _fault(),
         {
             "name": "envoy.filters.http.lua",
             "typed_config": _typed(
@@ -424,10 +591,20 @@ def listeners(
                 default_source_code={"inline_string": _lua(settings, root_subject)},
             ),
         },
-        {"name": "envoy.filters.http.rbac", "typed_config": _rbac(settings, inventory)},
+        # Before the next: refusing costs too.
         {
             "name": "envoy.filters.http.local_ratelimit",
             "typed_config": _rate_limit(settings.limits),
+        },
+        {"name": "envoy.filters.http.rbac", "typed_config": _rbac(settings, inventory)},
+        {
+            "name": BUFFER,
+            "typed_config": _typed(
+                "extensions.filters.http.buffer.v3.Buffer",
+                max_request_bytes=PLAIN_BYTES,
+            ),
+            # But for the routes that ask for it.
+            "disabled": True,
         },
         {
             "name": "envoy.filters.http.ext_authz",
@@ -442,9 +619,9 @@ def listeners(
         },
     ]
     manager = _manager(
-        settings,
         run,
         filters,
+        settings.limits.request_s,
         codec_type="HTTP2",
         http2_protocol_options={
             "max_concurrent_streams": settings.limits.streams_per_connection,
@@ -455,35 +632,45 @@ def listeners(
         },
         route_config={
             "name": "gcs",
-            "virtual_hosts": [{"name": "gcs", "domains": ["*"], "routes": _routes()}],
+            "virtual_hosts": [
+                {"name": "gcs", "domains": ["*"], "routes": _routes(settings.limits)}
+            ],
         },
     )
-    refused = _log(
-        run / "calls.pipe",
-        REFUSED_FORMAT,
-        filter={
-            "extension_filter": {
-                "name": "envoy.access_loggers.extension_filters.cel",
-                "typed_config": _typed(
-                    "extensions.access_loggers.filters.cel.v3.ExpressionFilter",
-                    expression="connection.transport_failure_reason != ''",
-                ),
-            }
-        },
-    )
+    closed = _log(run / "calls.pipe", CLOSED_FORMAT)
+
+    def chain(name: str, most: int, **match: Any) -> Json:
+        return {
+            "name": name,
+            "filters": [_connection_limit(most), manager],
+            "transport_socket": _tls("h2", run),
+            "transport_socket_connect_timeout": "10s",
+            **match,
+        }
+
     main = _typed(
         "config.listener.v3.Listener",
         name="gcs",
-        address=_address("0.0.0.0", settings.port),  # noqa: S104 - TLS
+        **_at(settings, settings.port),
         per_connection_buffer_limit_bytes=STREAM_WINDOW_BYTES,
-        access_log=[refused],
+        access_log=[closed],
+        # Whoever takes all connections that strangers may have takes no member's,
+        # and no member's takes a node's.
         filter_chains=[
-            {
-                "filters": [_connection_limit(settings), manager],
-                "transport_socket": _tls("h2", run),
-                "transport_socket_connect_timeout": "10s",
-            }
+            chain(
+                name,
+                most,
+                filter_chain_match={
+                    "source_prefix_ranges": [_cidr(str(each)) for each in networks]
+                },
+            )
+            for name, most, networks in (
+                ("inventory", settings.limits.connections, nodes),
+                ("members", settings.limits.other_connections, others),
+            )
+            if networks
         ],
+        default_filter_chain=chain("others", settings.limits.other_connections),
     )
     found = [main]
     if settings.dashboard_tls_port:
@@ -491,13 +678,30 @@ def listeners(
     return {"resources": found}
 
 
-def _connection_limit(settings: Settings) -> Json:
+def _fault() -> Json:
+    """Return what refuses everything while the audit log can't be written.
+
+    Runtime fault.http.abort.abort_percent is 0 until then.
+    """
+    return {
+        "name": "envoy.filters.http.fault",
+        "typed_config": _typed(
+            "extensions.filters.http.fault.v3.HTTPFault",
+            abort={
+                "http_status": 503,
+                "percentage": {"numerator": 0, "denominator": "HUNDRED"},
+            },
+        ),
+    }
+
+
+def _connection_limit(most: int) -> Json:
     return {
         "name": "envoy.filters.network.connection_limit",
         "typed_config": _typed(
             "extensions.filters.network.connection_limit.v3.ConnectionLimit",
             stat_prefix="guard",
-            max_connections=settings.limits.connections,
+            max_connections=most,
         ),
     }
 
@@ -523,6 +727,7 @@ def _dashboard(settings: Settings, run: Path) -> Json:
         },
     )
     filters = [
+        _fault(),
         {"name": "envoy.filters.http.rbac", "typed_config": rbac},
         {
             "name": "envoy.filters.http.router",
@@ -530,9 +735,9 @@ def _dashboard(settings: Settings, run: Path) -> Json:
         },
     ]
     manager = _manager(
-        settings,
         run,
         filters,
+        DASHBOARD_REQUEST_S,
         codec_type="AUTO",
         # Logs of jobs are followed over a web socket.
         upgrade_configs=[{"upgrade_type": "websocket"}],
@@ -555,18 +760,23 @@ def _dashboard(settings: Settings, run: Path) -> Json:
     return _typed(
         "config.listener.v3.Listener",
         name="dashboard",
-        address=_address("0.0.0.0", settings.dashboard_tls_port or 0),  # noqa: S104 - TLS
+        **_at(settings, settings.dashboard_tls_port or 0),
+        access_log=[_log(run / "calls.pipe", CLOSED_FORMAT)],
         filter_chains=[
             {
-                "filters": [_connection_limit(settings), manager],
+                "filters": [
+                    _connection_limit(settings.limits.other_connections),
+                    manager,
+                ],
                 "transport_socket": _tls("http/1.1", run),
+                "transport_socket_connect_timeout": "10s",
             }
         ],
     )
 
 
 def _gcs_cluster(group: str, settings: Settings, run: Path) -> Json:
-    in_flight = 4096 if group == "trusted" else 1024
+    in_flight = settings.limits.calls_open
     threshold = {
         "max_connections": 64,
         "max_pending_requests": in_flight,
@@ -582,11 +792,7 @@ def _gcs_cluster(group: str, settings: Settings, run: Path) -> Json:
             "endpoints": [
                 {
                     "lb_endpoints": [
-                        {
-                            "endpoint": {
-                                "address": _address("127.0.0.1", settings.gcs_port)
-                            }
-                        }
+                        {"endpoint": {"address": _address(LOOPBACK, settings.gcs_port)}}
                     ]
                 }
             ],
@@ -643,6 +849,10 @@ def _pipe_cluster(name: str, endpoint: Json) -> Json:
     }
 
 
+def _from(kind: str, **values: float) -> Json:
+    return {"name": HEAP, kind: values}
+
+
 def bootstrap(settings: Settings, run: Path) -> Json:
     """Return Envoy's bootstrap: what stays as it is until a restart."""
     clusters = [
@@ -651,7 +861,7 @@ def bootstrap(settings: Settings, run: Path) -> Json:
         _pipe_cluster("access", {"pipe": {"path": str(run / "access.sock")}}),
     ]
     if settings.dashboard_tls_port:
-        clusters.append(_pipe_cluster("dashboard", _address("127.0.0.1", 8265)))
+        clusters.append(_pipe_cluster("dashboard", _address(LOOPBACK, DASHBOARD_PORT)))
     lds = {
         "path_config_source": {
             "path": str(run / "lds.json"),
@@ -676,14 +886,37 @@ def bootstrap(settings: Settings, run: Path) -> Json:
             "layers": [{"name": "admin", "admin_layer": {}}]
         },
         "overload_manager": {
-            "refresh_interval": "1s",
+            "refresh_interval": "0.25s",
+            "buffer_factory_config": {"minimum_account_to_track_power_of_two": 20},
+            "actions": [
+                {
+                    "name": "envoy.overload_actions.reset_high_memory_stream",
+                    "triggers": [_from("scaled", scaling_threshold=0.8,
+                                       saturation_threshold=0.95)],
+                },
+                {
+                    "name": "envoy.overload_actions.stop_accepting_requests",
+                    "triggers": [_from("threshold", value=0.95)],
+                },
+            ],
             "resource_monitors": [
+                {
+                    "name": HEAP,
+                    "typed_config": _typed(
+                        "extensions.resource_monitors.fixed_heap.v3.FixedHeapConfig",
+                        max_heap_size_bytes=settings.limits.memory_bytes,
+                    ),
+                },
                 {
                     "name": "envoy.resource_monitors.global_downstream_max_connections",
                     "typed_config": _typed(
                         "extensions.resource_monitors.downstream_connections.v3"
                         ".DownstreamConnectionsConfig",
-                        max_active_downstream_connections=settings.limits.connections,
+                        # Of both listeners; which filter chain it is for, a
+                        # connection that is not accepted does not say.
+                        max_active_downstream_connections=settings.limits.connections
+                        + 2 * settings.limits.other_connections
+                        + SPARE_CONNECTIONS,
                     ),
                 }
             ],
@@ -705,7 +938,9 @@ def write_secrets(cluster: ClusterDir, crls: bytes, digest: str) -> None:
         write_file(cluster.run / name, text, durable=False)
 
 
-def write_listeners(cluster: ClusterDir, root_subject: str, digest: str) -> None:
+def write_listeners(
+    cluster: ClusterDir, root_subject: str, digest: str, members: Iterable[str]
+) -> None:
     """Write bootstrap and listeners; a running guard takes the latter up.
 
     A new listener ends the connections of the old one. The secrets must be in
@@ -714,7 +949,7 @@ def write_listeners(cluster: ClusterDir, root_subject: str, digest: str) -> None
     settings, run = cluster.settings(), cluster.run
     text = json.dumps(bootstrap(settings, run), indent=1)
     write_file(run / "envoy.json", text, durable=False)
-    lds = listeners(settings, cluster.inventory(), run, root_subject)
+    lds = listeners(settings, cluster.inventory(), run, root_subject, members)
     lds["version_info"] = digest
     for listener in lds["resources"]:
         # Without a change in the listener Envoy would keep the connections of

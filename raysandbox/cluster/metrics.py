@@ -23,7 +23,8 @@ ALERTS = (
     "unexpected_node", "node_without_admission", "node_not_removed", "node_removed",
     "node_beyond_inventory",
     "odd_call", "reload_failed", "guard_died", "certificate_ends", "certificate_bad",
-    "audit_broken", "audit_not_writable",
+    "audit_broken", "audit_not_writable", "facts_not_written",
+    "no_worker_certificates", "not_told", "unexpected_address",
 )  # fmt: skip
 
 

@@ -366,6 +366,33 @@ class Registry:
         files = sorted(self.dir.trust.glob("*.crl"))
         return b"".join(read_trusted(file) for file in files)
 
+    def lists_end(self) -> list[tuple[Path, str]]:
+        """Return which lists of revoked certificates end soon, and when.
+
+        Soon is within the last quarter of a list's life, for none less than a day:
+        a CA may make one each week.
+
+        Raises:
+            ClusterError: One can't be read.
+        """
+        found, now = [], dt.datetime.now(dt.timezone.utc)
+        for file in sorted(self.dir.trust.glob("*.crl")):
+            crl = pki.load_crl(read_trusted(file))
+            end = crl.next_update_utc
+            if end is None:
+                continue
+            soon = max((end - crl.last_update_utc) / 4, dt.timedelta(days=1))
+            if end - now <= min(soon, dt.timedelta(days=pki.WARN_DAYS)):
+                found.append((file, f"{end:%Y-%m-%d %H:%M} UTC"))
+        return found
+
+    def last_addresses(self, role: str, name: str) -> tuple[str, ...]:
+        """Return the addresses of a member's last certificate, revoked or not."""
+        for record in reversed(self.records()):
+            if record.uri.split("/")[3:5] == [role, name]:
+                return record.addresses
+        return ()
+
     def addresses_of(self, role: str, name: str) -> tuple[str, ...]:
         """Return the addresses of a member's last certificate.
 

@@ -46,6 +46,7 @@ else:
 
 __all__ = [
     "ROLES",
+    "TRUSTED",
     "Access",
     "Audit",
     "ClusterDir",
@@ -73,6 +74,8 @@ ROLES: tuple[Role, ...] = (
     "operator",
     "observer",
 )
+# Those of the machines themselves.
+TRUSTED: tuple[Role, ...] = ("head", "node")
 # \Z and not $, which would let a line feed pass at the end.
 NAME = re.compile(r"^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?\Z")
 
@@ -148,15 +151,44 @@ class Limits(_Model):
 
     Attributes:
         roles: By role; a role that is not named keeps its default.
-        connections: TLS connections of all members together.
-        streams_per_connection: Calls open at once on one connection.
-        request_bytes: Largest request whose content is looked at.
+        connections: TLS connections from addresses in the inventory, together.
+        other_connections: TLS connections from other addresses that certificates
+            name, together, and as many from all that nobody has named.
+        streams_per_connection: Calls open at once on one connection. A driver waits
+            with one for each of its actors that is not placed yet.
+        calls_open: Calls open at once of all nodes together, and of all others.
+        held_calls: Calls open at once of one identity that is no node's, of those
+            that are answered when something happens.
+        request_bytes: Largest request whose content is looked at; of who is no node,
+            as its role's `write_burst_bytes` says.
+        request_s: Seconds that a request may take to come in.
+        memory_bytes: Memory of the guard's program, from which on it gives up the
+            calls that hold most of it.
     """
 
     roles: dict[Role, RoleLimit] = Field(default_factory=_default_limits)
     connections: int = Field(default=2048, ge=16)
-    streams_per_connection: int = Field(default=256, ge=16)
+    other_connections: int = Field(default=1024, ge=16)
+    streams_per_connection: int = Field(default=2048, ge=16)
+    calls_open: int = Field(default=16384, ge=16)
+    held_calls: int = Field(default=3072, ge=16)
     request_bytes: int = Field(default=128 * MIB, ge=MIB)
+    # More than the access service may take to answer.
+    request_s: int = Field(default=60, ge=10)
+    memory_bytes: int = Field(default=1024 * MIB, ge=128 * MIB)
+
+    @property
+    def user_request_bytes(self) -> int:
+        """Largest request of who is no node.
+
+        Some more than its budget: one that is a little over reads which limit it is.
+        """
+        most = max(
+            limit.write_burst_bytes
+            for role, limit in self.roles.items()
+            if role not in TRUSTED
+        )
+        return min(most + MIB, self.request_bytes)
 
     @field_validator("roles")
     @classmethod
@@ -211,7 +243,10 @@ class Settings(_Model):
 
     Attributes:
         name: The cluster's name, the host part of every identity's URI.
-        head_address: Address of the head as nodes and drivers reach it.
+        head_address: IPv4 address of the head as nodes and drivers reach it, or its
+            name.
+        listen_addresses: Where the head listens besides 127.0.0.1, when that is not
+            at `head_address`; `0.0.0.0` is all of its addresses.
         port: The guard's port, where everybody believes the GCS to be.
         gcs_port: Loopback port of the real GCS.
         dashboard_tls_port: Port of the TLS front of the dashboard, None: none.
@@ -221,6 +256,7 @@ class Settings(_Model):
 
     name: str
     head_address: str
+    listen_addresses: tuple[str, ...] = ()
     port: int = Field(default=6379, ge=1, le=65535)
     gcs_port: int = Field(default=16379, ge=1, le=65535)
     dashboard_tls_port: int | None = Field(default=None, ge=1, le=65535)
@@ -236,8 +272,17 @@ class Settings(_Model):
     @field_validator("head_address")
     @classmethod
     def _address(cls, value: str) -> str:
-        if not re.fullmatch(r"[0-9a-zA-Z:.-]{1,253}", value):
+        if ":" in value:
+            raise ValueError("must be an IPv4 address: the guard listens at no other")
+        if not re.fullmatch(r"[0-9a-zA-Z.-]{1,253}", value):
             raise ValueError("must be an IP address or a host name")
+        return value
+
+    @field_validator("listen_addresses")
+    @classmethod
+    def _listen(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for address in value:
+            ipaddress.IPv4Address(address)
         return value
 
 
@@ -356,6 +401,10 @@ def write_file(
             view = view[os.write(fd, view) :]
         if durable:
             os.fsync(fd)
+    except OSError:
+        # Or a full disk would be left full of them.
+        os.unlink(scratch)
+        raise
     finally:
         os.close(fd)
     os.rename(scratch, path)

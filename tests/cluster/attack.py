@@ -19,12 +19,14 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import grpc
 from ray.core.generated import gcs_service_pb2 as pb
+from ray.core.generated import pubsub_pb2
 
 KV = "/ray.rpc.InternalKVGcsService/InternalKV"
 ACTOR = "/ray.rpc.ActorInfoGcsService/"
@@ -188,6 +190,47 @@ def two_tokens(gcs: Gcs) -> dict[str, Any]:
     return {"answer": stub(b"", metadata=metadata, timeout=10).hex()[:80]}
 
 
+def compressed(gcs: Gcs) -> None:
+    """Look a node up in a request that is compressed."""
+    stub = gcs.channel.unary_unary(NODE + "GetAllNodeInfo", lambda r: r, lambda r: r)
+    stub(bytes(4096), metadata=gcs.metadata, timeout=10,
+         compression=grpc.Compression.Gzip)  # fmt: skip
+
+
+def forbidden(gcs: Gcs, count: int) -> dict[str, Any]:
+    """Call a method that is not the caller's, often; count what is answered."""
+    stub = gcs.channel.unary_unary(NODE + "RegisterNode", lambda r: r, lambda r: r)
+    calls = [stub.future(b"", metadata=gcs.metadata, timeout=20) for _ in range(count)]
+    seen: Counter[str] = Counter()
+    for each in calls:
+        seen[f"{each.code().name}: {each.details()}"] += 1
+    return {"seen": dict(seen)}
+
+
+def oversized(gcs: Gcs, path: str, mebibytes: int, wait_s: float) -> None:
+    """Send a request that is long, and not ended for a while."""
+
+    def pieces() -> Iterator[bytes]:
+        for _ in range(mebibytes):
+            yield bytes(1 << 20)
+        time.sleep(wait_s)
+
+    stub = gcs.channel.stream_unary(path, lambda r: r, lambda r: r)
+    stub(pieces(), metadata=gcs.metadata, timeout=wait_s)
+
+
+def drain_budget(gcs: Gcs) -> dict[str, Any]:
+    """Write until the budget of bytes is spent; count what is answered."""
+    ask = pb.InternalKVPutRequest(
+        namespace=b"drain", key=b"k", value=bytes(6 << 20), overwrite=True
+    )
+    seen: Counter[str] = Counter()
+    for _ in range(4):
+        said = outcome(_discard, gcs, KV + "Put", ask.SerializeToString())
+        seen[f"{said['code']}: {said.get('details', '')}"] += 1
+    return {"seen": dict(seen)}
+
+
 def junk(gcs: Gcs) -> dict[str, Any]:
     """Send what no client sends, on connections of its own; count what happens."""
     seen: Counter[str] = Counter()
@@ -341,6 +384,22 @@ def flood_writes(gcs: Gcs, seconds: float) -> dict[str, Any]:
                   overwrite=True)  # fmt: skip
 
     return _flood(gcs, seconds, 4, one)
+
+
+def flood_held(gcs: Gcs, seconds: float) -> dict[str, Any]:
+    """Wait for news with as many calls as a guard lets one open on 16 connections."""
+    path = "/ray.rpc.ControlPlanePubSubGcsService/GcsSubscriberPoll"
+    calls = []
+    print("began", flush=True)
+    for _ in range(16):
+        channel = Gcs(gcs.target).channel
+        stub = channel.unary_unary(path, lambda r: r, lambda r: r)
+        for _ in range(250):
+            ask = pubsub_pb2.PubsubLongPollingRequest(subscriber_id=os.urandom(28))
+            body = ask.SerializeToString()
+            calls.append(stub.future(body, metadata=gcs.metadata, timeout=seconds))
+    seen: Counter[str] = Counter(each.code().name for each in calls)
+    return {"seen": dict(seen)}
 
 
 def main() -> None:

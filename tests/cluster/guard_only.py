@@ -41,6 +41,11 @@ class Guard:
             "cluster", *args, "--cluster", str(self.path), check=check
         )
 
+    @property
+    def there(self) -> Path:
+        """The head's directory as its host sees it, which has mounts of its own."""
+        return Path(f"/proc/{self.host.pid}/root{self.path}")
+
     def start(self) -> None:
         """Start guard and helpers."""
         self.host.python(START, str(self.path))
@@ -65,7 +70,7 @@ class Guard:
         if said["code"] == "PERMISSION_DENIED":
             return "denied"
         for mark, word in (
-            ("fault filter", "closed"), ("upstream", "through"),
+            ("the audit log can't be written", "closed"), ("upstream", "through"),
             ("TSI", "handshake"), ("andshake", "handshake"),
         ):  # fmt: skip
             if mark in said["details"]:
@@ -74,7 +79,7 @@ class Guard:
 
     def said(self) -> str:
         """Return what the helpers wrote on their standard error."""
-        return (self.path / "run" / "supervisor.log").read_text()
+        return (self.there / "run" / "supervisor.log").read_text()
 
     def audit(self, *args: str) -> str:
         """Run `raysandbox audit`."""

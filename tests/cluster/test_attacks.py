@@ -470,13 +470,22 @@ def test_methods_of_other_roles_are_refused(
     hardened.expect_event(now, who="mallory", method="DrainNode", ok="False")
 
 
-def test_another_token_is_refused(hardened: Hardened, attack: Attack) -> None:
-    """The certificate does not replace the token, nor two tokens one."""
+def test_another_token_is_refused(
+    hardened: Hardened, attack: Attack, now: float
+) -> None:
+    """The certificate does not replace the token, nor two tokens one.
+
+    It is the GCS that refuses a wrong token, and an event nonetheless.
+    """
     mallory = hardened.target("mallory")
     wrong = hardened.rogue.home / "wrong"
     wrong.write_text("0" * 64)
     answer = attack({**mallory, "token": str(wrong)}, "read", "x", "y")
     assert answer["code"] == "UNAUTHENTICATED"
+    event = hardened.expect_event(
+        now, who="driver/mallory", method="InternalKVGet", ok="False"
+    )
+    assert event["why"] == "the GCS refused its token: UNAUTHENTICATED"
     assert attack(mallory, "two_tokens")["code"] == DENIED
 
 

@@ -1,6 +1,6 @@
 """The guard when the audit log's disk is full: closed or open, and said loudly.
 
-Real Envoy on a real file system of 300 KiB in the host's own mount namespace; no
+Real Envoy on a real file system of some KiB in the host's own mount namespace; no
 Ray behind it, because what is looked at is whether a call is let through to where
 the GCS would be.
 """
@@ -10,7 +10,10 @@ from __future__ import annotations
 import base64
 import json
 import secrets
+import sys
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,29 +24,40 @@ from tests.cluster.lab import Host, Lab, wait_for
 pytestmark = [pytest.mark.root, pytest.mark.timeout(120)]
 
 HEAD = "10.77.4.1"
+ATTACK = Path(__file__).resolve().parent / "attack.py"
 
 
 class DiskGuard(Guard):
-    """A guard whose audit log is on a small disk."""
+    """A guard whose audit log, or whole directory, is on a small disk."""
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Host, *, whole: bool = False) -> None:
         super().__init__(host)
+        self.disk, size = self.path / "audit", "300k"
+        if whole:
+            self.disk, size = host.home / "disk", "2m"
+            self.path = self.disk / "c"
+            self._mount(size)
         host.raysandbox("cluster", "init", str(self.path), "--head-address", HEAD)
         self.cli("certs", "issue", "driver", "alice", "--address", HEAD,
                  "--out", str(host.home / "alice"))  # fmt: skip
-        (self.path / "audit").mkdir(mode=0o700)
-        host.run("mount", "-t", "tmpfs", "-o", "size=300k,mode=700", "tmpfs",
-                 str(self.path / "audit"))  # fmt: skip
+        self.text = (self.there / "cluster.toml").read_text()
+        if not whole:
+            self._mount(size)
+
+    def _mount(self, size: str) -> None:
+        self.host.run("mkdir", "-m", "700", str(self.disk))
+        self.host.run("mount", "-t", "tmpfs", "-o", f"size={size},mode=700", "tmpfs",
+                      str(self.disk))  # fmt: skip
 
     def start_as(self, policy: str, **more: Any) -> None:
         """Start the guard anew under a policy, on an empty disk."""
         self.cli("down")
         self.host.run("sh", "-c", f"rm -rf {self.path}/audit/* {self.path}/run")
-        text = (self.path / "cluster.toml").read_text().partition("[audit]")[0]
+        text = self.text
         for key, value in more.items():
             text = f"{key} = {json.dumps(value)}\n" + text
         text += f'[audit]\nwhen_disk_is_full = "{policy}"\n'
-        (self.path / "cluster.toml").write_text(text)
+        (self.there / "cluster.toml").write_text(text)
         self.start()
 
     def passes(self, **how: Any) -> bool:
@@ -54,11 +68,34 @@ class DiskGuard(Guard):
 
     def fill(self) -> None:
         """Fill the disk to the last byte."""
-        self.host.run("sh", "-c", f"cat /dev/zero > {self.path}/audit/ballast; true")
+        self.host.run("sh", "-c", f"cat /dev/zero > {self.disk}/ballast; true")
 
     def free(self) -> None:
         """Give the room back."""
-        self.host.run("rm", str(self.path / "audit" / "ballast"))
+        self.host.run("rm", str(self.disk / "ballast"))
+
+    def pids(self) -> list[str]:
+        """Return the processes of guard and helpers, by name and number."""
+        out = self.host.run("ps", "-eo", "pid,args").stdout.splitlines()
+        return [
+            line for line in out
+            if ("cluster.supervisor" in line or "_bin/envoy" in line)
+            and "ps -eo" not in line
+        ]  # fmt: skip
+
+    def dashboard(self) -> int:
+        """Return the status that the TLS front of the dashboard answers."""
+        identity = self.host.home / "alice" / "identity"
+        target = {
+            "address": f"{HEAD}:8443", "ca": str(self.path / "ca.pem"),
+            "cert": str(identity / "driver.pem"), "key": str(identity / "driver.key"),
+        }  # fmt: skip
+        out = self.host.servant(str(ATTACK))(
+            "attack:main", "attack.py", json.dumps(target), "https",
+            json.dumps(["GET", "/"]),
+        )  # fmt: skip
+        assert out.returncode == 0, out.stderr
+        return int(json.loads(out.stdout.splitlines()[-1])["status"])
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +105,94 @@ def guard() -> Iterator[DiskGuard]:
         made = DiskGuard(lab.host("head", HEAD))
         yield made
         made.close()
+
+
+@pytest.fixture(scope="module")
+def whole() -> Iterator[DiskGuard]:
+    """A head without Ray, all of whose directory is on the small disk."""
+    with Lab() as lab:
+        made = DiskGuard(lab.host("head", HEAD), whole=True)
+        # Where the dashboard would be.
+        web = (
+            "-m",
+            "http.server",
+            "8265",
+            "--bind",
+            "127.0.0.1",
+            "--directory",
+            "/tmp",
+        )
+        made.host.popen(sys.executable, *web)
+        wait_for("it", lambda: ":8265" in made.host.run("ss", "-ltnH").stdout)
+        yield made
+        made.close()
+
+
+PUT = {
+    "method": "/ray.rpc.InternalKVGcsService/InternalKVPut",
+    "kind": "InternalKVPutRequest",
+}
+
+
+def _put(number: int) -> dict[str, Any]:
+    """A call that its owner is to be remembered of."""
+    name = [base64.b64encode(text.encode()).decode() for text in ("k", f"n{number}")]
+    fields = {"key": name[0], "namespace": name[1], "value": "dg==", "overwrite": True}
+    return {**PUT, "fields": fields}
+
+
+@pytest.mark.parametrize("policy", ["closed", "open"])
+def test_full_disk_of_everything_ends_nothing(whole: DiskGuard, policy: str) -> None:
+    """Guard and helpers go on, by policy, also where their own files have no room.
+
+    Closed, the dashboard's front refuses as well. Open, also what its owner is to
+    be remembered of passes, and is remembered once there is room.
+    """
+    whole.start_as(policy, dashboard_tls_port=8443)
+    assert whole.passes()
+    assert whole.passes(**_put(0))
+    assert whole.dashboard() == 200
+    before = whole.pids()
+    assert len(before) == 3, before
+    whole.fill()
+    # Its place in the stock has to be filled again.
+    stock = whole.there / "run" / "workers"
+    next(iter(stock.glob("*.pem"))).rename(stock.parent / "workers-used" / "1.pem")
+    if policy == "closed":
+        wait_for("the first refusal", lambda: not whole.passes())
+        assert whole.dashboard() == 503
+    else:
+        # More than what is left of the file's last page.
+        for number in range(1, 81):
+            assert whole.passes(**_put(number))
+        assert whole.dashboard() == 200
+    wait_for("another try", lambda: len(list(stock.glob("*"))) == 15)
+    time.sleep(2)
+    assert whole.pids() == before
+    if policy == "open":
+        whole.host.run("pkill", "-9", "-x", "envoy")
+        wait_for("another guard", lambda: _answers(whole))
+    whole.free()
+    wait_for("the stock", lambda: len(list(stock.glob("*.pem"))) == 16)
+    wait_for("calls to go on", lambda: _answers(whole))
+    assert whole.dashboard() == 200
+    wait_for(
+        "the gap in the log", lambda: "audit_writable_again" in whole.audit("--json")
+    )
+    assert json.loads(whole.audit("verify", "--json"))["ok"]
+    facts = whole.there / "state" / "facts.jsonl"
+    if policy == "open":
+        wait_for("the owners", lambda: b"n80".hex() in facts.read_text())
+        told = whole.audit("--json", "--what", "facts_not_written")
+        assert json.loads(told.splitlines()[0])["alert"]
+    assert "Traceback" not in whole.said()
+
+
+def _answers(guard: DiskGuard) -> bool:
+    try:
+        return guard.passes()
+    except AssertionError:
+        return False
 
 
 def test_closed_refuses_every_call_until_there_is_room(guard: DiskGuard) -> None:
@@ -134,13 +259,7 @@ def test_killed_supervisor_leaves_a_log_that_goes_on(guard: DiskGuard) -> None:
         ),
     )
 
-    def back() -> bool:
-        try:
-            return guard.passes()
-        except AssertionError:
-            return False
-
-    wait_for("the guard", back)
+    wait_for("the guard", lambda: _answers(guard))
     assert json.loads(guard.audit("verify", "--json"))["ok"]
 
 

@@ -67,7 +67,9 @@ def _seen(lab: Lab) -> Any:
     return json.loads(lines[-1])["seen"]
 
 
-@pytest.mark.parametrize("flood", ["flood_small", "flood_reads", "flood_writes"])
+@pytest.mark.parametrize(
+    "flood", ["flood_small", "flood_reads", "flood_writes", "flood_held"]
+)
 def test_honest_job_goes_on_and_memory_is_bounded(
     hardened: Hardened, lab: Lab, alice: Driver, flood: str
 ) -> None:
@@ -91,6 +93,20 @@ def test_honest_job_goes_on_and_memory_is_bounded(
     most = limit.calls_burst + limit.calls_per_s * (SECONDS + 3)
     assert limit.calls_per_s * SECONDS / 4 < seen["OK"] <= most
     assert seen["OK"] > 0.9 * sum(seen.values())
+
+
+def test_actors_that_wait_for_room_hold_up_nothing(alice: Driver) -> None:
+    """A driver with 400 actors that are not placed goes on with all else.
+
+    Guards against a channel whose calls are all taken by those that wait.
+    """
+    alice(
+        "waiting = [Actor.options(resources={'none': 1}).remote() for _ in range(400)]"
+    )
+    spent = alice("result = work()")
+    alice("for each in waiting: ray.kill(each)\ndel waiting")
+    assert spent < 30
+    assert alice("result = work()") < 30
 
 
 def test_stock_gcs_grows_without_bound(stock: Stock, lab: Lab) -> None:

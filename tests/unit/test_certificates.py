@@ -630,3 +630,22 @@ def test_list_as_json_is_stable(cluster: ClusterDir) -> None:
     row = Registry(cluster).records()[0].as_json()
     assert sorted(row) == ["addresses", "end", "revoked", "serial", "uri"]
     json.dumps(row)
+
+
+def test_list_that_ends_soon_is_named_ahead(tmp_path: Path) -> None:
+    """A company's CA makes a list each week; one that lapses stops everybody.
+
+    Soon is the last quarter of its life.
+    """
+    cluster = make_cluster(tmp_path / "c")
+    registry = Registry(cluster)
+    assert registry.lists_end() == []
+    issuer, now = pki.Issuer.root("Example Corp CA 8"), pki._now()
+    for days, warned in ((6, False), (1, True)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pki, "_now", lambda d=days: now - dt.timedelta(days=7 - d))
+            made = pki._crl(
+                issuer.cert.subject, issuer.key, now + dt.timedelta(days), []
+            )
+        write_file(cluster.trust / "corp.crl", made)
+        assert [file.name for file, _ in registry.lists_end()] == ["corp.crl"] * warned

@@ -288,6 +288,32 @@ def test_first_commands_of_a_user(tmp_path: Path) -> None:
     assert "export RAY_USE_TLS=1" in out.stdout
 
 
+def test_node_of_a_network_is_released(tmp_path: Path) -> None:
+    """Its entry has no address of its own; its last certificate has.
+
+    One whose certificate names none in the network stays in quarantine.
+    """
+    path = tmp_path / "c"
+    where = ("--cluster", str(path))
+    out = _run("cluster", "init", str(path), "--head-address", "10.0.0.1")
+    assert out.exit_code == 0, out.stderr
+    for name, address in (("n1", "10.3.0.2"), ("n2", "10.9.0.2")):
+        for args in (
+            ("certs", "issue", "node", name, "--address", address, "--out",
+             str(tmp_path / name)),
+            ("nodes", "add", name, "--address", "10.3.0.0/16"), ("quarantine", name),
+        ):  # fmt: skip
+            out = _run("cluster", *args, *where)
+            assert out.exit_code == 0, out.stderr
+    out = _run("cluster", "release", "n1", "--out", str(tmp_path / "new"), *where)
+    assert out.exit_code == 0, out.stderr
+    assert ClusterDir(tmp_path / "new").member().addresses == ("10.3.0.2",)
+    out = _run("cluster", "release", "n2", "--out", str(tmp_path / "no"), *where)
+    assert out.exit_code == 1
+    assert "has only networks in inventory.toml" in " ".join(out.stderr.split())
+    assert ClusterDir(path).inventory().nodes["n2"].quarantined
+
+
 @pytest.mark.parametrize(
     "args",
     [

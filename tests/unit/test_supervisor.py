@@ -15,15 +15,24 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from raysandbox.cli.member import take_up
-from raysandbox.cluster import supervisor
+from raysandbox.cluster import guard, supervisor
+from raysandbox.cluster.access import Decision
 from raysandbox.cluster.errors import ClusterError
 from raysandbox.cluster.metrics import Metrics
-from raysandbox.cluster.settings import ClusterDir
-from raysandbox.cluster.supervisor import AccessServer, Throttle
+from raysandbox.cluster.settings import ClusterDir, Inventory, Node, Settings
+from raysandbox.cluster.supervisor import (
+    BUSY,
+    DISK,
+    AccessServer,
+    HeadWorker,
+    Held,
+    Throttle,
+)
 from tests.unit.test_certificates import make_cluster
 
 
@@ -105,6 +114,205 @@ class _Worker:
         return True
 
 
+@pytest.fixture
+def head(tmp_path: Path) -> HeadWorker:
+    """What surrounds the guard of a head, before anything is started."""
+    cluster = make_cluster(tmp_path / "c")
+    cluster.run.mkdir(mode=0o700, exist_ok=True)
+    return HeadWorker(cluster)
+
+
+def _recorded(head: HeadWorker, **entry: Any) -> dict[str, Any]:
+    """Return the record of a call that Envoy logs."""
+    line = {"t": "1.0", "id": "r1", "method": "/x", "uri": "spiffe://c/driver/a/driver"}
+    head._logged({**line, **entry})
+    (record,) = [*head._queue, *head._fold.take()]
+    return record
+
+
+ASKED = {"x-request-id": "r1", "x-rsb-uri": "spiffe://c/driver/a/driver"}
+
+
+@pytest.mark.parametrize(
+    ("error", "encoding", "status", "why"),
+    [
+        (OSError(28, "full"), "identity", 429, DISK),
+        (KeyError("bug"), "identity", 403, "internal error of the guard"),
+        (None, "gzip", 403, "compressed requests can't be checked"),
+    ],
+)
+def test_refusal_before_a_decision_is_a_refused_record(
+    head: HeadWorker, monkeypatch: pytest.MonkeyPatch, error: Exception | None,
+    encoding: str, status: int, why: str,
+) -> None:  # fmt: skip
+    """What the access service refuses without a decision is logged as refused.
+
+    Guards against records that say "ok" of calls that never reached the GCS.
+    """
+
+    def fails(**_: Any) -> None:
+        assert error is not None
+        raise error
+
+    monkeypatch.setattr(head.access, "decide", fails)
+    said = head.answer("/x", {**ASKED, "grpc-encoding": encoding}, b"")
+    assert said[0] == status
+    assert said[1].startswith(why)
+    head._queue.clear()
+    record = _recorded(head, details="ext_authz_denied", grpc=7)
+    assert record["ok"] is False
+    assert record["why"].startswith(why)
+
+
+def test_caller_that_waits_too_often_is_a_refused_record(head: HeadWorker) -> None:
+    """Its reason is that, not that the access service did not answer."""
+    server, transport = AccessServer(head), _Transport()
+    server.connection_made(transport)  # type: ignore[arg-type]
+    for _ in range(supervisor.WAITING_EACH):
+        other = AccessServer(head)
+        other.who = "u"
+        head.waiting.add(other)
+    head.access.decide = lambda **_: Decision(wait_s=0.5)  # type: ignore[assignment]
+    server.data_received(
+        ASK.replace(b"\r\n\r\n", b"\r\nx-request-id: r1\r\n\r\n") + b"abc"
+    )
+    assert transport.written.startswith(b"HTTP/1.1 429 ")
+    assert BUSY.encode() in transport.written
+    record = _recorded(head, details="ext_authz_denied", grpc=14)
+    assert (record["ok"], record["why"]) == (False, BUSY)
+
+
+@pytest.mark.parametrize(
+    ("entry", "why"),
+    [
+        ({"grpc": 16, "http": 200}, "the GCS refused its token"),
+        ({"grpc": 7, "http": 200}, "the GCS refused it"),
+        ({"http": 401}, "the dashboard refused its token"),
+        ({"http": 403}, "the dashboard refused it"),
+        ({"details": "ext_authz_denied", "grpc": 7}, "the access service refused it"),
+    ],
+)
+def test_refusal_behind_the_guard_is_a_refused_record(
+    head: HeadWorker, entry: dict[str, Any], why: str
+) -> None:
+    """A wrong token passes the guard, and is no call that went well."""
+    record = _recorded(head, **{"details": "via_upstream", **entry})
+    assert record["ok"] is False
+    assert record["why"].startswith(why)
+
+
+def test_observed_node_at_another_address_is_an_alert(head: HeadWorker) -> None:
+    """It is let through, which enforcing would not do, and somebody is told."""
+    head.settings = head.settings.model_copy(update={"admission": "observe"})
+    nodes = {
+        "n1": Node(addresses=("10.0.0.1", "10.1.0.0/16")),
+        "h": Node(addresses=("10.0.0.9",), head=True),
+    }
+    head.access.inventory = Inventory(nodes=nodes)
+
+    def alerts(who: str, source: str) -> int:
+        head._logged(
+            {"t": "1.0", "method": "/x", "uri": f"spiffe://c/{who}", "source": source}
+        )
+        found = [r for r in head._queue if r.get("event") == "unexpected_address"]
+        head._queue.clear()
+        return len(found)
+
+    assert alerts("node/n1/raylet", "10.0.0.2:55") == 1
+    assert alerts("worker/n1/7", "10.2.0.1:55") == 1
+    for who, source in (
+        ("node/n1/raylet", "10.0.0.1:55"), ("worker/n1/7", "10.1.2.3:55"),
+        ("node/h/raylet", "127.0.0.1:55"), ("driver/n1/driver", "10.0.0.2:55"),
+        ("node/unlisted/raylet", "10.0.0.2:55"),
+    ):  # fmt: skip
+        assert alerts(who, source) == 0, who
+
+
+@pytest.mark.parametrize("admission", ["enforce", "observe"])
+def test_quarantined_node_is_in_no_rule(admission: Any) -> None:
+    """Observing takes in who is not listed, and not who was put out."""
+    inventory = Inventory(
+        nodes={"bad": Node(addresses=("10.0.0.7",), quarantined=True)}
+    )
+    made = Settings(name="c", head_address="10.0.0.1", admission=admission)
+    policies = guard._rbac(made, inventory)["rules"]["policies"]
+    for role in ("node", "worker"):
+        if admission == "enforce":
+            assert role not in policies
+            continue
+        (rule,) = policies[role]["principals"]
+        assert rule["and_ids"]["ids"][1] == {
+            "not_id": {"or_ids": {"ids": [guard._who(f"spiffe://c/{role}/bad/.+")]}}
+        }
+
+
+def test_held_calls_are_counted_for_each_caller() -> None:
+    """One that has as many as it may is full, others are not, and an end makes room.
+
+    Guards against an end that was read before the beginning, and counted for ever.
+    """
+    held = Held(2)
+    for number in range(2):
+        held.began("a", f"a{number}")
+        held.began("a", f"a{number}")
+    assert (held.full("a"), held.full("b")) == (True, False)
+    held.ended("a0")
+    assert not held.full("a")
+    held.ended("early")
+    held.began("a", "early")
+    assert not held.full("a")
+    held.ended("a1")
+    held.ended("a1")
+    assert (held._of, held._open) == ({}, {})
+
+
+POLL = "/ray.rpc.ControlPlanePubSubGcsService/GcsSubscriberPoll"
+
+
+@pytest.mark.parametrize(
+    ("uri", "other", "shared"),
+    [
+        ("driver/a/driver", "driver/a/other", True),
+        ("worker/n/1", "worker/n/2", False),
+        ("driver/a/driver", "driver/b/driver", False),
+    ],
+)
+def test_caller_with_too_many_held_calls_is_told_to_come_back(
+    head: HeadWorker, uri: str, other: str, shared: bool
+) -> None:
+    """It is refused for now, with the setting's name, and so is nobody else."""
+    head._held = Held(2)
+    head.access.decide = lambda **_: Decision()  # type: ignore[assignment]
+
+    def ask(who: str, number: int) -> tuple[int, str, float]:
+        asked = {"x-request-id": f"{who} {number}", "x-rsb-uri": f"spiffe://c/{who}"}
+        return head.answer(POLL, asked, b"")
+
+    assert [ask(uri, number)[0] for number in range(3)] == [200, 200, 429]
+    assert "limits.held_calls" in ask(uri, 4)[1]
+    assert ask(other, 0)[0] == (429 if shared else 200)
+    record = _recorded(head, id=f"{uri} 4", details="ext_authz_denied", grpc=14)
+    assert "wait for something already" in record["why"]
+    head._logged({"t": "1.0", "method": POLL, "id": f"{uri} 0"})
+    assert ask(uri, 5)[0] == 200
+
+
+def test_nodes_hold_as_many_calls_as_they_need(head: HeadWorker) -> None:
+    """Positive control: a node's are not counted."""
+    head._held = Held(1)
+    head.access.decide = lambda **_: Decision()  # type: ignore[assignment]
+    for number in range(3):
+        asked = {"x-request-id": str(number), "x-rsb-uri": "spiffe://c/node/n/raylet"}
+        assert head.answer(POLL, asked, b"")[0] == 200
+
+
+def test_call_that_failed_is_not_refused(head: HeadWorker) -> None:
+    """Positive control: what the GCS did not find, or took too long for, is a call."""
+    for grpc in (0, 2, 4, 5, 14):
+        assert _recorded(head, details="via_upstream", http=200, grpc=grpc)["ok"]
+        head._queue.clear()
+
+
 def _serve(*chunks: bytes) -> tuple[_Worker, bytes]:
     worker: Any = _Worker()
     server, transport = AccessServer(worker), _Transport()
@@ -156,7 +364,7 @@ def test_reason_can_not_split_the_answer() -> None:
     assert int(length[1]) == len(body)
 
 
-@settings(max_examples=200)
+@hypothesis_settings(max_examples=200)
 @given(st.lists(st.binary(max_size=60), max_size=5))
 def test_any_bytes_are_no_answer_or_an_error(chunks: list[bytes]) -> None:
     """No bytes make an answer of 200 that nobody decided.

@@ -1,0 +1,254 @@
+"""What the guard decides by itself, with no Ray behind it: floods, holds, refusals."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cluster.guard_only import NODES, Guard
+from tests.cluster.lab import Host, Lab, wait_for
+
+pytestmark = [pytest.mark.root, pytest.mark.timeout(120)]
+
+HEAD, ROGUE, LAPTOP = "10.77.5.1", "10.77.5.3", "10.77.5.4"
+ATTACK = Path(__file__).resolve().parent / "attack.py"
+Attack = Callable[..., dict[str, Any]]
+
+
+class SmallGuard(Guard):
+    """A guard with limits that a test reaches, and other machines beside it."""
+
+    def __init__(self, host: Host, rogue: Host, laptop: Host) -> None:
+        super().__init__(host)
+        self.rogue, self.laptop = rogue, laptop
+        host.raysandbox("cluster", "init", str(self.path), "--head-address", HEAD)
+        for name in ("alice", "mallory"):
+            self.cli("certs", "issue", "driver", name, "--address", LAPTOP,
+                     "--out", str(host.home / name))  # fmt: skip
+        (self.path / "cluster.toml").write_text(
+            (self.path / "cluster.toml").read_text() + LIMITS
+        )
+        self.start()
+
+    def target(self, name: str) -> dict[str, str]:
+        """Return what an attacker needs who has a member's directory."""
+        base = self.host.home / name / "identity" / "driver"
+        return {
+            "address": f"{HEAD}:6379", "token": f"{self.path}/token",
+            "ca": f"{self.path}/ca.pem", "cert": f"{base}.pem", "key": f"{base}.key",
+        }  # fmt: skip
+
+    def attack(
+        self, name: str, what: str, *arguments: Any, host: Host | None = None
+    ) -> dict[str, Any]:
+        """Run an attack of attack.py as somebody, from the rogue's machine."""
+        out = (host or self.rogue).servant(str(ATTACK))(
+            "attack:main", "attack.py", json.dumps(self.target(name)), what,
+            json.dumps(arguments),
+        )  # fmt: skip
+        assert out.returncode == 0, out.stderr
+        answer: dict[str, Any] = json.loads(out.stdout.splitlines()[-1])
+        return answer
+
+    @contextmanager
+    def many_connections(self, count: int) -> Iterator[Callable[[], int]]:
+        """Open connections without TLS; yields what says how many are still open."""
+        code = (
+            "import select, socket, sys\n"
+            "held = [socket.create_connection((sys.argv[1], 6379)) for _ in\n"
+            "        range(int(sys.argv[2]))]\n"
+            "for _ in sys.stdin:\n"
+            "    gone = select.select(held, [], [], 0)[0]\n"
+            "    print(len(held) - len(gone), flush=True)\n"
+        )
+        process = subprocess.Popen(
+            self.rogue.argv([sys.executable, "-c", code, HEAD, str(count)]),
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+        def still_open() -> int:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.write("\n")
+            process.stdin.flush()
+            return int(process.stdout.readline())
+
+        try:
+            still_open()
+            yield still_open
+        finally:
+            process.kill()
+            process.communicate()
+
+    def expect_refused(self, since: float, who: str, why: str) -> dict[str, Any]:
+        """Wait for a refused record of somebody's since a time, with a reason."""
+
+        def found() -> list[dict[str, Any]]:
+            lines = self.audit("--json", "--denied", "--who", who).splitlines()
+            return [
+                record
+                for record in map(json.loads, lines)
+                if record["t"] >= since and why in record.get("why", "")
+            ]
+
+        wait_for(f"a refusal: {why}", found)
+        return found()[0]
+
+
+LIMITS = """
+[limits]
+request_s = 10
+connections = 40
+other_connections = 20
+[limits.roles.driver]
+calls_per_s = 20
+calls_burst = 100
+read_bytes_per_s = 1048576
+read_burst_bytes = 16777216
+write_bytes_per_s = 131072
+write_burst_bytes = 16777216
+in_flight = 8
+stored_bytes = 67108864
+"""
+
+
+AS_HEAD = {"who": "c/identity/raylet"}
+
+
+@pytest.fixture(scope="module")
+def guard() -> Iterator[SmallGuard]:
+    """A head without Ray."""
+    with Lab() as lab:
+        made = SmallGuard(
+            lab.host("head", HEAD), lab.host("rogue", ROGUE), lab.host("laptop", LAPTOP)
+        )
+        yield made
+        made.close()
+
+
+def test_compressed_request_is_refused_with_its_reason(guard: SmallGuard) -> None:
+    """What can't be looked into is no call that went well."""
+    now = time.time()
+    answer = guard.attack("mallory", "compressed")
+    assert answer["code"] == "PERMISSION_DENIED"
+    assert "switch the compression off" in answer["details"]
+    guard.expect_refused(now, "driver/mallory", "compressed requests can't be checked")
+
+
+def test_caller_over_its_budget_reads_why(guard: SmallGuard) -> None:
+    """It is told to come back, which Ray's clients do, and what for it has to wait.
+
+    Guards against an answer whose text the guard's program drops.
+    """
+    now = time.time()
+    seen = guard.attack("mallory", "drain_budget")["seen"]
+    whys = [said for said in seen if said.startswith("UNAVAILABLE: raysandbox: ")]
+    assert any("bytes per second of this identity" in said for said in whys), seen
+    guard.expect_refused(now, "driver/mallory", "bytes per second of this identity")
+
+
+def test_flood_of_forbidden_calls_has_a_limit(guard: SmallGuard) -> None:
+    """Being refused is counted as being served is.
+
+    The first ones read why; the rest are told to come back.
+    """
+    now = time.time()
+    seen = guard.attack("mallory", "forbidden", 800)["seen"]
+    refused = sum(n for said, n in seen.items() if said.startswith("PERMISSION_DENIED"))
+    later = sum(n for said, n in seen.items() if said.startswith("UNAVAILABLE"))
+    assert refused + later == 800, seen
+    # Twice the role's burst and rate, see `guard`, for some seconds.
+    assert 0 < refused < 500, seen
+    assert any("not a method of this role" in said for said in seen), seen
+    assert any("calls per second of this identity" in said for said in seen), seen
+    guard.expect_refused(now, "driver/mallory", "calls per second of this identity")
+
+
+KV_PUT = "/ray.rpc.InternalKVGcsService/InternalKVPut"
+CONSTRAINT = (
+    "/ray.rpc.autoscaler.AutoscalerStateService/RequestClusterResourceConstraint"
+)
+
+
+@pytest.mark.parametrize(("path", "mebibytes"), [(KV_PUT, 20), (CONSTRAINT, 6)])
+def test_request_that_is_too_large_is_not_kept(
+    guard: SmallGuard, path: str, mebibytes: int
+) -> None:
+    """What is larger than its caller may send is refused before it is whole.
+
+    Also of a method that nobody looks into. Guards against a guard that holds
+    128 MiB for each of a driver's calls.
+    """
+    now = time.time()
+    answer = guard.attack("alice", "oversized", path, mebibytes, 8)
+    assert "larger than its role may send" in answer["details"]
+    guard.expect_refused(now, "driver/alice", "larger than its role may send")
+
+
+def test_request_that_is_never_whole_is_ended(guard: SmallGuard) -> None:
+    """A caller may not keep the guard waiting for the rest of what it sends."""
+    now = time.time()
+    answer = guard.attack("alice", "oversized", KV_PUT, 1, 30)
+    assert "did not come in whole in time" in answer["details"]
+    assert time.time() - now < 20
+    guard.expect_refused(now, "driver/alice", "did not come in whole in time")
+
+
+def test_strangers_take_no_connections_of_nodes(guard: SmallGuard) -> None:
+    """Whoever holds all that it can, without a certificate, is alone with that.
+
+    Machines of the inventory are served, and those that certificates name; what
+    was closed is an event.
+    """
+
+    def laptop() -> str:
+        return str(guard.attack("alice", "call", NODES, host=guard.laptop)["details"])
+
+    assert guard.verdict(**AS_HEAD) == "through"
+    assert "upstream" in laptop()
+    now = time.time()
+    with guard.many_connections(100) as count:
+        wait_for("the rest to be closed", lambda: count() <= 20)
+        assert guard.verdict(**AS_HEAD) == "through"
+        assert "upstream" in laptop()
+        stranger = guard.attack("alice", "call", NODES)["details"]
+        assert "upstream" not in stranger
+        record = guard.expect_refused(now, ROGUE, "too many connections")
+    assert record["event"] == "connection_refused"
+
+
+def test_guard_listens_where_it_was_told(guard: SmallGuard) -> None:
+    """At the head's address and on loopback, and not wherever else it is reached."""
+    listening = guard.host.run("ss", "-ltnH", "sport", "=", "6379").stdout
+    found = {line.split()[3] for line in listening.splitlines()}
+    assert found == {f"{HEAD}:6379", "127.0.0.1:6379"}
+
+
+def test_program_that_can_not_be_executed_is_said(guard: SmallGuard) -> None:
+    """The start ends at once, with what to do, and without a traceback."""
+    import envoy
+
+    place = str(Path(envoy.__file__).parent / "_bin")
+    guard.cli("down")
+    guard.host.run("mount", "-t", "tmpfs", "none", place)
+    try:
+        guard.host.run("sh", "-c", f"echo x > {place}/envoy; chmod 644 {place}/envoy")
+        begun = time.monotonic()
+        with pytest.raises(
+            AssertionError, match="can't be executed: Permission denied"
+        ):
+            guard.start()
+        assert time.monotonic() - begun < 20
+        assert "Traceback" not in guard.said()
+    finally:
+        guard.host.run("umount", place)
+    guard.start()
+    assert guard.verdict(**AS_HEAD) == "through"
