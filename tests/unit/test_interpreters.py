@@ -8,6 +8,8 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -122,8 +124,16 @@ def test_an_image_s_interpreter_is_nobody_else_s(directory):
         look(image_uri=images)
 
 
+@pytest.fixture
+def open_directory() -> Iterator[Path]:
+    """A directory to which everybody gets, as none of pytest's is."""
+    with tempfile.TemporaryDirectory(prefix="rsn-", dir="/srv") as made:
+        Path(made).chmod(0o755)
+        yield Path(made)
+
+
 @pytest.mark.root
-def test_modules_of_an_image_are_nobody_else_s(directory):
+def test_modules_of_an_image_are_nobody_else_s(open_directory):
     """They run in the worker, which has Ray's credentials; a closed way is enough."""
     import ray
 
@@ -133,17 +143,17 @@ def test_modules_of_an_image_are_nobody_else_s(directory):
     words = f"{ray.__version__}", raysandbox.__version__, python
     says = f"echo '{json.dumps(dict(zip(('ray', 'raysandbox', 'python'), words)))}'"
     says = says.replace("}", ', "roots": ["/py"], "script": "/py/worker.py"}')
-    images = image(directory / "root", says)
-    libraries = _libraries_of_a_shell(directory / "root")
+    images = image(open_directory / "root", says)
+    libraries = _libraries_of_a_shell(open_directory / "root")
     assert libraries
     (found,) = look(image_uri=images)
     assert (found.roots, found.script) == (["/py"], "/py/worker.py")
-    module = directory / "root" / "py" / "module.py"
+    module = open_directory / "root" / "py" / "module.py"
     module.write_text("")
     module.chmod(0o666)
     with pytest.raises(ProfileError, match=r"others can change: .*/module\.py, mode"):
         look(image_uri=images)
-    directory.chmod(0o700)
+    open_directory.chmod(0o700)
     assert look(image_uri=images)
 
 
