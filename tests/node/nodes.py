@@ -68,6 +68,17 @@ def _is_keeper(pid: int) -> bool:
         return False
 
 
+#: Ray's own `ray stop`, which sees these processes and no others.
+_STOP = """
+import sys, psutil
+pids = [int(pid) for pid in sys.argv.pop(1).split(",")]
+every = psutil.process_iter
+psutil.process_iter = lambda *given: (p for p in every(*given) if p.pid in pids)
+from ray.scripts.scripts import main
+main()
+"""
+
+
 class Node:
     """Start one; `close` ends what was started, and nothing else."""
 
@@ -78,6 +89,7 @@ class Node:
         policy: str = POLICY,
         arguments: Sequence[str] = (),
         uid: int = 0,
+        block: bool = True,
         **variables: str,
     ) -> None:
         """Start it and wait until it serves.
@@ -87,6 +99,7 @@ class Node:
             policy: The node's.
             arguments: More of them; the last one of a name counts.
             uid: Whose it is; its drivers are, too.
+            block: What starts it stays, and ends with it.
             variables: More of its environment; drivers get those of Ray's, too.
         """
         self.uid = uid
@@ -117,7 +130,7 @@ class Node:
         first = 24_100 + os.getpid() % 32 * 256
         command = command or [sys.executable, "-m", "raysandbox"]
         first_words = [
-            "start", "--head", "--block", "--num-cpus=2", f"--port={self.port}",
+            "start", "--head", "--num-cpus=2", f"--port={self.port}",
             "--node-ip-address=127.0.0.1", "--include-dashboard=false",
             f"--temp-dir={self.temporary}/r", f"--min-worker-port={first}",
             f"--max-worker-port={first + 255}",
@@ -126,30 +139,46 @@ class Node:
         ]  # fmt: skip
         if uid:
             self.environment["HOME"] = str(self.site)
+        self._block = block
+        self._command = [*command, *first_words, *["--block"] * block, *arguments]
+        self._variables = {"RAYSANDBOX_POLICY": str(policy_file), **variables}
+        self.start()
+
+    def start(self) -> None:
+        """Start it, once more after `stop`, and wait until it serves."""
         with open(self.log, "wb") as log:
             self.process = self._start(
-                [
-                    *(command or [sys.executable, "-m", "raysandbox"]),
-                    *first_words,
-                    *arguments,
-                ],
-                env={
-                    **self.environment,
-                    "RAYSANDBOX_POLICY": str(policy_file),
-                    **variables,
-                },
+                self._command,
+                env={**self.environment, **self._variables},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 cwd="/",
             )
         end = time.monotonic() + 60
-        while "--block" not in self.log.read_text():
-            if self.process.poll() is not None or time.monotonic() > end:
+        while True:
+            code = self.process.poll()
+            if "--block" in self.log.read_text() if self._block else code == 0:
+                return
+            if code is not None or time.monotonic() > end:
                 said = self.log.read_text()
                 self.close()
                 raise AssertionError(f"did not start: {said[-3000:]}")
             time.sleep(0.1)
+
+    def stop(self) -> None:
+        """End it as its operator does: by SIGTERM where it blocks, else `ray stop`."""
+        if self._block:
+            self.process.send_signal(signal.SIGTERM)
+            self.process.wait(60)
+            return
+        pids = ",".join(map(str, self.processes()))
+        command = [sys.executable, "-c", _STOP, pids, "stop"]
+        with open(self.log, "ab") as log:
+            process = self._start(
+                command, env=self.environment, stdout=log, stderr=log, cwd="/"
+            )
+            process.wait(60)
 
     def drive(
         self, code: str, options: str = "", limit_s: float = 110, **variables: str
@@ -178,7 +207,7 @@ class Node:
 
     def _last_words(self) -> str:
         """What a node said that has ended, in which case its driver can't tell why."""
-        if self.process.poll() is None and self.raylet:
+        if self.raylet and (self.process.poll() is None or not self._block):
             return ""
         said = f"\nThe node ended ({self.process.returncode}):\n"
         logs = self.session / "logs"
