@@ -172,6 +172,23 @@ list_threads(void)
     return code == 0 ? count : -1;
 }
 
+/* What a thread calls itself, for reports. */
+static const char *
+name_of(pid_t tid, char *name, size_t size)
+{
+    char path[64];
+
+    snprintf(path, sizeof path, "/proc/self/task/%d/comm", tid);
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    ssize_t length = fd < 0 ? 0 : read(fd, name, size - 1);
+    if (fd >= 0)
+        close(fd);
+    if (length <= 0)
+        return "?";
+    name[length - 1] = '\0'; /* the end of the line */
+    return name;
+}
+
 static int
 is_gone(pid_t tid)
 {
@@ -250,9 +267,12 @@ restrict_all(int number, long long deadline, int *counted, char *report,
         for (int slot = 0; slot < count; slot++) {
             int answer = ask(slot, number, deadline);
             if (answer == PENDING) {
+                char buffer[32];
+                const char *name = name_of(threads[slot].tid, buffer, sizeof buffer);
+
                 errno = ETIMEDOUT;
-                return fail(report, size, "thread %d does not answer signal %d",
-                            threads[slot].tid, number);
+                return fail(report, size, "thread %d, %s, does not answer signal %d",
+                            threads[slot].tid, name, number);
             }
             if (answer >= FAILED) {
                 errno = answer / 1024;
