@@ -68,7 +68,11 @@ def audit() -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def node(audit: Path) -> Iterator[Node]:
     ports = (f"--{name}-port={free_port()}" for name in ("node-manager", AGENT))
-    made = Node(policy=POLICY.replace("AUDIT", str(audit)), arguments=[*ports])
+    made = Node(
+        policy=POLICY.replace("AUDIT", str(audit)),
+        arguments=[*ports],
+        RAY_metrics_report_interval_ms="1000",
+    )
     try:
         yield made
     finally:
@@ -290,6 +294,150 @@ def test_a_jobs_share_of_the_store_is_seen(node, full):
     assert float(refusals.split()[-1]) >= 2
     line = next(each for each in full["text"].splitlines() if full["job"] in each)
     assert "60M" in line
+
+
+SEEN = """
+import json, subprocess, urllib.request
+from raysandbox import tag
+from raysandbox.observe import live
+
+def command(*words):
+    done = subprocess.run([sys.executable, "-m", "raysandbox", *words],
+                          capture_output=True, text=True)
+    return {"code": done.returncode, "out": done.stdout, "err": done.stderr}
+
+here = ray.get_runtime_context()
+node, job = here.get_node_id(), here.get_job_id()
+
+def rows():
+    return [row for row in live.rows() if row.node == node and row.kind != "job"]
+
+def until(check, limit_s=60):
+    end = time.monotonic() + limit_s
+    while not (found := check()):
+        assert time.monotonic() < end, rows()
+        time.sleep(0.1)
+    return found
+
+def told(reference):
+    try:
+        return ray.get(reference, timeout=60)
+    except ray.exceptions.RayTaskError as error:
+        return [type(error.cause).__name__, str(error.cause)]
+    except Exception as error:
+        return [type(error).__name__, str(error)]
+
+@ray.remote(max_retries=0, num_cpus=0)
+def busy():
+    import socket
+    try:
+        socket.socket()
+    except OSError:
+        pass
+    block = bytearray(48 << 20)
+    while block:
+        pass
+
+begun = time.time()
+profiles = {"one": "strict", "two": "standard", "inside": "trusted"}
+tasks = {name: busy.options(resources=tag(profile), name=name).remote()
+         for name, profile in profiles.items()}
+ids = {name: each.task_id().hex() for name, each in tasks.items()}
+
+def jails():
+    found = {row.task: row for row in rows() if row.kind == "jail"}
+    if all(task in found and found[task].memory_bytes > 48 << 20
+           and found[task].denials == (task != ids["inside"])
+           for task in ids.values()):
+        return {name: found[task] for name, task in ids.items()}
+
+seen = until(jails)
+found = {"node": node, "job": job, "ids": ids, "took": time.time() - begun,
+         "ps": command("ps", "--json", "--node", node, "--job", job),
+         "text": command("ps", "--node", node),
+         "top": command("top", "--json", "-n", "2", "-d", "0.5", "--node", node)}
+found["kill"] = command("kill", ids["one"], "--reason", "too hungry")
+found["killed"] = told(tasks["one"])
+found["kill worker"] = command("kill", str(seen["two"].pid), "--json")
+found["crashed"] = told(tasks["two"])
+found["kill inside"] = command("kill", ids["inside"], "--wait", "0.5")
+found["ended"] = told(tasks["inside"])
+until(lambda: not {seen["two"].pid, seen["inside"].pid} & {row.pid for row in rows()})
+found["left"] = [row.id for row in rows() if row.kind == "jail" and row.job == job]
+(table,) = ray.nodes()
+url = f"http://{table['NodeManagerAddress']}:{table['MetricsExportPort']}/metrics"
+
+def metrics():
+    # Each worker hands on its own, when its turn comes.
+    lines = urllib.request.urlopen(url, timeout=10).read().decode().splitlines()
+    lines = [each for each in lines if each.startswith("ray_raysandbox_jails_")]
+    if any('profile="strict"' in line and 'outcome="TaskKilled"' in line
+           for line in lines):
+        return lines
+
+found["metrics"] = until(metrics)
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def seen(node: Node) -> dict[str, Any]:
+    """Three tasks at work, as their operator sees them, and then ends them."""
+    return json.loads(node.drive(SEEN).splitlines()[-1])  # type: ignore[no-any-return]
+
+
+def test_ps_and_top_show_what_runs_behind_the_wall(seen):
+    """Whose it is, from the worker's file; what it uses, from its control group."""
+    rows = {row["task"]: row for row in json.loads(seen["ps"]["out"])}
+    profiles = {"one": "strict", "two": "standard", "inside": "trusted"}
+    for name, profile in profiles.items():
+        row = rows[seen["ids"][name]]
+        assert (row["kind"], row["state"], row["name"]) == ("jail", "running", name)
+        assert (row["node"], row["job"]) == (seen["node"], seen["job"])
+        assert row["profile"] == profile
+        assert 0 < row["age_s"] < seen["took"] + 60
+        assert row["cpu_time_s"] > 0
+        assert 48 << 20 < row["memory_bytes"] < row["memory_limit_bytes"]
+        assert row["pids"] >= 1
+        # What the kernel denies to a worker itself nobody counts.
+        assert row["denials"] == (name != "inside")
+        line = next(e for e in seen["text"]["out"].splitlines() if row["id"] in e)
+        assert profile in line
+    looks = [json.loads(line)["rows"] for line in seen["top"]["out"].splitlines()]
+    busy = {row["task"]: row["cpu_percent"] for row in looks[-1] if row["task"]}
+    assert all(busy[task] > 0 for task in seen["ids"].values())
+
+
+def test_kill_ends_a_jail_behind_the_wall(seen):
+    """Alone, and its task's owner reads by whom and why."""
+    assert seen["kill"]["code"] == 0, seen["kill"]
+    assert "ended by worker" in seen["kill"]["out"]
+    name, text = seen["killed"]
+    assert name == "TaskKilled"
+    assert "ended by the operator (root: too hungry)" in text
+
+
+def test_kill_ends_a_worker_behind_the_wall(seen):
+    """With its jail; one that is its own boundary by the kernel."""
+    assert json.loads(seen["kill worker"]["out"])[0]["by"] in ("SIGTERM", "SIGKILL")
+    assert seen["crashed"][0] == "WorkerCrashedError"
+    assert "ended by kernel" in seen["kill inside"]["out"]
+    assert seen["ended"][0] == "WorkerCrashedError"
+    assert seen["left"] == []
+
+
+def test_jails_are_counted_behind_the_wall(seen):
+    """At Ray's own metrics port: what started, and what it came to."""
+    started = [each for each in seen["metrics"] if "jails_started_total" in each]
+    assert any('profile="strict"' in each for each in started)
+    (killed,) = [
+        each
+        for each in seen["metrics"]
+        if "jails_ended_total" in each
+        and 'outcome="TaskKilled"' in each
+        and 'profile="strict"' in each
+    ]
+    assert float(killed.split()[-1]) == 1
 
 
 OFFLINE = ["--no-index", "--no-deps"]
