@@ -71,8 +71,11 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say what passed at the second try alone."""
+    """Say what passed at the second try alone, and what tests measured."""
     again.print_first_tries(terminalreporter)
+    for report in terminalreporter.stats.get("passed", []):
+        for name, value in report.user_properties:
+            terminalreporter.write_line(f"{report.nodeid}: {name}: {value}")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -55,7 +55,11 @@ KINDS = {
 }
 
 # Modules in the other lane than their directory, so that both end together.
-_MOVED = ("tests/node/test_entrypoints.py", "tests/node/test_jobs.py")
+_MOVED = (
+    "tests/node/test_entrypoints.py",
+    "tests/node/test_jobs.py",
+    "tests/node/test_restart.py",
+)
 
 _WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
 #: Which of the lanes this process runs; 0 where there is one for all.

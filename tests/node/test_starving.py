@@ -2,7 +2,8 @@
 
 On two cores 64, sixteen to a jail in four workers: as many workers are the same to
 the scheduler, and take minutes to start (RAYSANDBOX_TEST_BUSY_WORKERS=64 has them).
-Ray starts workers with a nice value of 15; as root any task undoes that.
+Ray starts workers with a nice value of 15; as root any task undoes that. What was
+measured is printed at the end of all tests.
 """
 
 from __future__ import annotations
@@ -166,6 +167,23 @@ def stock() -> dict[str, Any]:
         return _measure(node, ONE)
     finally:
         node.close()
+
+
+def _told(found: dict[str, Any]) -> str:
+    """Say what was measured, before and beside the load."""
+    names = ("raylet", "raylet_most", "gcs", "gcs_most", "honest", "status")
+    times = (
+        f"{name} {found['before'][name] * 1e3:.1f} to {found['busy'][name] * 1e3:.1f}"
+        for name in names
+    )
+    return f"ms before and beside the load: {', '.join(times)}"
+
+
+def test_what_was_measured_is_said(ours, stock, record_property):
+    """For whoever reads the tests' end, whatever is held against it."""
+    load = f"{WORKERS} workers with {EACH} busy processes each"
+    record_property(load, _told(ours))
+    record_property(f"stock Ray, one task with {WORKERS * EACH}", _told(stock))
 
 
 def test_control_on_stock_ray_the_command_line_starves(stock):
