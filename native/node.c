@@ -5,13 +5,15 @@
  * Theory of operation.  A worker can't remove its own cgroup and files, and
  * nobody else is there when raylet is killed.  So before this process becomes
  * raylet (same pid: whoever started us watches it) it forks a keeper, which is
- * nobody's child.  The keeper removes what workers that have ended leave; when
- * raylet ends, its workers have a few seconds to notice, then it kills what is
- * left, removes all and ends: at once, where nothing is left. */
+ * nobody's child.  The keeper removes what workers that have ended leave, and
+ * bounds what workers write into their logs; when raylet ends, its workers have a
+ * few seconds to notice, then it kills what is left, removes all and ends: at
+ * once, where nothing is left. */
 #define _GNU_SOURCE
 #include "group.h"
 #include "jail.h"
 #include "litter.h"
+#include "logs.h"
 #include "step.h"
 
 #include <errno.h>
@@ -28,9 +30,11 @@
 #include <unistd.h>
 
 enum {
-    SWEEP_MS = 1000,
-    LITTER_ROUNDS = 30, /* of these, from one look at files to the next */
-    STARTS_S = 120,     /* that a worker may need until it locks its file */
+    ROUND_MS = 250,
+    SWEEP_ROUNDS = 4,    /* from one look at groups to the next */
+    LITTER_ROUNDS = 120, /* and at files that are left */
+    LOOK_SHARE = 10,     /* times as long as a look at logs took there is none */
+    STARTS_S = 120,      /* that a worker may need until it locks its file */
     GRACE_MS = 5000,
     END_MS = 30000,
     STEP_MS = 100,
@@ -61,10 +65,14 @@ keep(const struct plan *plan, pid_t raylet, int raylet_fd, char **command)
     forget(command);
     if (chdir("/") != 0)
         rs_die("chdir", "/");
-    for (int rounds = 0; poll(&end, 1, SWEEP_MS) <= 0; rounds++) {
-        groups_sweep(plan, raylet, 0);
+    long pause_ms = 0;
+    for (int rounds = 0; poll(&end, 1, ROUND_MS) <= 0; rounds++) {
+        if (rounds % SWEEP_ROUNDS == 0)
+            groups_sweep(plan, raylet, 0);
         if (rounds % LITTER_ROUNDS == 0)
             litter_sweep(plan, STARTS_S);
+        if ((pause_ms -= ROUND_MS) <= 0)
+            pause_ms = LOOK_SHARE * logs_bound(plan);
     }
     for (int waited = 0; waited < END_MS; waited += STEP_MS) {
         if (groups_sweep(plan, raylet, waited >= GRACE_MS) == 0)
@@ -72,6 +80,7 @@ keep(const struct plan *plan, pid_t raylet, int raylet_fd, char **command)
         nanosleep(&(struct timespec){.tv_nsec = STEP_MS * 1000000L}, NULL);
     }
     litter_sweep(plan, 0);
+    logs_bound(plan);
     groups_remove_bases(plan);
     _exit(0);
 }

@@ -36,6 +36,7 @@ static const struct shape {
     [R_USER] = {8, 1, 0},           [R_LOG] = {4, 2, 0},
     [R_CGROUP_BASE] = {4, 2, 0},    [R_CGROUP_LIMIT] = {0, 2, 1},
     [R_PROGRAM] = {0, 2, 0},        [R_PRELUDE] = {0, 1, 0},
+    [R_LOG_LIMIT] = {16, 0, 0},
 };
 
 static uint32_t

@@ -57,7 +57,9 @@ enum record_type {
     R_PROGRAM = 35,       /* str interpreter, str worker script */
     R_PRELUDE = 36,       /* str argument of the program that reads a
                              runtime_env and starts us again */
-    R_MAX = R_PRELUDE,
+    R_LOG_LIMIT = 37,     /* u64 bytes of one R_LOG file and what it was before,
+                             u64 of all workers' together (node.c) */
+    R_MAX = R_LOG_LIMIT,
 };
 
 enum {

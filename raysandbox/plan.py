@@ -158,6 +158,7 @@ class Record(enum.IntEnum):
     CGROUP_LIMIT = 34
     PROGRAM = 35
     PRELUDE = 36
+    LOG_LIMIT = 37
 
 
 class State(str, enum.Enum):

@@ -11,6 +11,7 @@ interpreter's place for each worker. The records are those of
                     the root of the hierarchy, so that jails' groups go below
 ``R_BIND``          system, Python and profiles, read-only; Ray's two sockets
 ``R_LOG``           the worker's own log files, each bound over its own name
+``R_LOG_LIMIT``     what the node's keeper leaves of them
 ``R_TMPFS``         its own /tmp and /dev/shm (plasma's arena comes as a
                     descriptor)
 ``R_COPY``,         token and TLS keys, readable for this worker alone and in
@@ -451,7 +452,21 @@ class _WorkerBuilder(plan.Builder):
         own = f"{directory}/raysandbox_events-%w.jsonl"
         seen = f"{directory}/raysandbox_events.jsonl"
         self.add(plan.Record.LOG, plan.u32(0) + plan.text(own, seen))
+        self._log_limit()
         self.protect("Ray's session", State.ENFORCED)
+
+    def _log_limit(self) -> None:
+        """What the node's keeper leaves of all these: Ray rotates none of them."""
+        limits = {"log": self.worker.log_bytes, "all_logs": self.worker.all_logs_bytes}
+        missing = [f"worker.{key}" for key, value in limits.items() if value is None]
+        most = [1 << 62 if value is None else value for value in limits.values()]
+        self.add(plan.Record.LOG_LIMIT, plan.u64(*most))
+        if missing:
+            why = f"unlimited: {', '.join(missing)}"
+            state = State.OFF if len(missing) == len(limits) else State.DEGRADED
+            self.protect("workers' log files", state, why)
+        else:
+            self.protect("workers' log files", State.ENFORCED)
 
     def secrets(self) -> None:
         for name in _FILES:
@@ -613,7 +628,7 @@ class _WorkerBuilder(plan.Builder):
         self.set(HOOK_VARIABLE, HOOK)
         if self.python_path:
             self.set("PYTHONPATH", self.python_path)
-        # Ray would rename log files that are bound one by one.
+        # Ray would rename log files that are bound one by one; see R_LOG_LIMIT.
         self.set("RAY_ROTATION_MAX_BYTES", "0")
         variables = {
             name: value

@@ -754,6 +754,26 @@ class Worker(Section):
     ] = None
     pids: Pids = 4096
     open_files: Annotated[int, Field(ge=1024, le=1 << 20)] = 65536
+    log_bytes: Annotated[
+        OptionalSize,
+        _size_of_at_least(128 << 10, "128KiB"),
+        Field(
+            alias="log",
+            description="Of each log file of a worker (standard output, standard "
+            "error, Ray's own), whatever is written into it. One that has half of "
+            "this starts anew, and its newest half is left beside it, as NAME.1.",
+        ),
+    ] = 256 << 20
+    all_logs_bytes: Annotated[
+        OptionalSize,
+        _size_of_at_least(1 << 20, "1MiB"),
+        Field(
+            alias="all_logs",
+            description="Of all log files of workers in Ray's session on this node. "
+            "Of those that have ended the oldest go; if living workers have more, "
+            "each of their files may have less.",
+        ),
+    ] = 8 << 30
     connect: Annotated[
         tuple[PortRange, ...] | None,
         Field(
@@ -838,7 +858,8 @@ class Audit(Section):
         ),
         Field(
             description='An absolute directory, or "session" for Ray\'s session logs. '
-            "Each worker has a file of its own there, of at most 16 MiB. Of workers "
+            "Each worker has a file of its own there, of at most 16 MiB (one that a "
+            "worker made larger than 32 MiB is emptied). Of workers "
             "that are gone the session's logs keep the newest 512 and 64 MiB; from a "
             "directory of the operator's nothing is removed."
         ),

@@ -107,9 +107,9 @@ def test_totals_that_a_local_cluster_can_not_have_refuse(policy):
     assert "the node's totals" in found["said"]
 
 
-def test_spilling_to_other_than_files_is_refused_at_the_start():
+def test_spilling_to_other_than_files_is_refused_at_the_start(tmp_path):
     """With what is needed: else each worker that spills would end, over and over."""
-    params = {"directory_path": "/tmp/rsn-never"}
+    params = {"directory_path": str(tmp_path)}
     config = json.dumps({"type": "mock_distributed_fs", "params": params})
     found = _run("start()", RAY_object_spilling_config=config)
     assert found.get("refused") == "UnsupportedError", found
