@@ -870,7 +870,7 @@ class Access:
         # A worker that has no job yet has it in a moment.
         raise _RefusedError(
             f"actor {actor[:16]} belongs to job {job}",
-            retry=call.role == "worker" and not self._owner(call),
+            retry=call.role == "worker" and call.uri not in self.bound,
         )
 
     def out_of_scope(self, call: _Call) -> None:
