@@ -75,6 +75,8 @@ STORED, STORED_SEPARATOR = b"@namespace_", b":"
 MOST_NAME_BYTES = 4096
 # Namespaces of one identity: a job that is given none by its driver has its own.
 MOST_NAMESPACES = 1000
+# Jobs of one identity that have a number and have not begun.
+MOST_NUMBERS = 1000
 # What is known by name, and survives a restart.
 TABLES = (
     "jobs", "bound", "namespaces", "job_namespace", "job_node", "nodes", "actors",
@@ -212,7 +214,7 @@ class Access:
         """A job's number was given to an identity."""
         job = number.to_bytes(JOB_BYTES, "little").hex()
         self._let_go("finished", job)
-        self._fact("jobs", job, uri if "/worker/" in uri else _who(uri))
+        self._fact("jobs", job, _job_owner(uri))
 
     def learn_added(self, request_id: str) -> None:
         """The GCS has answered an AddJob: it has the job now."""
@@ -1041,6 +1043,18 @@ class Access:
         """What the GCS keeps, by those who are trusted with it."""
         call.stores()
 
+    def next_job(self, call: _Call) -> None:
+        """A number is remembered, and so is that it was not used."""
+        owner = _job_owner(call.uri)
+        waiting = sum(
+            who == owner and job not in self.job_node for job, who in self.jobs.items()
+        )
+        if waiting >= MOST_NUMBERS:
+            raise _RefusedError(
+                f"{owner} has {waiting} numbers of jobs that have not begun; they are "
+                f"forgotten {PAST_S / 60:g} minutes after they were given"
+            )
+
     def add_job(self, call: _Call) -> None:
         """A node registers the jobs of the drivers that run on it."""
         data = call.ask.data
@@ -1303,6 +1317,11 @@ def _short(name: str) -> str:
     return name[:96]
 
 
+def _job_owner(uri: str) -> str:
+    """Return whose a job is that was given to an identity."""
+    return uri if "/worker/" in uri else _who(uri)
+
+
 def _job_of_key(key: bytes) -> str:
     parts = bytes(key).split(b":", 2)
     if len(parts) < 3 or len(parts[1]) != 2 * JOB_BYTES:
@@ -1346,6 +1365,7 @@ def _rules(access: Access) -> dict[str, Callable[[_Call], None]]:
         _GROUP + "GetNamedPlacementGroup": access.placement_group,
         _GROUP + "RemovePlacementGroup": access.placement_group,
         "/ray.rpc.JobInfoGcsService/AddJob": access.add_job,
+        "/ray.rpc.JobInfoGcsService/GetNextJobID": access.next_job,
         "/ray.rpc.JobInfoGcsService/MarkJobFinished": access.finish_job,
         "/ray.rpc.NodeInfoGcsService/RegisterNode": access.register_node,
         "/ray.rpc.NodeInfoGcsService/UnregisterNode": access.unregister_node,

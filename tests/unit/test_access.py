@@ -1305,6 +1305,22 @@ def test_what_ended_is_forgotten_after_an_hour() -> None:
         assert getattr(again, table) == getattr(info, table), table
 
 
+def test_one_identity_has_so_many_numbers_of_jobs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each is written down when it is given, whatever becomes of it."""
+    monkeypatch.setattr(access, "MOST_NUMBERS", 3)
+    world = World()
+    for number in (30, 31, 32):
+        world.ok(ALICE, JOB + "GetNextJobID", pb.GetNextJobIDRequest())
+        world.access.learn_job(ALICE, number)
+    said = world.no(ALICE, JOB + "GetNextJobID", pb.GetNextJobIDRequest())
+    assert "have not begun" in said.why
+    world.ok(BOB, JOB + "GetNextJobID", pb.GetNextJobIDRequest())
+    world.begin(ALICE, 30)
+    world.ok(ALICE, JOB + "GetNextJobID", pb.GetNextJobIDRequest())
+
+
 def test_number_that_is_given_anew_is_a_new_job(world: World) -> None:
     """The GCS may begin to count again."""
     end = pb.MarkJobFinishedRequest(job_id=job_id(ALICES))
