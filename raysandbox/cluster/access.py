@@ -73,8 +73,16 @@ JOB_BYTES = 4
 STORED, STORED_SEPARATOR = b"@namespace_", b":"
 # Of a key, a prefix, a namespace, an actor: Ray's own have at most some hundred bytes.
 MOST_NAME_BYTES = 4096
+# Of a request that asks and carries nothing, and of one that asks for many keys: while
+# it is looked into, nobody else is answered.
+MOST_ASKED_BYTES, MOST_KEYS = 1 << 20, 10_000
+# From here on what is refused costs its bytes: it has been looked into too. But for a
+# value, which has nothing in it to look at.
+MOST_FREE_BYTES = 4096
 # Namespaces of one identity: a job that is given none by its driver has its own.
 MOST_NAMESPACES = 1000
+# Jobs of one identity that have a number and have not begun.
+MOST_NUMBERS = 1000
 # What is known by name, and survives a restart.
 TABLES = (
     "jobs", "bound", "namespaces", "job_namespace", "job_node", "nodes", "actors",
@@ -212,7 +220,7 @@ class Access:
         """A job's number was given to an identity."""
         job = number.to_bytes(JOB_BYTES, "little").hex()
         self._let_go("finished", job)
-        self._fact("jobs", job, uri if "/worker/" in uri else _who(uri))
+        self._fact("jobs", job, _job_owner(uri))
 
     def learn_added(self, request_id: str) -> None:
         """The GCS has answered an AddJob: it has the job now."""
@@ -417,8 +425,17 @@ class Access:
             if call.role not in self.settings.limits.roles:
                 raise _RefusedError("the caller has no role")
             # A refused call counts too.
-            wait_s = self._account(call).count(now)
+            account = self._account(call)
+            wait_s = account.count(now)
             if method != STREAM:
+                if len(body) > MOST_ASKED_BYTES and method not in BULKY:
+                    raise _RefusedError(
+                        f"a request of {len(body)} bytes; one of "
+                        f"{method.rpartition('/')[2]} has at most {MOST_ASKED_BYTES}"
+                    )
+                if len(body) >= MOST_FREE_BYTES and method != _KV + "Put":
+                    call.holds = account
+                    account.hold(now, len(body))
                 kind = self._kinds.get(method)
                 if kind is None:
                     raise _RefusedError(f"{method} is not one that the guard knows")
@@ -426,7 +443,7 @@ class Access:
                     call.ask = kind.FromString(grpc_message(body))
                 except (ValueError, DecodeError) as error:
                     raise _RefusedError(f"malformed request: {error}") from None
-                if problem := flaw(call.ask):
+                if problem := flaw(call.ask, len(body)):
                     raise _RefusedError(f"malformed request: {problem}")
             about = call.about()
             self._rules.get(method, self.shape_only)(call)
@@ -466,6 +483,8 @@ class Access:
             return
         call.charge = False
         account = self._account(call)
+        if call.holds:
+            call.holds.give_back()
         call.wait_s = account.charge(
             self._clock(), call.reads, call.writes, call.request_id, call.events
         )
@@ -597,6 +616,10 @@ class Access:
             self._list_keys(call, namespace, bytes(ask.prefix))
             return
         many = call.method.endswith("MultiGet")
+        if many and len(ask.keys) > MOST_KEYS:
+            raise _RefusedError(
+                f"{len(ask.keys)} keys at once; at most {MOST_KEYS} can be asked for"
+            )
         for key in ask.keys if many else [ask.key]:
             _check_name(namespace, key, prefix=getattr(ask, "del_by_prefix", False))
             if namespace == FUN:
@@ -870,7 +893,7 @@ class Access:
         # A worker that has no job yet has it in a moment.
         raise _RefusedError(
             f"actor {actor[:16]} belongs to job {job}",
-            retry=call.role == "worker" and not self._owner(call),
+            retry=call.role == "worker" and call.uri not in self.bound,
         )
 
     def out_of_scope(self, call: _Call) -> None:
@@ -1041,6 +1064,18 @@ class Access:
         """What the GCS keeps, by those who are trusted with it."""
         call.stores()
 
+    def next_job(self, call: _Call) -> None:
+        """A number is remembered, and so is that it was not used."""
+        owner = _job_owner(call.uri)
+        waiting = sum(
+            who == owner and job not in self.job_node for job, who in self.jobs.items()
+        )
+        if waiting >= MOST_NUMBERS:
+            raise _RefusedError(
+                f"{owner} has {waiting} numbers of jobs that have not begun; they are "
+                f"forgotten {PAST_S / 60:g} minutes after they were given"
+            )
+
     def add_job(self, call: _Call) -> None:
         """A node registers the jobs of the drivers that run on it."""
         data = call.ask.data
@@ -1163,8 +1198,9 @@ class _Call:
     """One call, and what it will cost."""
 
     __slots__ = (
-        "account", "ask", "body_bytes", "charge", "events", "method", "node_id", "note",
-        "reads", "request_id", "role", "source", "uri", "wait_s", "who", "writes",
+        "account", "ask", "body_bytes", "charge", "events", "holds", "method",
+        "node_id", "note", "reads", "request_id", "role", "source", "uri", "wait_s",
+        "who", "writes",
     )  # fmt: skip
 
     def __init__(
@@ -1180,6 +1216,7 @@ class _Call:
         self.wait_s = 0.0
         self.account = ""
         self.charge = True
+        self.holds: Account | None = None
         self.note = ""
 
     def stores(self) -> None:
@@ -1303,6 +1340,11 @@ def _short(name: str) -> str:
     return name[:96]
 
 
+def _job_owner(uri: str) -> str:
+    """Return whose a job is that was given to an identity."""
+    return uri if "/worker/" in uri else _who(uri)
+
+
 def _job_of_key(key: bytes) -> str:
     parts = bytes(key).split(b":", 2)
     if len(parts) < 3 or len(parts[1]) != 2 * JOB_BYTES:
@@ -1331,6 +1373,17 @@ NODE_CHANNELS = {
 }
 
 
+# What carries something: a value, an actor's arguments, a batch of events.
+BULKY = {
+    _KV + "Put", _ACTOR + "CreateActor", _ACTOR + "RegisterActor",
+    _GROUP + "CreatePlacementGroup", _PUBSUB + "GcsPublish", _PUBSUB + "ReportJobError",
+    "/ray.rpc.JobInfoGcsService/AddJob",
+    "/ray.rpc.TaskInfoGcsService/AddTaskEventData",
+    _AUTOSCALER + "ReportAutoscalingState", _AUTOSCALER + "ReportClusterConfig",
+    _AUTOSCALER + "RequestClusterResourceConstraint",
+}  # fmt: skip
+
+
 def _rules(access: Access) -> dict[str, Callable[[_Call], None]]:
     return {
         **{m: access.kv for m in CONTENT if m.startswith(_KV)},
@@ -1346,6 +1399,7 @@ def _rules(access: Access) -> dict[str, Callable[[_Call], None]]:
         _GROUP + "GetNamedPlacementGroup": access.placement_group,
         _GROUP + "RemovePlacementGroup": access.placement_group,
         "/ray.rpc.JobInfoGcsService/AddJob": access.add_job,
+        "/ray.rpc.JobInfoGcsService/GetNextJobID": access.next_job,
         "/ray.rpc.JobInfoGcsService/MarkJobFinished": access.finish_job,
         "/ray.rpc.NodeInfoGcsService/RegisterNode": access.register_node,
         "/ray.rpc.NodeInfoGcsService/UnregisterNode": access.unregister_node,

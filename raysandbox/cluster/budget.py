@@ -60,16 +60,19 @@ class _Bucket:
 class Account:
     """One caller's budget."""
 
-    __slots__ = ("calls", "events", "flight", "limit", "reads", "writes")
+    __slots__ = (
+        "calls", "events", "flight", "held", "limit", "reads", "refused", "writes"
+    )  # fmt: skip
 
     def __init__(self, limit: RoleLimit, now: float) -> None:
         self.limit = limit
         self.calls = _Bucket(limit.calls_per_s, limit.calls_burst, now)
         self.reads = _Bucket(limit.read_bytes_per_s, limit.read_burst_bytes, now)
         self.writes = _Bucket(limit.write_bytes_per_s, limit.write_burst_bytes, now)
-        self.events = _Bucket(
-            EVENTS * limit.write_bytes_per_s, limit.write_burst_bytes, now
-        )
+        many = EVENTS * limit.write_bytes_per_s
+        self.events = _Bucket(many, limit.write_burst_bytes, now)
+        self.refused = _Bucket(many, limit.write_burst_bytes, now)
+        self.held = 0
         self.flight: dict[str, float] = {}
 
     def count(self, now: float) -> float:
@@ -79,6 +82,27 @@ class Account:
             raise OverBudgetError("calls per second of this identity", retry=True)
         self.calls.left -= 1
         return wait_s
+
+    def hold(self, now: float, size: int) -> None:
+        """Charge for a request before it is looked into.
+
+        `give_back` is for those that go on: who is refused has it to pay.
+
+        Raises:
+            OverBudgetError: Nothing was charged.
+        """
+        self.held = min(size, self.limit.write_burst_bytes)
+        if self.refused.wait_s(self.held, now) > PATIENCE_S:
+            self.held = 0
+            raise OverBudgetError(
+                "bytes per second of refused calls of this identity", retry=True
+            )
+        self.refused.left -= self.held
+
+    def give_back(self) -> None:
+        """What was held is not to be paid."""
+        self.refused.left += self.held
+        self.held = 0
 
     def charge(
         self, now: float, reads: int, writes: int, request_id: str, events: int = 0

@@ -35,6 +35,10 @@ FREE = {
 # owner_id and parent_id are a worker's or a task's, by message: either length.
 EITHER = {"owner_id": (16, 24, 28), "parent_id": (16, 24, 28)}
 DEEPEST = 32
+# Messages and identifiers in one request: a batch of ten thousand events of tasks,
+# which is Ray's largest, has some fifty thousand, of 25 bytes. One of four megabytes
+# can have two million empty ones, and while they are looked at nobody is answered.
+MOST_PARTS, FEW_PARTS, PART_BYTES = 150_000, 1000, 12
 
 
 def request_types(methods: frozenset[str]) -> dict[str, Any]:
@@ -66,7 +70,7 @@ class _Looks:
     of them a second.
     """
 
-    __slots__ = ("bytes", "messages", "several_bytes", "several_messages")
+    __slots__ = ("bytes", "messages", "several", "several_bytes", "several_messages")
 
     def __init__(self, kind: Any) -> None:
         self.bytes: list[tuple[str, tuple[int, ...]]] = []
@@ -87,15 +91,28 @@ class _Looks:
                 and _has_bytes(field.message_type, set())
             ):
                 (self.several_messages if several else self.messages).append(field.name)
+        self.several = [*(name for name, _ in self.several_bytes)]
+        self.several += self.several_messages
 
 
 _looks: dict[Any, _Looks] = {}
 
 
-def flaw(message: Any, depth: int = 0) -> str:
-    """Say what is wrong with the identifiers of a message, or ``""``."""
+def flaw(message: Any, size_bytes: int = MOST_PARTS * PART_BYTES) -> str:
+    """Say what is wrong with the identifiers of a message, or ``""``.
+
+    Args:
+        message: Any request.
+        size_bytes: Of it: parts of next to nothing are none of Ray's.
+    """
+    most = min(MOST_PARTS, FEW_PARTS + size_bytes // PART_BYTES)
+    return _flaw(message, 0, [most])
+
+
+def _flaw(message: Any, depth: int, left: list[int]) -> str:
     if depth > DEEPEST:
         return "the message is nested too deep"
+    left[0] -= 1
     looks = _looks.get(message.DESCRIPTOR)
     if looks is None:
         looks = _looks[message.DESCRIPTOR] = _Looks(message.DESCRIPTOR)
@@ -103,18 +120,22 @@ def flaw(message: Any, depth: int = 0) -> str:
         size = len(getattr(message, name))
         if size and size not in sizes:
             return f"{name} has {size} bytes"
+    for name in looks.several:
+        left[0] -= len(getattr(message, name))
+    if left[0] < 0:
+        return "the message has too many parts"
     for name, sizes in looks.several_bytes:
         for each in getattr(message, name):
             if each and len(each) not in sizes:
                 return f"{name} has {len(each)} bytes"
     for name in looks.messages:
         if message.HasField(name) and (
-            problem := flaw(getattr(message, name), depth + 1)
+            problem := _flaw(getattr(message, name), depth + 1, left)
         ):
             return problem
     for name in looks.several_messages:
         for each in getattr(message, name):
-            if problem := flaw(each, depth + 1):
+            if problem := _flaw(each, depth + 1, left):
                 return problem
     return ""
 

@@ -154,6 +154,26 @@ def delete(gcs: Gcs, namespace: str, key: str) -> dict[str, Any]:
     return {"deleted": reply.deleted_num}
 
 
+def alias(gcs: Gcs, job: str) -> dict[str, Any]:
+    """Write a function of another job under the second name that it has."""
+    gcs.kv("Put", namespace=b"fun", key=f"RemoteFunction:{job}:alias".encode(),
+           value=b"good", overwrite=True)  # fmt: skip
+    return write_alias(gcs, job)
+
+
+def write_alias(gcs: Gcs, job: str) -> dict[str, Any]:
+    """As `alias`, of a function that is there."""
+    gcs.kv("Put", namespace=b"fun:RemoteFunction", key=f"{job}:alias".encode(),
+           value=b"evil", overwrite=True)  # fmt: skip
+    return read(gcs, "fun", f"RemoteFunction:{job}:alias")
+
+
+def wipe(gcs: Gcs, prefix: str) -> dict[str, Any]:
+    """Delete by prefix, without a namespace."""
+    reply = gcs.kv("Del", key=prefix.encode(), del_by_prefix=True)
+    return {"deleted": reply.deleted_num}
+
+
 def list_keys(gcs: Gcs, namespace: str, prefix: str) -> dict[str, Any]:
     """List keys."""
     reply = gcs.kv("Keys", namespace=namespace.encode(), prefix=prefix.encode())

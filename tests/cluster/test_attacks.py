@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from raysandbox.cluster import pki
-from raysandbox.cluster.methods import METHODS
+from raysandbox.cluster.methods import METHODS, PLAIN
 from tests.cluster.conftest import (
     HEAD,
     NODE,
@@ -394,6 +394,39 @@ def test_function_keys_are_written_by_their_job_alone(
     assert attack(mallory, "batch", calls)["codes"] == [DENIED] * 9
 
 
+def test_second_name_of_a_key_is_no_way_to_it(
+    hardened: Hardened, stock: Stock, attack: Attack, victim: Victim
+) -> None:
+    """The GCS joins namespace and key: a part of one may stand in the other.
+
+    And a prefix without a namespace reaches into all of them, to list and to delete.
+    """
+    answer = attack(stock.target, "alias", "7f7f7f7f")
+    assert (answer["code"], answer["value"]) == ("OK", "evil")
+    answer = attack(stock.target, "list_keys", "", "@namespace")
+    assert "RemoteFunction:7f7f7f7f:alias" in answer["keys"]
+    mallory = hardened.target("mallory")
+    for tried in (
+        ["write_alias", victim.job], ["wipe", ""], ["wipe", "@namespace"],
+        ["list_keys", "", ""], ["list_keys", "", "@namespace"],
+    ):  # fmt: skip
+        assert attack(mallory, *tried)["code"] == DENIED, tried
+    assert victim.calls_again() == "honest"
+
+
+def test_deleted_key_is_its_owners_until_the_gcs_says_so(
+    hardened: Hardened, attack: Attack
+) -> None:
+    """And then anybody's: the end of the call is seen in the guard's log."""
+    alice, mallory = hardened.target("alice"), hardened.target("mallory")
+    tried = ("overwrite", "of-both", "k", "v")
+    assert attack(mallory, *tried)["code"] == "OK"
+    assert attack(alice, *tried)["code"] == DENIED
+    assert attack(mallory, "delete", "of-both", "k")["deleted"] == 1
+    wait_for("the key", lambda: attack(alice, *tried)["code"] == "OK", 10)
+    assert attack(mallory, *tried)["code"] == DENIED
+
+
 def test_named_actor_of_another_is_killed_on_stock_only(
     hardened: Hardened, stock: Stock, attack: Attack, now: float, victim: Victim,
     stock_victim: Victim,
@@ -602,6 +635,8 @@ def test_task_has_neither_certificate_nor_token_nor_a_way_to_the_guard(
 def test_gcs_survives_whatever_the_guard_lets_through(lab: Lab) -> None:
     """Random requests of every method, by every role that user code can have.
 
+    Those that the guard does not look into come as they are.
+
     Positive control: the tests above, where one such request ends a stock GCS.
     """
     script = str(Path(__file__).with_name("fuzz.py"))
@@ -609,4 +644,7 @@ def test_gcs_survives_whatever_the_guard_lets_through(lab: Lab) -> None:
     found = json.loads(out.stdout.splitlines()[-1])
     assert found["aborts"] == {}
     assert found["passed"] > 200
-    assert found["methods"] > 30
+    assert len(found["methods"]) > 30
+    plain = {m for role in ("driver", "worker", "observer", "node")
+             for m in METHODS[role] & PLAIN}  # fmt: skip
+    assert plain <= set(found["methods"])

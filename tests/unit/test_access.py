@@ -1135,14 +1135,61 @@ def test_events_of_tasks_are_charged_as_what_is_kept() -> None:
     events = pb.AddTaskEventDataRequest()
     events.data.events_by_task.add().task_id = b"t" * 24
     events.data.events_by_task[0].task_info.name = "x" * 200_000
-    method = "/ray.rpc.TaskInfoGcsService/AddTaskEventData"
-    world.ok(ALICE, method, events)
-    assert world.ask(ALICE, method, events).retry
+    world.ok(ALICE, EVENTS, events)
+    assert world.ask(ALICE, EVENTS, events).retry
     world.ok(ALICE, KV + "Put", put(b"k", bytes(250_000)))
     world.now += 2
-    world.ok(ALICE, method, events)
+    world.ok(ALICE, EVENTS, events)
     events.data.events_by_task[0].task_info.name = "x" * 300_000
-    assert "write_burst_bytes" in world.no(ALICE, method, events).why
+    assert "write_burst_bytes" in world.no(ALICE, EVENTS, events).why
+
+
+EVENTS = "/ray.rpc.TaskInfoGcsService/AddTaskEventData"
+
+
+def test_request_of_many_parts_is_not_looked_through(world: World) -> None:
+    """Two million empty ones have room in 4 MB, and held everybody up for seconds."""
+    events = pb.AddTaskEventDataRequest()
+    for _ in range(3000):
+        events.data.events_by_task.add()
+    assert "too many parts" in world.no(ALICE, EVENTS, events).why
+    for each in events.data.events_by_task:
+        each.task_id = b"t" * 24
+    world.ok(ALICE, EVENTS, events)
+    many = pb.InternalKVMultiGetRequest(namespace=b"mine", keys=[b""] * 10_001)
+    assert "at most 10000" in world.no(ALICE, KV + "MultiGet", many).why
+    many = pb.InternalKVMultiGetRequest(namespace=b"mine", keys=[b"k" * 4000] * 300)
+    assert "at most 1048576" in world.no(ALICE, KV + "MultiGet", many).why
+    few = pb.InternalKVMultiGetRequest(namespace=b"mine", keys=[b"k"] * 10_000)
+    world.ok(ALICE, KV + "MultiGet", few)
+
+
+def test_honest_batch_of_events_is_let_through(world: World) -> None:
+    """Ray's largest: ten thousand, with what a task can have of each kind."""
+    events = pb.AddTaskEventDataRequest()
+    for _ in range(10_000):
+        each = events.data.events_by_task.add()
+        each.task_id, each.job_id = b"t" * 24, job_id(ALICES)
+        each.task_info.task_id, each.state_updates.node_id = b"t" * 24, NODE_ID
+        each.profile_events.component_id = b"x"
+    world.ok(ALICE, EVENTS, events)
+
+
+def test_request_that_is_refused_has_cost_its_bytes() -> None:
+    """Whatever is wrong with it; and before it is looked into."""
+    world = limited(write_burst_bytes=300_000, write_bytes_per_s=10_000)
+    events = pb.AddTaskEventDataRequest()
+    events.data.events_by_task.add().task_info.name = "x" * 200_000
+    assert "malformed" in world.no(ALICE, EVENTS, events).why
+    said = world.ask(ALICE, EVENTS, events)
+    assert said.retry
+    assert "refused calls" in said.why
+    world.now += 3
+    # What goes on is not charged for this too.
+    events.data.events_by_task[0].task_id = b"t" * 24
+    world.ok(ALICE, EVENTS, events)
+    left = [a.refused.left for a in world.access._accounts.values()]
+    assert 300_000 in left
 
 
 def test_stored_bytes_have_a_ceiling_that_deleting_frees() -> None:
@@ -1303,6 +1350,22 @@ def test_what_ended_is_forgotten_after_an_hour() -> None:
     again.replay(json.loads(json.dumps(world.journal)))
     for table in (*tables, "nodes", "submissions"):
         assert getattr(again, table) == getattr(info, table), table
+
+
+def test_one_identity_has_so_many_numbers_of_jobs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each is written down when it is given, whatever becomes of it."""
+    monkeypatch.setattr(access, "MOST_NUMBERS", 3)
+    world = World()
+    for number in (30, 31, 32):
+        world.ok(ALICE, JOB + "GetNextJobID", pb.GetNextJobIDRequest())
+        world.access.learn_job(ALICE, number)
+    said = world.no(ALICE, JOB + "GetNextJobID", pb.GetNextJobIDRequest())
+    assert "have not begun" in said.why
+    world.ok(BOB, JOB + "GetNextJobID", pb.GetNextJobIDRequest())
+    world.begin(ALICE, 30)
+    world.ok(ALICE, JOB + "GetNextJobID", pb.GetNextJobIDRequest())
 
 
 def test_number_that_is_given_anew_is_a_new_job(world: World) -> None:
