@@ -169,9 +169,10 @@ class Limits(_Model):
     roles: dict[Role, RoleLimit] = Field(default_factory=_default_limits)
     connections: int = Field(default=2048, ge=16)
     other_connections: int = Field(default=1024, ge=16)
-    streams_per_connection: int = Field(default=2048, ge=16)
+    streams_per_connection: int = Field(default=1024, ge=16)
     calls_open: int = Field(default=16384, ge=16)
-    held_calls: int = Field(default=3072, ge=16)
+    # Each may cost the GCS some 20 KB. More than one connection has.
+    held_calls: int = Field(default=1536, ge=16)
     request_bytes: int = Field(default=128 * MIB, ge=MIB)
     # More than the access service may take to answer.
     request_s: int = Field(default=60, ge=10)

@@ -47,6 +47,9 @@ LOOPBACK_MODULE = "raysandbox.node.loopback"
 SUPERVISOR = "raysandbox.cluster.supervisor"
 # Longer than agents take on a machine that is busy.
 AGENTS_S = 60
+SETTLE_S = 0.5
+# By the names of their processes; the first has no port where Ray is installed
+# without its dashboard.
 AGENTS = ("DashboardA", "RuntimeEnv")
 # Of what the helpers wrote, in an error.
 TAIL_BYTES = 1500
@@ -574,8 +577,8 @@ def _refuse_open(head: bool) -> None:
             raise ClusterError(
                 where="raysandbox start",
                 what="refused, and ended again what it had started: "
-                f"{', '.join(missing)} opened no port within {AGENTS_S} s, so what it "
-                "would leave open is not known",
+                f"after {AGENTS_S} s {', '.join(missing)} had yet to open its port, "
+                "so what it would leave open is not known",
                 remedy="Ray's logs in /tmp/ray/session_latest/logs say what became of "
                 "it; start again when the machine is less busy",
             )
@@ -590,10 +593,25 @@ def _refuse_open(head: bool) -> None:
 
 
 def _silent_agents(roots: Sequence[int]) -> list[str]:
-    """Return which of raylet's agents have opened no port yet."""
-    family = surfaces.processes_of(roots)
-    heard = " ".join(item.command for item in surfaces.listeners_of(family))
-    return [name for name in AGENTS if name not in heard]
+    """Return which of raylet's agents have opened no port yet.
+
+    One that has opened its first may be about to open another, so the last to be
+    heard of is given a moment.
+    """
+    minimal = any("--minimal" in str(process.args) for _, process in seams.started())
+    wanted = AGENTS[minimal:]
+    heard = _heard(roots)
+    silent = [name for name in wanted if not any(name in who for who in heard)]
+    if not silent:
+        time.sleep(SETTLE_S)
+        silent = ["an agent"] if _heard(roots) != heard else []
+    return silent
+
+
+def _heard(roots: Sequence[int]) -> set[str]:
+    """Return where the agents listen among some processes and what they started."""
+    found = surfaces.listeners_of(surfaces.processes_of(roots))
+    return {str(item) for item in found if any(name in item.command for name in AGENTS)}
 
 
 def _block(cluster: ClusterDir) -> None:

@@ -25,6 +25,7 @@ import functools
 import http.client
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -89,6 +90,13 @@ REGISTER = "/ray.rpc.NodeInfoGcsService/RegisterNode"
 
 def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _as_guard() -> None:
+    """Before the guard's program is run: each connection is a file of its."""
+    _die_with_parent()
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _say(text: str) -> None:
@@ -897,7 +905,7 @@ class HeadWorker(NodeWorker):
             "--drain-time-s", "2", "--drain-strategy", "immediate",
             "--log-level", "warning", "--log-path", str(log),
             stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL,
-            stderr=asyncio.subprocess.DEVNULL, preexec_fn=_die_with_parent,
+            stderr=asyncio.subprocess.DEVNULL, preexec_fn=_as_guard,
         )  # fmt: skip
 
     async def _until_listening(self) -> None:

@@ -128,29 +128,30 @@ def whole() -> Iterator[DiskGuard]:
         made.close()
 
 
-PUT = {
-    "method": "/ray.rpc.InternalKVGcsService/InternalKVPut",
-    "kind": "InternalKVPutRequest",
-}
+def _worker_id(number: int) -> bytes:
+    return number.to_bytes(28, "big")
 
 
-def _put(number: int) -> dict[str, Any]:
-    """A call that its owner is to be remembered of."""
-    name = [base64.b64encode(text.encode()).decode() for text in ("k", f"n{number}")]
-    fields = {"key": name[0], "namespace": name[1], "value": "dg==", "overwrite": True}
-    return {**PUT, "fields": fields}
+def _add_worker(number: int) -> dict[str, Any]:
+    """A call that its caller is to be remembered of."""
+    worker_id = base64.b64encode(_worker_id(number)).decode()
+    return {
+        "method": "/ray.rpc.WorkerInfoGcsService/AddWorkerInfo",
+        "kind": "AddWorkerInfoRequest",
+        "fields": {"workerData": {"workerAddress": {"workerId": worker_id}}},
+    }
 
 
 @pytest.mark.parametrize("policy", ["closed", "open"])
 def test_full_disk_of_everything_ends_nothing(whole: DiskGuard, policy: str) -> None:
     """Guard and helpers go on, by policy, also where their own files have no room.
 
-    Closed, the dashboard's front refuses as well. Open, also what its owner is to
-    be remembered of passes, and is remembered once there is room.
+    Closed, the dashboard's front refuses as well. Open, also what its caller is
+    to be remembered of passes, and is remembered once there is room.
     """
     whole.start_as(policy, dashboard_tls_port=8443)
     assert whole.passes()
-    assert whole.passes(**_put(0))
+    assert whole.passes(**_add_worker(1))
     assert whole.dashboard() == 200
     before = whole.pids()
     assert len(before) == 3, before
@@ -163,8 +164,8 @@ def test_full_disk_of_everything_ends_nothing(whole: DiskGuard, policy: str) -> 
         assert whole.dashboard() == 503
     else:
         # More than what is left of the file's last page.
-        for number in range(1, 81):
-            assert whole.passes(**_put(number))
+        for number in range(2, 82):
+            assert whole.passes(**_add_worker(number))
         assert whole.dashboard() == 200
     wait_for("another try", lambda: len(list(stock.glob("*"))) == 15)
     time.sleep(2)
@@ -182,7 +183,7 @@ def test_full_disk_of_everything_ends_nothing(whole: DiskGuard, policy: str) -> 
     assert json.loads(whole.audit("verify", "--json"))["ok"]
     facts = whole.there / "state" / "facts.jsonl"
     if policy == "open":
-        wait_for("the owners", lambda: b"n80".hex() in facts.read_text())
+        wait_for("the owners", lambda: _worker_id(81).hex() in facts.read_text())
         told = whole.audit("--json", "--what", "facts_not_written")
         assert json.loads(told.splitlines()[0])["alert"]
     assert "Traceback" not in whole.said()

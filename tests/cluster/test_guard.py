@@ -173,12 +173,10 @@ def test_flood_of_forbidden_calls_has_a_limit(guard: SmallGuard) -> None:
 
 
 KV_PUT = "/ray.rpc.InternalKVGcsService/InternalKVPut"
-CONSTRAINT = (
-    "/ray.rpc.autoscaler.AutoscalerStateService/RequestClusterResourceConstraint"
-)
+JOBS = "/ray.rpc.JobInfoGcsService/GetAllJobInfo"
 
 
-@pytest.mark.parametrize(("path", "mebibytes"), [(KV_PUT, 20), (CONSTRAINT, 6)])
+@pytest.mark.parametrize(("path", "mebibytes"), [(KV_PUT, 20), (JOBS, 6)])
 def test_request_that_is_too_large_is_not_kept(
     guard: SmallGuard, path: str, mebibytes: int
 ) -> None:

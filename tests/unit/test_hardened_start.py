@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from raysandbox.cluster import guard
+from raysandbox.cluster import guard, start
 from raysandbox.cluster.errors import ClusterError
 from raysandbox.cluster.settings import ClusterDir, Inventory, Settings, validate
 from raysandbox.cluster.start import _running, preflight, write_wrapper
@@ -166,3 +166,56 @@ def test_worker_starts_in_a_directory_with_a_space(
     path = out.stdout.removesuffix(" a b\n")
     assert path.startswith(f"{cluster.run}/workers-used/")
     assert os.path.exists(path)
+
+
+AGENT = (
+    "import ctypes, socket, sys, time\n"
+    "ctypes.CDLL(None).prctl(15, sys.argv[1].encode())\n"
+    "if 'listen' in sys.argv:\n"
+    "    listener = socket.create_server(('127.0.0.1', 0))\n"
+    "print('up', flush=True); time.sleep(60)\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("dashboard", "runtime_env", "silent"),
+    [
+        (["listen"], ["listen"], ""),
+        (["listen"], [], "RuntimeEnv"),
+        ([], ["listen"], "DashboardA"),
+        (["--minimal"], ["listen"], ""),
+    ],
+)
+def test_agent_that_opens_no_port_refuses_the_start(
+    monkeypatch: pytest.MonkeyPatch,
+    dashboard: list[str],
+    runtime_env: list[str],
+    silent: str,
+) -> None:
+    """What it will leave open is not known, so nobody goes on without it.
+
+    Where Ray has no dashboard, that agent has no port to wait for.
+    """
+    started: list[tuple[str, subprocess.Popen[bytes]]] = []
+    for name, more in (
+        ("ray::DashboardA", dashboard),
+        ("ray::RuntimeEnv", runtime_env),
+    ):
+        process = subprocess.Popen(
+            [sys.executable, "-c", AGENT, name, *more], stdout=subprocess.PIPE
+        )
+        assert process.stdout is not None
+        process.stdout.readline()
+        started.append(("raylet", process))
+    monkeypatch.setattr(start.seams, "started", lambda: started)
+    monkeypatch.setattr(start, "AGENTS_S", 1)
+    try:
+        if silent:
+            with pytest.raises(ClusterError, match=f"{silent}.* had yet to open"):
+                start._refuse_open(head=False)
+        else:
+            start._refuse_open(head=False)
+    finally:
+        for _, process in started:
+            process.kill()
+            process.communicate()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -226,6 +227,26 @@ def test_observed_node_at_another_address_is_an_alert(head: HeadWorker) -> None:
         ("node/unlisted/raylet", "10.0.0.2:55"),
     ):  # fmt: skip
         assert alerts(who, source) == 0, who
+
+
+def test_guard_may_open_as_many_files_as_the_host_lets_it(
+    head: HeadWorker, tmp_path: Path
+) -> None:
+    """A shell's usual 1024 would be fewer than the connections that are allowed."""
+    program, said = tmp_path / "envoy", tmp_path / "said"
+    program.write_text(f"#!/bin/sh\nulimit -Sn > {said}; ulimit -Hn >> {said}\n")
+    program.chmod(0o700)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    async def run() -> None:
+        await (await head._execute(program, tmp_path / "log")).wait()
+
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 512), hard))
+    try:
+        asyncio.run(run())
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert said.read_text().split() == [str(hard)] * 2
 
 
 @pytest.mark.parametrize("admission", ["enforce", "observe"])
