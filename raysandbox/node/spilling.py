@@ -27,7 +27,15 @@ import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-__all__ = ["VARIABLE", "Registry", "directory", "main", "recording", "which_spilled"]
+__all__ = [
+    "VARIABLE",
+    "Registry",
+    "directory",
+    "fused",
+    "main",
+    "recording",
+    "which_spilled",
+]
 
 #: Variable with the directory, for the worker that writes.
 VARIABLE = "RAYSANDBOX_SPILLED"
@@ -131,7 +139,7 @@ class Registry:
         return os.path.join(self._path, name)
 
 
-def _fused(ids: Sequence[bytes]) -> Iterator[list[int]]:
+def fused(ids: Sequence[bytes]) -> Iterator[list[int]]:
     """Return which of these objects go into one file, by their places."""
     of_job: dict[bytes, list[int]] = {}
     for index, each in enumerate(ids):
@@ -158,7 +166,7 @@ def recording(storage: type[Any], registry: Registry) -> type[Any]:
         ) -> list[bytes]:
             urls: dict[int, bytes] = {}
             try:
-                for some in _fused([ref.binary() for ref in object_refs]):
+                for some in fused([ref.binary() for ref in object_refs]):
                     made = self._spill(
                         [object_refs[index] for index in some],
                         [owner_addresses[index] for index in some],

@@ -197,14 +197,9 @@ print(json.dumps([job, [each["objects"] for each in counts]]))
 TOUCH = """
 def touch(path):
     found = []
-    for name in ("0" * 56, "ff" * 28):
+    for function, *arguments in ((os.symlink, "x", path + "/x"), (os.listdir, path)):
         try:
-            os.symlink("mine", os.path.join(path, name))
-        except OSError as error:
-            found.append(error.errno)
-    for function in (os.listdir, os.rmdir):
-        try:
-            function(path)
+            function(*arguments)
         except OSError as error:
             found.append(error.errno)
     return found
@@ -218,7 +213,7 @@ def test_what_is_spilled_is_written_down_by_nobody_else(node):
     """Code in a worker can't add to it, and can't list it; what spills can."""
     path = spilling.directory(str(node.session))
     found = drive(node, "trusted", TOUCH.replace("PATH", repr(path)))
-    assert found == [errno.EROFS, errno.EROFS, errno.EACCES, errno.EBUSY]
+    assert found == [errno.EROFS, errno.EACCES]
 
 
 def test_what_an_ordinary_users_node_spills_counts(ordinary):
