@@ -183,7 +183,7 @@ main(int argc, char **argv)
             type = (int64_t)draw(24) - 2;
         uint8_t *exact = malloc(size + (size == 0));
         memcpy(exact, body, size);
-        client->waited_ms = draw(2) * GRACE_MS;
+        client->waited_ms = draw(2) * GRACE_SPILLED_MS;
         total++;
         int ended = 0;
         if (from->reply)

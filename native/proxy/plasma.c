@@ -167,8 +167,10 @@ create(struct client *client, const struct flat *table)
         if (memcmp(id + JOB_AT, worker->job->id, JOB_SIZE) != 0)
             return end(client, "create: an object of another job");
         if (!quota_fits(worker, size)) {
+            uint64_t grace =
+                worker->job->has_spilled ? GRACE_SPILLED_MS : GRACE_MS;
             if (size <= worker->job_limits.bytes &&
-                size <= worker->limits.bytes && client->waited_ms < GRACE_MS)
+                size <= worker->limits.bytes && client->waited_ms < grace)
                 return PARK;
             worker->job->refused++;
             worker->refused++;
@@ -358,7 +360,7 @@ created(struct client *client, const struct flat *table)
     return 0;
 }
 
-/* A sealed object is its job's until a sweep finds that the store let it go. */
+/* A sealed object is its job's until a sweep finds that it is gone. */
 static int
 sealed(struct client *client, const struct flat *table)
 {

@@ -18,11 +18,12 @@
  *
  * Objects leave the store without a message here.  When a job is at its quota
  * a sweep asks the store, over a connection of its own, which of the job's
- * objects it still has; the creation waits for that, or is refused after a
- * grace time with the store's own "full" answer.
+ * objects it still has, and looks for the others among those that were spilled
+ * (spilling.py), which count as well; the creation waits for that, or is refused
+ * after a grace time with the store's own "full" answer.
  *
  *   raysandbox-store-proxy --plasma=SOCKET --raylet=SOCKET --directory=DIR
- *       [--job-bytes=N] [--job-objects=N] [--worker-bytes=N]
+ *       [--spilled=DIR] [--job-bytes=N] [--job-objects=N] [--worker-bytes=N]
  *       [--worker-objects=N] [--parent=PID] [--bind-first-use] [--profilers]
  *       [--ready-fd=N]
  *
@@ -107,10 +108,11 @@ struct link {
 
 static struct {
     const char *plasma, *raylet, *directory;
+    int spilled; /* directory with a link for each object in a file; -1: none */
     pid_t parent;
     int ready_fd;
     int profilers; /* what raylet starts may start one worker instead */
-} options = {.ready_fd = -1};
+} options = {.spilled = -1, .ready_fd = -1};
 
 static int epoll_fd;
 static struct link *links;
@@ -121,6 +123,7 @@ static struct {
     uint8_t *ids;
     size_t count, sent, answered;
     uint64_t began_ms;
+    int found_spilled;
     struct buffer to, from;
 } sweep;
 
@@ -1102,6 +1105,25 @@ ask_store(void)
                     EPOLLIN | (filled(&sweep.to) > 0 ? EPOLLOUT : 0));
 }
 
+/* Whether an object that is not in the store is in a file.  It is written down
+ * before it leaves the store, and the store was asked before. */
+static int
+is_spilled(const uint8_t *id)
+{
+    static const char digits[] = "0123456789abcdef";
+    char name[2 * ID_SIZE + 1] = {0};
+    struct stat link;
+
+    if (options.spilled < 0)
+        return 0;
+    for (int i = 0; i < ID_SIZE; i++) {
+        name[2 * i] = digits[id[i] >> 4];
+        name[2 * i + 1] = digits[id[i] & 15];
+    }
+    return fstatat(options.spilled, name, &link, AT_SYMLINK_NOFOLLOW) == 0 ||
+           errno != ENOENT;
+}
+
 /* Ask again for what waited, now that its job's count is fresh. */
 static void
 sweep_done(void)
@@ -1109,6 +1131,7 @@ sweep_done(void)
     struct job *job = sweep.job;
 
     job->sweeping = 0;
+    job->has_spilled = sweep.found_spilled;
     job->swept_ms = now_ms();
     job->sweep_took_ms = job->swept_ms - sweep.began_ms;
     free(sweep.ids);
@@ -1136,6 +1159,7 @@ sweep_begin(struct job *job)
     if (sweep.ids == NULL)
         die("sweep");
     sweep.count = sweep.sent = sweep.answered = 0;
+    sweep.found_spilled = 0;
     while ((object = objects_next(&job->stored, &cursor)) != NULL)
         memcpy(sweep.ids + ID_SIZE * sweep.count++, object->id, ID_SIZE);
     sweep.job = job;
@@ -1167,7 +1191,9 @@ on_sweep(uint32_t events)
         if (has < 0)
             die("an answer of another form");
         struct object *object = objects_find(&sweep.job->stored, id);
-        if (!has && object != NULL) {
+        if (!has && object != NULL && is_spilled(id))
+            sweep.found_spilled = 1;
+        else if (!has && object != NULL) {
             quota_give_back(sweep.job, object->worker, object->size);
             objects_remove(&sweep.job->stored, object);
         }
@@ -1275,6 +1301,11 @@ parse_arguments(char **argv)
             options.raylet = value;
         else if (strncmp(*at, "--directory=", 12) == 0)
             options.directory = value;
+        else if (strncmp(*at, "--spilled=", 10) == 0) {
+            options.spilled = open(value, O_PATH | O_DIRECTORY | O_CLOEXEC);
+            if (options.spilled < 0)
+                die(*at);
+        }
         else if (strncmp(*at, "--parent=", 9) == 0)
             options.parent = (pid_t)(number(value, *at) & INT32_MAX);
         else if (strncmp(*at, "--ready-fd=", 11) == 0)

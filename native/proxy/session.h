@@ -3,7 +3,8 @@
  * A worker is a process that raylet started, known by the pid that the kernel
  * gave for its connection.  It belongs to one job, named once, before any code
  * of a user runs in it (see bind_worker in proxy.c).  A job's count is of the sealed and
- * unsealed objects that its workers made and that are still in the store.
+ * unsealed objects that its workers made and that are still in the store, or in
+ * the files that raylet spills them to.
  */
 #ifndef RAYSANDBOX_SESSION_H
 #define RAYSANDBOX_SESSION_H
@@ -21,6 +22,7 @@ enum {
     WARM_UP_SIZE = 64,          /* bytes of a worker's own first object */
     MOST_ANSWER = 256,          /* bytes of an answer that the proxy makes */
     GRACE_MS = 2000,            /* that a creation over quota waits for room */
+    GRACE_SPILLED_MS = 5000,    /* where what is freed is in files */
 };
 
 extern const uint64_t RAY_COOKIE;
@@ -44,6 +46,7 @@ struct job {
     int workers;
     int parked;   /* connections that wait for a sweep */
     int sweeping; /* one is under way */
+    int has_spilled; /* its last sweep found objects in files */
 };
 
 enum worker_kind { KIND_UNKNOWN, KIND_WORKER, KIND_IO, KIND_DRIVER };

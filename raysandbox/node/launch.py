@@ -30,6 +30,7 @@ from raysandbox.node import (
     job_agent,
     no_client,
     seams,
+    spilling,
     store_proxy,
     totals,
     wall,
@@ -100,8 +101,9 @@ class Launcher:
         wrapper = self.wrapper or f"{session.directory}/{_DIRECTORY}/worker"
         # What is below it is for the launcher to show to workers, one by one.
         os.makedirs(f"{session.directory}/{_DIRECTORY}", mode=0o700, exist_ok=True)
-        sockets = self._store_proxy(node, session)
         shared = _quota_directory(session)
+        spilled = _spilled_directory(session)
+        sockets = self._store_proxy(node, session, spilled)
         wanted = wall.Wall(
             node=node,
             bind_ports=self._bind_ports(process),
@@ -110,6 +112,7 @@ class Launcher:
             replace=sockets.mounts() if sockets else {},
             sockets={store_proxy.BIND: sockets.bind_socket} if sockets else {},
             shared={shared: shared},
+            spilled=spilled,
             interpreters=interpreters.look(node.policy),
         )
         around = session, probe(), groups, launch.program_path("worker")
@@ -163,7 +166,7 @@ class Launcher:
         log.close()
 
     def _store_proxy(
-        self, node: policies.Node, session: wall.Session
+        self, node: policies.Node, session: wall.Session, spilled: str
     ) -> store_proxy.StoreProxy | None:
         """Put the proxy in front of Ray's sockets; None where Ray is too old.
 
@@ -181,6 +184,7 @@ class Launcher:
             plasma_store=session.plasma_socket,
             raylet=session.raylet_socket,
             directory=f"{session.directory}/{_DIRECTORY}/sockets",
+            spilled=spilled,
             limits=store_proxy.Limits(
                 job_bytes=of_node.max_job_bytes,
                 job_objects=of_node.max_job_objects,
@@ -344,6 +348,15 @@ def _quota_directory(session: wall.Session) -> str:
     os.makedirs(path, mode=0o700, exist_ok=True)
     if os.geteuid() == 0:
         os.chmod(path, 0o777)  # the directory above it is root's alone
+    return path
+
+
+def _spilled_directory(session: wall.Session) -> str:
+    """Make the directory of what was spilled: workers ask in it, by name."""
+    path = spilling.directory(session.directory)
+    os.makedirs(path, mode=0o711, exist_ok=True)
+    if os.geteuid() == 0:
+        os.chmod(path, 0o711)  # whatever the umask; spill workers will own it
     return path
 
 

@@ -2,8 +2,8 @@
 
 Run by ``raysandbox-worker`` in place of Ray's ``setup_worker.py``::
 
-    python -I -S prelude.py LAUNCHER RESOURCES NODE_ID INTERPRETERS WRAPPER
-        [setup_worker.py] …
+    python -I -S prelude.py LAUNCHER RESOURCES NODE_ID INTERPRETERS SPILLED
+        WRAPPER [setup_worker.py] …
 
 It has the rights of raylet and what it reads was written by a client, or by an
 agent that a client told what to write. So it takes from it only directories
@@ -71,16 +71,16 @@ class _Plan:
         # Also without a value: so it was taken out of the environment.
         self.add(_ENV, _text(f"{name}={value}"))
 
-    def interpret_with(self, python: str) -> str:
-        """Start Ray's worker script with another interpreter; return the script."""
+    def start(self, *, python: str = "", script: str = "") -> str:
+        """Start another interpreter or script; return the script as it was."""
         ((at, old),) = [
             (at, payload)
             for at, (kind, payload) in enumerate(self.records)
             if kind == _PROGRAM
         ]
-        script = os.fsdecode(old.split(b"\0")[1])
-        self.records[at] = (_PROGRAM, _text(python, script))
-        return script
+        before = [os.fsdecode(each) for each in old.split(b"\0")]
+        self.records[at] = (_PROGRAM, _text(python or before[0], script or before[1]))
+        return before[1]
 
     def encode(self) -> bytes:
         body = b"".join(
@@ -159,18 +159,31 @@ def _spill_directories(config: str, node_id: str) -> list[str]:
     return made
 
 
-def _for_spilling(plan: _Plan, arguments: list[str], node_id: str) -> None:
-    """Workers that spill share their files: one id of the node's for all."""
+def _for_spilling(
+    plan: _Plan, arguments: list[str], node_id: str, spilled: str
+) -> None:
+    """Workers that spill share their files: one id of the node's for all.
+
+    Args:
+        plan: The one that serves every worker.
+        arguments: The worker's.
+        node_id: The node's.
+        spilled: Where they write down what they have spilled, see `spilling`.
+    """
     index = next(i for i, (kind, _) in enumerate(plan.records) if kind == _USER)
     first, count = struct.unpack_from("<II", plan.records[index][1])
     user = first - 1 if count > 1 else first
     plan.records[index] = (_USER, struct.pack("<II", user, 1) + b"\0")
     config = _option(arguments, "--object-spilling-config")
-    for directory in _spill_directories(config, node_id):
+    for directory in [spilled, *_spill_directories(config, node_id)]:
         if os.geteuid() == 0:
             os.chown(directory, user, user)
         plan.bind(directory, read_only=False)
     plan.unset("__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR")
+    plan.set("RAYSANDBOX_SPILLED", spilled)
+    ours = os.path.join(os.path.dirname(os.path.abspath(__file__)), "spilling.py")
+    script = plan.start(script=ours)
+    arguments[:] = [ours if a == script else a for a in arguments]
 
 
 def _interpret(
@@ -185,7 +198,7 @@ def _interpret(
         arguments: The worker's; an image has Ray's script in a place of its own.
     """
     (python,) = choice["python"]
-    script = plan.interpret_with(python)
+    script = plan.start(python=python)
     for number, inside in zip(choice["image"], choice["script"]):
         with open(f"{wrapper}.image-{number}.plan", "rb") as file:
             plan = _Plan(file.read())
@@ -206,7 +219,7 @@ def _option(arguments: list[str], name: str) -> str:
 
 def main(argv: list[str]) -> None:
     """Read, add, and become the launcher again."""
-    launcher, resources, node_id, interpreters, wrapper, *arguments = argv
+    launcher, resources, node_id, interpreters, spilled, wrapper, *arguments = argv
     resources = os.path.realpath(resources)
     with open(wrapper + ".plan", "rb") as file:
         plan = _Plan(file.read())
@@ -221,7 +234,7 @@ def main(argv: list[str]) -> None:
         )
     ]
     if _option(arguments, "--worker-type"):
-        _for_spilling(plan, arguments, node_id)
+        _for_spilling(plan, arguments, node_id, spilled)
     elif context:
         chosen = json.loads(context)
         directories, working = user_directories(chosen, resources)

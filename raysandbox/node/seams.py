@@ -38,10 +38,10 @@ __all__ = [
 #: "" is none: a node started there and its tasks ran in jails. To try one (again):
 #: ``python -m tests.node.versions 2.55.0``.
 VERSIONS: Mapping[str, str] = {
-    "2.50": "default_worker.py: --worker-id",
-    "2.51": "default_worker.py: --worker-id",
-    "2.52": "default_worker.py: --worker-id",
-    "2.53": "default_worker.py: --worker-id",
+    "2.50": "workers/default_worker.py: --worker-id",
+    "2.51": "workers/default_worker.py: --worker-id",
+    "2.52": "workers/default_worker.py: --worker-id",
+    "2.53": "workers/default_worker.py: --worker-id",
     "2.54": "",
     "2.55": "",
     "2.56": "",
@@ -74,15 +74,26 @@ _RAYLET_ARGUMENTS = (
     "--node_manager_port",
     "--node_id",
 )
-# Named by raylet: a worker's log files are made before it starts.
-_WORKER_ARGUMENTS = ("--worker-id", "--object-spilling-config")
-# Where the policy is asked before an environment is made; see `env_agent`.
-_AGENT: Mapping[str, tuple[str, ...]] = {
-    "main.py": (
+_SOURCES: Mapping[str, tuple[str, ...]] = {
+    # Named by raylet: a worker's log files are made before it starts.
+    "workers/default_worker.py": (
+        "--worker-id",
+        "--object-spilling-config",
+        "external_storage.setup_external_storage(",
+    ),
+    # Where what is spilled is written down; see `spilling`.
+    "external_storage.py": (
+        "class FileSystemStorage(ExternalStorage)",
+        "def spill_objects(self, object_refs, owner_addresses)",
+        "def delete_spilled_objects(self, urls: List[str])",
+        "_external_storage = FileSystemStorage(",
+    ),
+    # Where the policy is asked before an environment is made; see `env_agent`.
+    "runtime_env/agent/main.py": (
         "from runtime_env_agent import RuntimeEnvAgent",
         "await agent.GetOrCreateRuntimeEnv(request)",
     ),
-    "runtime_env_agent.py": (
+    "runtime_env/agent/runtime_env_agent.py": (
         "class RuntimeEnvAgent",
         "async def GetOrCreateRuntimeEnv(self, request)",
     ),
@@ -228,17 +239,12 @@ def missing(*, gcs: bool = False) -> str:
     for name in _PROCESSES:
         if not hasattr(ray_constants, f"PROCESS_TYPE_{name}"):
             return f"ray_constants.PROCESS_TYPE_{name}"
-    worker = Path(services.RAY_PATH) / "_private" / "workers" / "default_worker.py"
-    source = worker.read_text() if worker.exists() else ""
-    for name in _WORKER_ARGUMENTS:
-        if name not in source:
-            return f"default_worker.py: {name}"
-    agent = Path(services.RAY_PATH) / "_private" / "runtime_env" / "agent"
-    for script, words in _AGENT.items():
-        source = (agent / script).read_text() if (agent / script).exists() else ""
+    private = Path(services.RAY_PATH) / "_private"
+    for script, words in _SOURCES.items():
+        source = (private / script).read_text() if (private / script).exists() else ""
         for name in words:
             if name not in source:
-                return f"runtime_env/agent/{script}: {name}"
+                return f"{script}: {name}"
     functions: dict[str, tuple[str, ...]] = {"start_raylet": _RAYLET_ARGUMENTS}
     if gcs:
         functions["start_gcs_server"] = _GCS_ARGUMENTS

@@ -198,6 +198,7 @@ def start(
     raylet: str,
     directory: str,
     limits: Limits,
+    spilled: str | None = None,
     events: str | None = None,
     bind_first_use: bool = False,
     profilers: bool = False,
@@ -212,6 +213,8 @@ def start(
         raylet: Path of raylet's socket.
         directory: Where the proxy's own sockets go; made if it is not there.
         limits: For each job and worker; a worker's `bind` can only lower them.
+        spilled: Directory that says which objects are in files (see `spilling`):
+            these still count. None: what the store has in memory counts alone.
         events: File that refusals and ended connections are appended to, one
             JSON object a line; it is cut at 16 MiB; None: nowhere.
         bind_first_use: A worker that never called `bind` belongs to the job of
@@ -239,6 +242,7 @@ def start(
         f"--raylet={raylet}",
         f"--directory={directory}",
         f"--ready-fd={ready_inside}",
+        *([f"--spilled={spilled}"] if spilled is not None else []),
         *(["--bind-first-use"] if bind_first_use else []),
         *(["--profilers"] if profilers else []),
     ]

@@ -121,6 +121,8 @@ class Wall:
         replace: Path that the worker sees to path on the host.
         sockets: The same, for sockets besides Ray's two.
         shared: The same, for directories that all workers write to.
+        spilled: Directory that says what was spilled: workers read it, and those
+            that spill write it.
         interpreters: Those that a runtime_env may name besides the node's own.
         raylet_ports: Raylet's arguments about ports, for profiles with
             ``boundary = "worker"``: the worker can't see raylet's command.
@@ -132,6 +134,7 @@ class Wall:
     replace: Mapping[str, str] = field(default_factory=dict)
     sockets: Mapping[str, str] = field(default_factory=dict)
     shared: Mapping[str, str] = field(default_factory=dict)
+    spilled: str = ""
     raylet_ports: Mapping[str, str] = field(default_factory=dict)
     interpreters: Sequence[Found] = ()
 
@@ -304,6 +307,7 @@ class _WorkerBuilder(plan.Builder):
             *wall.replace,
             *wall.sockets,
             *wall.shared,
+            *filter(None, [wall.spilled]),
         ]
 
     def _event_directory(self) -> str:
@@ -421,6 +425,8 @@ class _WorkerBuilder(plan.Builder):
             )
         for target, source in self.wall.shared.items():
             self.add(plan.Record.BIND, plan.u32(0) + plan.text(source, target))
+        if spilled := self.wall.spilled:
+            self.add(plan.Record.BIND, plan.u32(1) + plan.text(spilled, spilled))
         self.add(plan.Record.DIR, plan.u32(0o755) + plan.text(session.resource_dir))
         self.add(plan.Record.DIR, plan.u32(0o755) + plan.text(f"{session.log_dir}/old"))
         for stream, name in (
@@ -635,6 +641,7 @@ class _WorkerBuilder(plan.Builder):
             session.resource_dir,
             session.node_id,
             json.dumps(self._choices()),
+            self.wall.spilled,
         ):
             self.add(plan.Record.PRELUDE, plan.text(argument))
 

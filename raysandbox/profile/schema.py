@@ -607,7 +607,7 @@ class ObjectStore(_Section):
         OptionalSize,
         Field(
             alias="max_job",
-            description="Puts and results of a whole job that a node's store has.",
+            description="All puts and results of a job that a node has, spilled too.",
         ),
     ] = 4 << 30
     max_job_objects: Annotated[

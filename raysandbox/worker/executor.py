@@ -34,7 +34,7 @@ from raysandbox.errors import (
 from raysandbox.jail import runner
 from raysandbox.jail.runner import Op
 from raysandbox.kernel import cgroup
-from raysandbox.node import store_proxy
+from raysandbox.node import spilling, store_proxy
 from raysandbox.observe import state
 from raysandbox.sealed import SealedError
 from raysandbox.worker import entrypoint, hints, inside, quota, seams, store
@@ -162,7 +162,9 @@ class JailExecutor(seams.Executor):
         self._limits_of: dict[str, _Quotas] = {}
         self._quotas = quota.Quotas(
             quota.directory(seams.session_dir()),
-            lambda ids: store.which_stored(seams.store_socket(), ids),
+            lambda ids: store.which_kept(
+                seams.store_socket(), spilling.directory(seams.session_dir()), ids
+            ),
             lambda: seams.live_jobs(self._worker.gcs_client),
         )
 

@@ -3,9 +3,10 @@
 One small file for each job, shared by all workers of the node that serve it:
 trusted processes, which alone see it (it is not in a jail's view). What counts is
 
-*stored*: results and puts, from the moment they are handed to Ray until the store
-has let go of them. Nobody tells a worker when that is, so at the quota it asks the
-store which of the job's objects it still has, and what is gone no longer counts.
+*stored*: results and puts, from the moment they are handed to Ray until the node
+has let go of them: what raylet spilled from the store to files still counts. Nobody
+tells a worker when that is, so at the quota it asks which of the job's objects the
+node still has, and what is gone no longer counts.
 Small results, which Ray sends to their owner instead of storing them, do not count.
 
 *arguments*: of the tasks that run now. Each worker has a slot for its own task's;
@@ -63,8 +64,9 @@ _GROW = 64 << 10
 _FLOCK = struct.Struct("hhxxxxqqixxxx")
 _F_OFD_GETLK, _F_OFD_SETLK = 36, 37
 _LOCKS_AT = 1 << 40  # past the file's end, where only locks are
-# The store frees an object up to a second after its owner let go of it.
-_GRACE_S = 3.0
+# The store frees an object up to a second after its owner let go of it; then raylet
+# has a worker remove what was spilled.
+_GRACE_S = 5.0
 _RECOUNT_S = 0.25
 # A result that was just counted may not be in the store yet.
 _YOUNG_S, _COPY_BYTES_PER_S = 1.0, 200e6
@@ -95,7 +97,7 @@ class Limits:
     """What a job may hold on this node; None is no limit.
 
     Attributes:
-        stored_bytes: Results and puts that the store has.
+        stored_bytes: Results and puts that the node has, in memory or in files.
         stored_objects: How many.
         argument_bytes: Arguments of all its tasks that run.
         argument_objects: How many.
@@ -252,7 +254,7 @@ class JobFile:
     ) -> Refusal | None:
         """Count objects that are about to be stored, as (id, bytes).
 
-        Waits up to three seconds for the store to let go of others.
+        Waits up to five seconds for the node to let go of others.
         """
         until = time.monotonic() + _GRACE_S
         size = sum(each for _, each in objects)
@@ -420,7 +422,7 @@ class Quotas:
 
     Args:
         directory: Where the files are; made for its owner alone.
-        which_stored: Which objects the node's store has, of those asked for by id.
+        which_stored: Which objects the node has, of those asked for by id.
         live_jobs: Which jobs run, as hex; asked when a new job's file is made, to
             remove those of jobs that have ended.
 

@@ -1,4 +1,4 @@
-"""Asks the node's object store which objects it has in memory.
+"""Asks the node which objects it has: its object store, in memory, and in files.
 
 Ray's worker has no call for that which looks beyond its own references. The
 question is one message of the store's local protocol (Ray 2.60: a header of
@@ -12,8 +12,9 @@ import struct
 from collections.abc import Sequence
 
 from raysandbox.errors import InternalError
+from raysandbox.node import spilling
 
-__all__ = ["StoreError", "which_stored"]
+__all__ = ["StoreError", "which_kept", "which_stored"]
 
 _HEADER = struct.Struct("<QqQ")
 _COOKIE = 0x5241590000000000
@@ -28,6 +29,22 @@ _MOST_REPLY = 4096
 
 class StoreError(InternalError):
     """The store did not answer, or not in a form that is known."""
+
+
+def which_kept(path: str, spilled: str, ids: Sequence[bytes]) -> set[bytes]:
+    """Return those of `ids` that the node has, in memory or in a file.
+
+    Args:
+        path: The store's socket.
+        spilled: Directory that says what is in files, see `spilling`.
+        ids: Of objects.
+
+    Raises:
+        StoreError: The store can't be asked.
+    """
+    stored = which_stored(path, ids)
+    rest = (each for each in ids if each not in stored)
+    return stored | spilling.which_spilled(spilled, rest)
 
 
 def which_stored(path: str, ids: Sequence[bytes]) -> set[bytes]:
