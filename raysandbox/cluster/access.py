@@ -1084,6 +1084,9 @@ class Access:
         if owner is None:
             raise _RefusedError(f"job {job} was not given to anybody", alert=True)
         self._own_node(call, data.driver_address.node_id.hex())
+        # The GCS asks each job's driver when somebody asks for all jobs, and aborts.
+        if not data.driver_address.worker_id:
+            raise _RefusedError("malformed request: a job without a driver", alert=True)
         if self.job_node.get(job, call.who) != call.who:
             raise _RefusedError(f"job {job} was added by {self.job_node[job]}")
         namespace = data.config.ray_namespace

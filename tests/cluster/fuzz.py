@@ -63,6 +63,7 @@ class Gcs:
         )
         ask = pb.AddJobRequest()
         ask.data.job_id = JOB
+        ask.data.driver_address.worker_id = b"w" * 28
         self.call("/ray.rpc.JobInfoGcsService/AddJob", ask.SerializeToString(), 10)
         self.access = Access(
             Settings(name="lab", head_address="127.0.0.1"), Inventory(), Grants()

@@ -100,6 +100,7 @@ class World:
         message = pb.AddJobRequest()
         message.data.job_id = job_id(number)
         message.data.driver_address.node_id = NODE_ID
+        message.data.driver_address.worker_id = b"\x33" * 28
         message.data.config.ray_namespace = f"ns{number}"
         self.ok(N1, JOB + "AddJob", message, request_id=f"add{number}")
         self.access.learn_added(f"add{number}")
@@ -551,6 +552,7 @@ def test_namespace_that_another_was_granted_is_not_taken_first(world: World) -> 
     message = pb.AddJobRequest()
     message.data.job_id = job_id(3)
     message.data.driver_address.node_id = NODE_ID
+    message.data.driver_address.worker_id = b"\x33" * 28
     message.data.config.ray_namespace = "shared-data"
     world.ok(N1, JOB + "AddJob", message)
     world.no(ALICE, ACTOR + "GetNamedActorInfo", ask)
@@ -575,6 +577,17 @@ def test_namespace_that_is_named_is_nobodys_yet() -> None:
     world.no(ALICE, ACTOR + "RegisterActor", actor(ALICES, "x", "free-1"))
 
 
+def test_job_of_no_driver_is_refused(world: World) -> None:
+    """The GCS aborts when anybody asks for all jobs: it looks for the driver."""
+    world.access.learn_job(ALICE, 3)
+    message = pb.AddJobRequest()
+    message.data.job_id = job_id(3)
+    message.data.driver_address.node_id = NODE_ID
+    assert "without a driver" in world.no(N1, JOB + "AddJob", message).why
+    message.data.driver_address.worker_id = b"\x33" * 28
+    world.ok(N1, JOB + "AddJob", message)
+
+
 def test_names_of_any_length_are_refused() -> None:
     """What is kept has a length, and what is sent costs its bytes."""
     world = limited(read_burst_bytes=300_000)
@@ -587,6 +600,7 @@ def test_names_of_any_length_are_refused() -> None:
     message = pb.AddJobRequest()
     message.data.job_id = job_id(ALICES)
     message.data.driver_address.node_id = NODE_ID
+    message.data.driver_address.worker_id = b"\x33" * 28
     message.data.config.ray_namespace = "n" * 4097
     assert "at most 4096" in world.no(N1, JOB + "AddJob", message).why
 
@@ -739,6 +753,7 @@ def supervised() -> World:
     message = pb.AddJobRequest()
     message.data.job_id = job_id(HEADS_JOB)
     message.data.driver_address.node_id = HEAD_NODE
+    message.data.driver_address.worker_id = b"\x33" * 28
     message.data.config.ray_namespace = SUPERVISORS
     world.ok(HEAD, JOB + "AddJob", message)
     info.learn_added("")
@@ -991,6 +1006,7 @@ def test_job_is_added_by_its_drivers_node_once(world: World) -> None:
     message = pb.AddJobRequest()
     message.data.job_id = job_id(77)
     message.data.driver_address.node_id = NODE_ID
+    message.data.driver_address.worker_id = b"\x33" * 28
     assert world.no(N1, JOB + "AddJob", message).alert
     message.data.job_id = job_id(ALICES)
     world.no(HEAD, JOB + "AddJob", message)
