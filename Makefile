@@ -14,10 +14,13 @@ CHECK := "$(CURDIR)/.venv/bin/python"
 PIP := .venv/bin/python -m pip -qq --disable-pip-version-check
 SOURCES := pyproject.toml setup.py MANIFEST.in $(wildcard profiles/*.toml) \
     $(wildcard native/*.c native/*.h native/proxy/*.c native/proxy/*.h native/Makefile) \
-    $(shell find raysandbox -type f \( -name '*.py' -o -name '*.toml' -o -name py.typed \) \
+    $(shell find raysandbox -type f \( -name '*.py' -o -name '*.toml' -o -name '*.lua' \
+        -o -name '*.yml' -o -name py.typed \) \
         -not -path 'raysandbox/_*/*')
 # Arguments for pytest: make test ARGS='-k seccomp'
 ARGS ?=
+# Versions of Ray to try; each gets an environment of its own.
+RAY ?= 2.60.0
 # Side by side: what keeps a processor busy, and what waits. LANES= runs one by one.
 LANES ?= -n 2
 
@@ -55,6 +58,9 @@ demo: setup .venv/.installed  ## the same attacks on stock Ray and in the sandbo
 
 bench: setup .venv/.installed build/check/tests  ## figures, to build/bench.json
 	@cd build/check && $(CHECK) -m tests.bench $(ARGS)
+
+versions: .venv/.installed native  ## try other Rays: make versions RAY='2.55.0'
+	@$(CHECK) -m tests.node.versions $(RAY)
 
 clean:  ## remove everything that was built, .venv too
 	rm -rf .venv build raysandbox/_bin *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -12,6 +12,7 @@ struct object {
     uint8_t used;     /* 0: free, 1: was in use, 2: in use */
     uint8_t state;    /* the owner's */
     uint8_t fallback; /* lies outside the store's own memory */
+    uint8_t fetched;  /* counts as such: 1 of its worker, 2 of its job too */
     uint32_t gets;    /* requests to get it that were not answered yet */
     uint32_t worker;  /* serial number of who made it */
     uint64_t size;    /* bytes */

@@ -198,6 +198,44 @@ uncount(struct client *client, const struct object *object)
         quota_give_back(client->worker->job, object->worker, object->size);
 }
 
+/* What a worker got counts until it lets go of it.  -1: more than it may have. */
+static int
+fetch(struct client *client, struct object *object, uint64_t size)
+{
+    struct worker *worker = client->worker;
+    const struct fetch_limits *limits = &worker->fetch_limits;
+    struct count *counts[] = {&worker->fetched,
+                              worker->job != NULL ? &worker->job->fetched : NULL};
+    const struct limits *most[] = {&limits->worker, &limits->job};
+    int over = size > limits->each;
+
+    object->size = size;
+    for (int i = 0; i < 2 && counts[i] != NULL; i++) {
+        counts[i]->bytes += size;
+        counts[i]->objects++;
+        object->fetched++;
+        over |= counts[i]->bytes > most[i]->bytes ||
+                counts[i]->objects > most[i]->objects;
+    }
+    worker->fetched_bytes += size;
+    worker->fetched_objects++;
+    return over ? -1 : 0;
+}
+
+static void
+unfetch(struct client *client, struct object *object)
+{
+    struct worker *worker = client->worker;
+    struct count *counts[] = {&worker->fetched,
+                              worker->job != NULL ? &worker->job->fetched : NULL};
+
+    for (int i = 0; i < object->fetched; i++) {
+        counts[i]->bytes -= object->size;
+        counts[i]->objects--;
+    }
+    object->fetched = 0;
+}
+
 /* What is neither held nor waited for need not be remembered. */
 static void
 drop(struct client *client, struct object *object)
@@ -270,6 +308,7 @@ release(struct client *client, const struct flat *table)
         return end(client, "release: an object that it asks for");
     if (object->fallback && !may_unmap)
         return end(client, "release: memory that must be unmapped");
+    unfetch(client, object);
     objects_remove(&client->held, object);
     return PASS;
 }
@@ -408,8 +447,12 @@ got(struct client *client, const struct flat *table)
         if (size != UINT64_MAX) {
             if (object->state == NONE) {
                 object->state = HELD;
-                client->worker->fetched_bytes += size;
-                client->worker->fetched_objects++;
+                if (fetch(client, object, size) != 0) {
+                    client->reason = "got more at once than max_argument, "
+                                     "max_arguments or max_job_arguments of its "
+                                     "profile's object_store allow";
+                    return -1;
+                }
             }
             object->fallback = spec[SPEC_FALLBACK] != 0;
         } else if (object->gets == 0 && object->state == NONE)
@@ -453,6 +496,7 @@ plasma_gone(struct client *client)
     /* The store aborts what was not sealed.  A seal that was not answered may
      * have come first: it stays counted until a sweep. */
     while ((object = objects_next(&client->held, &cursor)) != NULL) {
+        unfetch(client, object);
         if (object->state == SEALING) {
             uint8_t id[ID_SIZE];
             struct job *job = client->worker->job;

@@ -599,13 +599,16 @@ pump_replies(struct link *link)
             int whole = message_in(from, MOST_REPLY, &type, &body, &size);
             if (whole == 0)
                 break;
+            link->state.reason = NULL;
             if (whole < 0 ||
                 (link->in_count > 0 &&
                  link->in[0].at < position + HEADER_SIZE + size) ||
                 (link->is_plasma
                      ? plasma_reply(&link->state, type, body, size)
                      : raylet_reply(&link->state, type, body, size)) != 0) {
-                end_link(link, "a reply of Ray that the proxy does not know");
+                end_link(link, link->state.reason != NULL
+                                   ? link->state.reason
+                                   : "a reply of Ray that the proxy does not know");
                 return;
             }
             size += HEADER_SIZE;
@@ -903,6 +906,7 @@ accept_link(int listener, int is_plasma)
         worker->host = host->serial;
         tighten(&worker->job_limits, &host->job_limits);
         tighten(&worker->limits, &host->limits);
+        tighten_fetch(&worker->fetch_limits, &host->fetch_limits);
     }
     worker->parent = parent_of(pid);
     worker->connections++;
@@ -927,9 +931,10 @@ struct bind_message {
     uint8_t job[JOB_SIZE];
     uint32_t flags; /* 1: serves an actor; 2: hosts drivers */
     struct limits job_limits, worker_limits;
+    struct fetch_limits fetch_limits;
 };
 
-static const char BIND_MAGIC[8] = "RSXBIND1";
+static const char BIND_MAGIC[8] = "RSXBIND2";
 /* At any time: what its job and itself have, and may have. */
 static const char USED_MAGIC[8] = "RSXUSED1";
 
@@ -963,7 +968,8 @@ bind_worker(int fd, const struct bind_message *message, ssize_t size)
         return "bound already"; /* once more can take, and not give */
     if (worker_bind(worker, message->job, &message->job_limits,
                     &message->worker_limits) != 0)
-        return "bound to another job";
+        return "bound already, to another job";
+    tighten_fetch(&worker->fetch_limits, &message->fetch_limits);
     worker->bound = 1;
     worker->actor_bound = actor;
     worker->hosts_drivers = hosts;

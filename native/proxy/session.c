@@ -44,6 +44,9 @@ worker_of(pid_t pid)
     worker->serial = ++session.last_serial;
     worker->job_limits = session.job_limits;
     worker->limits = session.worker_limits;
+    worker->fetch_limits =
+        (struct fetch_limits){{UINT64_MAX, UINT64_MAX},
+                              {UINT64_MAX, UINT64_MAX}, UINT64_MAX};
     worker->next = session.workers;
     session.workers = worker;
     return worker;
@@ -108,6 +111,15 @@ tighten(struct limits *limits, const struct limits *by)
         limits->bytes = by->bytes;
     if (by->objects < limits->objects)
         limits->objects = by->objects;
+}
+
+void
+tighten_fetch(struct fetch_limits *limits, const struct fetch_limits *by)
+{
+    tighten(&limits->job, &by->job);
+    tighten(&limits->worker, &by->worker);
+    if (by->each < limits->each)
+        limits->each = by->each;
 }
 
 int

@@ -36,10 +36,16 @@ struct count {
     uint64_t bytes, objects;
 };
 
+/* What a worker may have got from the store, and not released, at once. */
+struct fetch_limits {
+    struct limits job, worker;
+    uint64_t each; /* bytes of one object */
+};
+
 struct job {
     struct job *next;
     uint8_t id[JOB_SIZE];
-    struct count count;
+    struct count count, fetched; /* stored; got and not released */
     struct objects stored; /* sealed: what a sweep asks the store for */
     uint64_t refused;
     uint64_t swept_ms, sweep_took_ms; /* when its last sweep ended; and took */
@@ -59,7 +65,8 @@ struct worker {
     enum worker_kind kind;
     struct job *job; /* NULL: not bound yet */
     struct limits job_limits, limits; /* of its job and of itself */
-    struct count count;
+    struct fetch_limits fetch_limits;
+    struct count count, fetched;
     uint64_t refused, fetched_bytes, fetched_objects;
     int connections, only_asking;
     int had_plasma, had_raylet; /* each is had once in a life */
@@ -116,6 +123,7 @@ int worker_bind(struct worker *worker, const uint8_t *id,
                 const struct limits *job, const struct limits *own);
 
 void tighten(struct limits *limits, const struct limits *by);
+void tighten_fetch(struct fetch_limits *limits, const struct fetch_limits *by);
 struct worker *worker_by_pid(pid_t pid); /* these two: NULL if unknown */
 struct job *job_by_id(const uint8_t *id);
 

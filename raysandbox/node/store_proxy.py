@@ -47,8 +47,8 @@ _START_S = 10.0
 _ANSWER_S = 5.0
 _MOST_ANSWER = 1 << 20
 # Magic, job, flags, limits of the job and of the worker (bytes and objects).
-_BIND = struct.Struct("<8s4sIQQQQ")
-_BIND_MAGIC, _USED_MAGIC = b"RSXBIND1", b"RSXUSED1"
+_BIND = struct.Struct("<8s4sI9Q")
+_BIND_MAGIC, _USED_MAGIC = b"RSXBIND2", b"RSXUSED1"
 _SERVES_ACTOR, _HOSTS_DRIVERS = 1, 2
 _MOST_USED = 4096
 _UNLIMITED = (1 << 64) - 1
@@ -63,12 +63,23 @@ class Limits:
         job_objects: How many objects of these.
         worker_bytes: Of one worker, which runs one task at a time.
         worker_objects: How many objects of these.
+        job_fetch_bytes: Got from the store and not released, by a job's workers
+            together; who has more is ended. These hold by `bind` alone.
+        job_fetch_objects: How many objects of these.
+        fetch_bytes: The same, of one worker.
+        fetch_objects: How many objects of these.
+        fetch_each: Bytes of one of them.
     """
 
     job_bytes: int | None = None
     job_objects: int | None = None
     worker_bytes: int | None = None
     worker_objects: int | None = None
+    job_fetch_bytes: int | None = None
+    job_fetch_objects: int | None = None
+    fetch_bytes: int | None = None
+    fetch_objects: int | None = None
+    fetch_each: int | None = None
 
 
 class StoreProxy:
@@ -311,6 +322,11 @@ def bind(
             limits.job_objects,
             limits.worker_bytes,
             limits.worker_objects,
+            limits.job_fetch_bytes,
+            limits.job_fetch_objects,
+            limits.fetch_bytes,
+            limits.fetch_objects,
+            limits.fetch_each,
         )
     ]
     flags = _SERVES_ACTOR * actor | _HOSTS_DRIVERS * drivers

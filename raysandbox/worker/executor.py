@@ -801,6 +801,11 @@ class JailExecutor(seams.Executor):
                 job_objects=of.of_job.stored_objects,
                 worker_bytes=of.put_bytes,
                 worker_objects=of.put_objects,
+                job_fetch_bytes=of.of_job.argument_bytes,
+                job_fetch_objects=of.of_job.argument_objects,
+                fetch_bytes=inside.object_store.max_arguments_bytes,
+                fetch_objects=inside.object_store.max_argument_objects,
+                fetch_each=inside.object_store.max_argument_bytes,
             )
         store_proxy.bind(
             store_proxy.BIND,

@@ -70,9 +70,9 @@ def bind(job):
     with _raylet(), socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as proxy:
         proxy.settimeout(5)
         proxy.connect("/run/raysandbox/store")
-        limits = [(1 << 64) - 1] * 4
+        limits = [(1 << 64) - 1] * 9
         flags = 2
-        word = struct.pack("<8s4sI4Q", b"RSXBIND1", bytes.fromhex(job), flags, *limits)
+        word = struct.pack("<8s4sI9Q", b"RSXBIND2", bytes.fromhex(job), flags, *limits)
         proxy.send(word)
         return proxy.recv(100).decode()
 

@@ -72,7 +72,8 @@ def _bind(path: str, *, actor: bool) -> None:
     from raysandbox.node import store_proxy
 
     job = bytes.fromhex(ray.get_runtime_context().get_job_id())
-    store_proxy.bind(path, job, actor=actor)
+    limits = store_proxy.Limits(**json.loads(os.environ.get("RSX_FETCH", "{}")))
+    store_proxy.bind(path, job, actor=actor, limits=limits)
 
 
 def _get(function: Any, *arguments: Any) -> Any:
@@ -106,6 +107,32 @@ def raylet_lives() -> bool:
             return False
         time.sleep(0.02)
     return True
+
+
+def fetch(count: int, size: int, *, keep: bool, limits: dict[str, int]) -> Any:
+    """Let a task get objects of ours, one after the other, and keep them or not.
+
+    Returns how many it got, or the name of what ended it.
+    """
+    path = _proxies[0].bind_socket if _proxies else ""
+    refs = [ray.put(np.ones(size, np.uint8)) for _ in range(count)]
+
+    def run(given: list[Any]) -> int:
+        if path:
+            _bind(path, actor=False)
+        kept = []
+        for ref in given:
+            kept.append(ray.get(ref))
+            if not keep:
+                kept.clear()
+        return len(given)
+
+    variables = {"RSX_FETCH": json.dumps(limits)}
+    task = ray.remote(max_retries=0, runtime_env={"env_vars": variables})(run)
+    try:
+        return ray.get(task.remote(refs), timeout=60)
+    except ray.exceptions.RayError as error:
+        return type(error).__name__
 
 
 def honest() -> int:
