@@ -11,7 +11,7 @@ import array
 import contextlib
 import ctypes
 import os
-import select
+import selectors
 import shutil
 import socket
 import stat
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -74,13 +75,23 @@ class _Servers(threading.Thread):
         return sock.getsockname()
 
     def run(self) -> None:
-        while True:
-            ready, _, _ = select.select([self.stop_read, *self.handlers], [], [])
-            for sock in ready:
-                if sock is self.stop_read:
-                    return
-                with contextlib.suppress(OSError):
-                    self.handlers[sock](sock)
+        with selectors.DefaultSelector() as selector:
+            for each in (self.stop_read, *self.handlers):
+                selector.register(each, selectors.EVENT_READ)
+            while True:
+                for key, _ in selector.select():
+                    if key.fileobj == self.stop_read:
+                        return
+                    self._answer(key.fileobj)
+
+    def _answer(self, sock: Any) -> None:
+        try:
+            self.handlers[sock](sock)
+        except OSError:
+            pass  # the probe is gone
+        except Exception:
+            # Whatever it was: the others' controls need us.
+            traceback.print_exc()
 
     def close(self) -> None:
         os.write(self.stop_write, b"x")

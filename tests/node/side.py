@@ -109,8 +109,8 @@ def raylet_lives() -> bool:
     return True
 
 
-def fetch(count: int, size: int, *, keep: bool, limits: dict[str, int]) -> Any:
-    """Let a task get objects of ours, one after the other, and keep them or not.
+def fetch(count: int, size: int, keep: str, limits: dict[str, int]) -> Any:
+    """Let a task get objects of ours, one after the other, and "keep" or "drop" them.
 
     Returns how many it got, or the name of what ended it.
     """
@@ -123,7 +123,7 @@ def fetch(count: int, size: int, *, keep: bool, limits: dict[str, int]) -> Any:
         kept = []
         for ref in given:
             kept.append(ray.get(ref))
-            if not keep:
+            if keep == "drop":
                 kept.clear()
         return len(given)
 

@@ -97,16 +97,12 @@ def test_the_real_sockets_are_out_of_reach(proxied):
 )
 def test_what_a_worker_gets_at_once_is_limited(proxied, limits):
     """It ends; what was let go of counts no more, and other workers' not at all."""
-    keep = {"keep": True, "limits": {}}
-    assert proxied("fetch", 3, 2 * MB, **keep) == 3  # the control
-    assert proxied("fetch", 3, 2 * MB, **{**keep, "limits": limits}) == (
-        "WorkerCrashedError"
-    )
+    assert proxied("fetch", 3, 2 * MB, "keep", {}) == 3  # the control
+    assert proxied("fetch", 3, 2 * MB, "keep", limits) == "WorkerCrashedError"
     reasons = [each["reason"] for each in proxied("events") if "reason" in each]
     assert "got more at once than max_argument" in reasons[-1]
     if "fetch_each" not in limits:
-        once = {"keep": False, "limits": limits}
-        assert proxied("fetch", 6, 2 * MB, **once) == 6
+        assert proxied("fetch", 6, 2 * MB, "drop", limits) == 6
 
 
 def test_a_child_of_a_worker_has_no_connection_of_its_own(proxied):
