@@ -57,8 +57,11 @@ KINDS = {
 # Modules in the other lane than their directory, so that both end together.
 _MOVED = (
     "tests/node/test_entrypoints.py",
+    "tests/node/test_filling.py",
+    "tests/node/test_images.py",
     "tests/node/test_jobs.py",
     "tests/node/test_restart.py",
+    "tests/node/test_spilled.py",
 )
 
 _WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
