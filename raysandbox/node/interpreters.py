@@ -18,7 +18,7 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,16 +92,17 @@ def _look(named: Interpreter) -> Found:
             have = found.get(name, "none")
             raise _unusable(named, f"has {name} {have}, and the node has {ours}")
     roots = [str(root) for root in found["roots"]]
-    for root in roots if named.root else ():
-        _refuse_writers(named, plan.inside(named.root, root))
+    if named.root:
+        _refuse_writers(named)
     if not any(plan.is_below(named.path, root) for root in roots):
         roots.append(named.path)  # what starts an interpreter elsewhere
     return Found(named, roots, str(found["script"]))
 
 
-def _refuse_writers(named: Interpreter, directory: str) -> None:
-    """Refuse modules of an image that others can change: they run in the worker.
+def _refuse_writers(named: Interpreter) -> None:
+    """Refuse files of an image that others can change: they run in the worker.
 
+    All that is seen of it, since links lead from the modules to anywhere in there.
     Where nobody else gets to the image it does not matter what its files' modes say.
     """
     owners = {0, os.geteuid()}
@@ -111,21 +112,29 @@ def _refuse_writers(named: Interpreter, directory: str) -> None:
         for above in Path(os.path.realpath(named.root)).parents
     ):
         return
-    for at, directories, files in os.walk(directory):
-        for name in (".", *directories, *files):
-            path = os.path.join(at, name)
-            there = os.lstat(path)
-            if stat.S_ISLNK(there.st_mode):
-                continue
-            writers = stat.S_IMODE(there.st_mode) & (stat.S_IWGRP | stat.S_IWOTH)
-            if writers or there.st_uid not in owners:
-                whose = f"mode {there.st_mode & 0o7777:04o} of uid {there.st_uid}"
-                raise _unusable(
-                    named,
-                    f"has modules that others can change: {os.path.normpath(path)}, "
-                    f"{whose} (chmod -R go-w and chown -R root, or chmod 0700 a "
-                    "directory above)",
-                )
+    for path in _files(named.root):
+        there = os.lstat(path)
+        if stat.S_ISLNK(there.st_mode):
+            continue
+        writers = stat.S_IMODE(there.st_mode) & (stat.S_IWGRP | stat.S_IWOTH)
+        if writers or there.st_uid not in owners:
+            whose = f"mode {there.st_mode & 0o7777:04o} of uid {there.st_uid}"
+            raise _unusable(
+                named,
+                f"is in an image with files that others can change: {path}, {whose} "
+                "(chmod -R go-w and chown -R root, or chmod 0700 a directory above)",
+            )
+
+
+def _files(root: str) -> Iterator[str]:
+    """Yield all files and directories that are seen of an image."""
+    for seen in plan.image_paths(root):
+        top = f"{root}{seen}"
+        if os.path.islink(top) or not os.path.exists(top):
+            continue  # where it leads is seen by itself
+        yield top
+        for at, directories, files in os.walk(top):
+            yield from (os.path.join(at, name) for name in (*directories, *files))
 
 
 def _ask(named: Interpreter) -> Mapping[str, Any]:

@@ -30,7 +30,6 @@ from raysandbox.policy.load import (
     unseal,
 )
 from raysandbox.policy.schema import (
-    IMAGE_PREFIX,
     JOBS_NAMESPACE,
     MOST_AT_ONCE,
     PROFILERS,
@@ -52,7 +51,6 @@ from raysandbox.policy.schema import (
 
 __all__ = [
     "ENV",
-    "IMAGE_PREFIX",
     "JOBS_NAMESPACE",
     "LOADER_VARIABLES",
     "MOST_AT_ONCE",

@@ -153,6 +153,14 @@ def test_modules_of_an_image_are_nobody_else_s(open_directory):
     module.chmod(0o666)
     with pytest.raises(ProfileError, match=r"others can change: .*/module\.py, mode"):
         look(image_uri=images)
+    # Where a link among the modules may lead.
+    module.unlink()
+    elsewhere = open_directory / "root" / "srv" / "module.py"
+    elsewhere.parent.mkdir()
+    elsewhere.write_text("")
+    elsewhere.chmod(0o666)
+    with pytest.raises(ProfileError, match=r"others can change: .*/srv/module\.py"):
+        look(image_uri=images)
     open_directory.chmod(0o700)
     assert look(image_uri=images)
 
