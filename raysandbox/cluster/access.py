@@ -6,14 +6,17 @@ one of its role's. Here the request is parsed, and decided by what it names:
 * A job belongs to whom the GCS gave its number (`learn_job`). A worker belongs
   to the first job whose function table it touches, for life: Ray never gives a
   worker to a second job, and a worker fetches its first function before it runs
-  a line of it, so the binding is made before user code can choose.
+  a line of it, so the binding is made before user code can choose. When its node
+  says that it has ended, or a later session of its machine begins (`sessions`), its
+  certificate is nobody's any more.
 * Keys of the function table belong to the job in their name. Packages are
   named by their content: the first bytes under a name stay. Any other key
   belongs to the job or identity that wrote it first.
 * Actors and placement groups carry their job in their id. A named actor may be
   found and killed from its Ray namespace too; a namespace belongs to those that
   access.toml names, else to the driver identity that made something in it first.
-* A node speaks for its own node ids, workers and drivers alone.
+* A node speaks for its own node ids, workers and drivers alone. Who waits for news
+  does so under its own name (`subscribers`).
 * What a call costs is charged before it is made: bytes sent, bytes that the
   key is known to hold, one place in flight, bytes that stay stored. So a call
   that is abandoned at its deadline has cost its caller what it cost the GCS. What
@@ -37,7 +40,7 @@ from typing import Any
 from google.protobuf.message import DecodeError
 from ray.core.generated import common_pb2, pubsub_pb2
 
-from raysandbox.cluster import submission
+from raysandbox.cluster import sessions, submission
 from raysandbox.cluster.budget import PENALTY_S, Account, OverBudgetError
 from raysandbox.cluster.methods import CONTENT, STREAM
 from raysandbox.cluster.settings import (
@@ -49,6 +52,7 @@ from raysandbox.cluster.settings import (
     Settings,
 )
 from raysandbox.cluster.shapes import flaw, request_types
+from raysandbox.cluster.subscribers import Subscribers
 from raysandbox.cluster.writes import Write, Writes
 from raysandbox.worker.entrypoint import LOG_KEY, LOG_NAMESPACE
 
@@ -87,7 +91,7 @@ MOST_NUMBERS = 1000
 TABLES = (
     "jobs", "bound", "namespaces", "job_namespace", "job_node", "nodes", "actors",
     "submissions", "added", "workers", "detached", "ended", "finished",
-    "constraint",
+    "constraint", "actor_owner", "over", sessions.TABLE,
 )  # fmt: skip
 # How long a package may be kept for a job that has not begun: Ray's own is 10 minutes.
 MOST_PIN_S = 3600
@@ -99,7 +103,17 @@ LEAST, MOST = 0.0001, 1e12
 # How long what has ended is still known, and how often it is looked for.
 PAST_S, LOOK_S = 3600.0, 60.0
 MOST_ACCOUNTS = 100_000
-MOST_WORKERS = 100_000
+# Workers that have ended and whose ids could come again: those of drivers are told
+# from their jobs.
+MOST_DEAD = 100_000
+# Ids of one identity: of a worker, whose programs use its own; of a driver, all of
+# whose programs do.
+MOST_IDS = {"worker": 16}
+MOST_IDS_ELSE = 10_000
+# Actors that one worker or driver has made and that may live.
+MOST_ACTORS = 10_000
+# How a driver's worker id goes on after its job's (ray/common/id.cc).
+DRIVER_ID = b"\xff" * 24
 # Keys of one call that the audit log names.
 SHOWN = 4
 ACTOR_CREATION = _common.ACTOR_CREATION_TASK
@@ -197,16 +211,22 @@ class Access:
         self.keys: dict[Name, Entry] = {}
         self.submissions: dict[str, str] = {}
         self.workers: dict[str, str] = {}
-        self.actor_owner: dict[str, tuple[str, str]] = {}
+        self.actor_owner: dict[str, str] = {}
+        self.over: dict[str, str] = {}
+        self.sessions: dict[str, str] = {}
         self.detached: dict[str, str] = {}
         self.ended: dict[str, str] = {}
         self.finished: dict[str, str] = {}
-        self.dead: set[str] = set()
+        self.dead: dict[str, None] = {}
         self.constraint: dict[str, str] = {}
         self.added: dict[str, str] = {}
         self._adding: dict[str, tuple[str, str]] = {}
         self._accounts: dict[str, Account] = {}
         self._open: dict[str, str] = {}
+        # What is known by name, the other way round: first come, first in it.
+        self._ids: dict[str, dict[str, None]] = {}
+        self._owned: dict[str, dict[str, None]] = {}
+        self._subscribers = Subscribers(settings.limits.held_calls)
         self._stored: Counter[str] = Counter()
         self._writes: Writes[Name, Entry] = Writes()
         self._ends: dict[tuple[str, str], float] = {}
@@ -246,6 +266,10 @@ class Access:
                 getattr(self, rest[0]).pop(rest[1], None)
             else:
                 getattr(self, table)[rest[0]] = rest[1]
+        for worker, uri in self.workers.items():
+            self._ids.setdefault(uri, {})[worker] = None
+        for actor, owner in self.actor_owner.items():
+            self._owned.setdefault(owner.partition(":")[0], {})[actor] = None
 
     def facts(self) -> Iterator[list[Any]]:
         """Yield what `replay` needs to bring this state back."""
@@ -374,6 +398,8 @@ class Access:
         jobs = {key for table, key in gone if table == "jobs"}
         for actor in [a for a in self.actors if a[-2 * JOB_BYTES :] in jobs]:
             self._let_go("actors", actor)
+        for actor in [a for a in self.actor_owner if a[-2 * JOB_BYTES :] in jobs]:
+            self._disown(actor)
         for table, key in gone:
             if table == "jobs":
                 for other in ("job_namespace", "job_node", "added", "finished"):
@@ -427,6 +453,8 @@ class Access:
             # A refused call counts too.
             account = self._account(call)
             wait_s = account.count(now)
+            if call.role == "worker":
+                self._check_lives(call)
             if method != STREAM:
                 if len(body) > MOST_ASKED_BYTES and method not in BULKY:
                     raise _RefusedError(
@@ -457,6 +485,23 @@ class Access:
             object=about, alert=bool(call.note), note=call.note,
             wait_s=max(wait_s, call.wait_s),
         )  # fmt: skip
+
+    def _check_lives(self, call: _Call) -> None:
+        """Refuse a worker that has ended: somebody else has its certificate."""
+        session = sessions.of(call.uri)
+        if session is None:
+            raise _RefusedError("the worker's identity names no session", alert=True)
+        machine, began = session
+        newest = self.sessions.get(machine, "")
+        if call.uri in self.over or began < newest:
+            raise _RefusedError("the worker has ended")
+        if began > newest:
+            self._fact(sessions.TABLE, machine, began)
+            for uri in {*self.bound, *self.over, *self._ids}:
+                former = sessions.of(uri)
+                if former and former[0] == machine and former[1] < began:
+                    self._end(uri)
+                    self._let_go("over", uri)
 
     def _account(self, call: _Call) -> Account:
         """Return who pays: a worker's calls are its job's owner's.
@@ -872,8 +917,33 @@ class Access:
         elif not self._same_owner(call, wanted.job_id.hex()):
             raise _RefusedError("a driver lists the actors of one of its own jobs")
 
+    def poll(self, call: _Call) -> None:
+        """News are for who asked for them, under its own name."""
+        identifier, now = bytes(call.ask.subscriber_id), self._clock()
+        if not identifier:
+            raise _RefusedError("malformed request: a subscriber without an id")
+        name = identifier.hex()
+        known = True
+        if name in self.workers:
+            mine = self.workers[name] == call.uri
+        elif name in self.nodes:
+            mine = self.nodes[name] == call.who
+        elif identifier.endswith(DRIVER_ID):
+            mine = self._same_owner(call, identifier[:JOB_BYTES].hex())
+        else:
+            known = False
+            mine = self._subscribers.whose(name, now) in ("", call.uri)
+        if not mine:
+            raise _RefusedError(f"subscriber {name[:16]} is another's")
+        # What is known is counted where it is known.
+        if not known and (
+            why := self._subscribers.use(call.account, call.uri, name, now)
+        ):
+            raise _RefusedError(why, retry=True)
+
     def subscribe(self, call: _Call) -> None:
         """What is told of an actor is where it is."""
+        self.poll(call)
         for command in call.ask.commands:
             if command.channel_type == ACTOR_CHANNEL and not command.HasField(
                 "unsubscribe_message"
@@ -899,11 +969,9 @@ class Access:
     def out_of_scope(self, call: _Call) -> None:
         """Its owner alone ends an actor so, and while it lives: the GCS aborts else."""
         self.actor_by_id(call)
-        owner = self.actor_owner.get(call.ask.actor_id.hex())
-        if owner is None:
-            return
-        worker, node = owner
-        if self.workers.get(worker) != call.uri or {worker, node} & self.dead:
+        owner = self.actor_owner.get(call.ask.actor_id.hex(), "")
+        worker, _, node = owner.partition(":")
+        if self.workers.get(worker) != call.uri or node in self.dead:
             raise _RefusedError("the actor's owner is not the caller, or has ended")
 
     def new_actor(self, call: _Call) -> None:
@@ -940,13 +1008,28 @@ class Access:
             self._hold(made.ray_namespace, self._owner(call))
         if made.is_detached:
             self._fact("detached", job, made.actor_id.hex())
-        self.actor_owner[made.actor_id.hex()] = (
-            owner.worker_id.hex(), owner.node_id.hex(),
-        )  # fmt: skip
-        if len(self.actor_owner) > MOST_WORKERS:
-            del self.actor_owner[next(iter(self.actor_owner))]
+        self._own(made.actor_id.hex(), owner.worker_id.hex(), owner.node_id.hex())
         if made.name:
             self._fact("actors", made.actor_id.hex(), made.ray_namespace)
+
+    def _own(self, actor: str, worker: str, node: str) -> None:
+        """An actor is somebody's; the oldest of too many is let go.
+
+        That one stays until its job ends: nobody may say that it is out of scope.
+        """
+        self._fact("actor_owner", actor, f"{worker}:{node}")
+        mine = self._owned.setdefault(worker, {})
+        mine[actor] = None
+        if len(mine) > MOST_ACTORS:
+            self._disown(next(iter(mine)))
+
+    def _disown(self, actor: str) -> None:
+        worker = self.actor_owner.get(actor, "").partition(":")[0]
+        self._let_go("actor_owner", actor)
+        mine = self._owned.get(worker, {})
+        mine.pop(actor, None)
+        if not mine:
+            self._owned.pop(worker, None)
 
     def _added(self, job: str) -> None:
         if job not in self.added:
@@ -1119,14 +1202,11 @@ class Access:
             worker = data.worker_address.worker_id.hex()
             if not worker:
                 raise _RefusedError("malformed request: a worker without an id")
-            if worker in self.dead:
-                raise _RefusedError("the worker has ended")
-            if self.workers.get(worker, call.uri) != call.uri:
-                raise _RefusedError("the worker id is another worker's")
-            if len(self.workers) > MOST_WORKERS:
-                del self.workers[next(iter(self.workers))]
+            self._check_id(call, bytes(data.worker_address.worker_id))
             self._charge(call)
             self._fact("workers", worker, call.uri)
+            self._ids.setdefault(call.uri, {})[worker] = None
+            self._subscribers.drop(worker)
             if call.role == "driver":
                 return
         node = self.nodes.get(data.worker_address.node_id.hex(), "")
@@ -1135,15 +1215,56 @@ class Access:
         if call.method.endswith("ReportWorkerFailure"):
             self._worker_ended(call, data.worker_address.worker_id)
 
+    def _check_id(self, call: _Call, identifier: bytes) -> None:
+        """Refuse a worker id that is not the caller's to have."""
+        worker = identifier.hex()
+        if worker in self.dead:
+            raise _RefusedError("the worker has ended")
+        if self.workers.get(worker, call.uri) != call.uri:
+            raise _RefusedError("the worker id is another worker's")
+        if identifier.endswith(DRIVER_ID):
+            job = identifier[:JOB_BYTES].hex()
+            if not self._same_owner(call, job) or job in self.finished:
+                raise _RefusedError(f"job {job} is not the caller's, or has ended")
+        mine = self._ids.get(call.uri, {})
+        most = MOST_IDS.get(call.role, MOST_IDS_ELSE)
+        if worker not in mine and len(mine) >= most:
+            raise _RefusedError(f"{most} worker ids of this identity have not ended")
+
     def _worker_ended(self, call: _Call, identifier: bytes) -> None:
-        uri = self.workers.get(identifier.hex(), "")
+        """A worker's end, by its node: its identity ends with its first id.
+
+        Programs that it started, and ids that never were anybody's, come after that.
+        """
+        worker = identifier.hex()
+        uri = self.workers.get(worker, "")
         role, _, name = _who(uri).partition("/")
         if role == "worker" and name != call.who.partition("/")[2]:
             raise _RefusedError("the worker is another node's")
         self._is_dead(identifier)
-        self.workers.pop(identifier.hex(), None)
-        if self._is_supervisor(uri) and uri not in self.workers.values():
-            self._fact("ended", uri, call.who)
+        self._subscribers.drop(worker)
+        if role != "worker":
+            self._end_id(uri, worker)
+        elif worker == next(iter(self._ids.get(uri, ())), worker):
+            if self._is_supervisor(uri):
+                self._fact("ended", uri, call.who)
+            self._fact("over", uri, "")
+            self._end(uri)
+
+    def _end(self, uri: str) -> None:
+        """Nothing is a worker's any more."""
+        for worker in list(self._ids.get(uri, ())):
+            self._end_id(uri, worker)
+        self._let_go("bound", uri)
+
+    def _end_id(self, uri: str, worker: str) -> None:
+        for actor in list(self._owned.get(worker, ())):
+            self._disown(actor)
+        self._let_go("workers", worker)
+        mine = self._ids.get(uri, {})
+        mine.pop(worker, None)
+        if not mine:
+            self._ids.pop(uri, None)
 
     def register_node(self, call: _Call) -> None:
         """A node joins as its inventory entry says, or not at all."""
@@ -1158,6 +1279,7 @@ class Access:
         if self.nodes.get(node_id, call.who) != call.who:
             raise _RefusedError("the node id is another node's", alert=True)
         self._fact("nodes", node_id, call.who)
+        self._subscribers.drop(node_id)
 
     def _unfit(self, call: _Call, info: Any) -> str:
         name = call.who.partition("/")[2]
@@ -1187,9 +1309,9 @@ class Access:
         self._is_dead(call.ask.node_id)
 
     def _is_dead(self, identifier: bytes) -> None:
-        if len(self.dead) > MOST_WORKERS:
-            self.dead.pop()
-        self.dead.add(identifier.hex())
+        if len(self.dead) >= MOST_DEAD:
+            del self.dead[next(iter(self.dead))]
+        self.dead[identifier.hex()] = None
 
     def sync(self, call: _Call) -> None:
         """The sync stream of a node that registered."""
@@ -1408,8 +1530,10 @@ def _rules(access: Access) -> dict[str, Callable[[_Call], None]]:
         "/ray.rpc.NodeInfoGcsService/UnregisterNode": access.unregister_node,
         "/ray.rpc.TaskInfoGcsService/AddTaskEventData": access.task_events,
         _CONTROL + "GcsSubscriberCommandBatch": access.subscribe,
+        _CONTROL + "GcsSubscriberPoll": access.poll,
         _PUBSUB + "GcsPublish": access.publish,
         _PUBSUB + "GcsSubscriberCommandBatch": access.subscribe,
+        _PUBSUB + "GcsSubscriberPoll": access.poll,
         "/ray.rpc.RuntimeEnvGcsService/PinRuntimeEnvURI": access.pin,
         _AUTOSCALER + "ReportAutoscalingState": access.stored,
         _AUTOSCALER + "ReportClusterConfig": access.stored,

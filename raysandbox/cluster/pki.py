@@ -389,8 +389,8 @@ def servers_only(
 
 
 def mint_worker(
-    issuer: Issuer, cluster_name: str, name: str, addresses: Sequence[str],
-    way: bytes = b"",
+    issuer: Issuer, cluster_name: str, name: str, session: str,
+    addresses: Sequence[str], way: bytes = b"",
 ) -> tuple[bytes, str]:  # fmt: skip
     """Make one worker process's certificate: key and chain in one PEM.
 
@@ -398,6 +398,7 @@ def mint_worker(
         issuer: The node's.
         cluster_name: For the identity.
         name: The node's.
+        session: Of its raylet, see `raysandbox.cluster.sessions`.
         addresses: The node's.
         way: What members send after their own certificate, see `servers_only`.
 
@@ -405,7 +406,8 @@ def mint_worker(
         The PEM and the identity's URI.
     """
     key = new_key()
-    uri = f"spiffe://{cluster_name}/worker/{name}/{secrets.token_hex(8)}"
+    worker = f"{session}-{secrets.token_hex(8)}"
+    uri = f"spiffe://{cluster_name}/worker/{name}/{worker}"
     leaf = issuer.leaf(uri, addresses, key.public_key(), WORKER_DAYS)
     return key_pem(key) + pem(leaf) + pem(issuer.cert) + way, uri
 

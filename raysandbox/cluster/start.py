@@ -36,7 +36,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from raysandbox.cluster import guard, pki, running, surfaces
+from raysandbox.cluster import guard, pki, running, sessions, surfaces
 from raysandbox.cluster.errors import ClusterError
 from raysandbox.cluster.settings import ClusterDir, Settings, read_secret, write_file
 from raysandbox.node import seams
@@ -56,14 +56,15 @@ TAIL_BYTES = 1500
 WAIT_S = 40
 GUARD_S = 3.0
 # Told to a starting raylet by raylet itself; a worker's certificate is taken
-# from the stock by renaming, so no two workers ever share one.
+# from the stock by renaming, so no two workers ever share one. None of an earlier
+# raylet's: the guard would refuse it as soon as one of this one's speaks.
 WRAPPER = """#!/bin/sh
 # Starts one Ray worker with a certificate of its own. {why}
 stock={ready} used={used}
 if [ ! -f "$used/$$.pem" ]; then
   tries=0
   while :; do
-    for file in "$stock"/*.pem; do
+    for file in "$stock"/{session}-*.pem; do
       mv "$file" "$used/$$.pem" 2>/dev/null && break 2
     done
     tries=$((tries + 1))
@@ -128,6 +129,12 @@ def preflight(cluster: ClusterDir, argv: Sequence[str]) -> list[str]:
             problems.append(str(error))
     problems += _flag_problems(settings, flags, member.addresses)
     problems += _environment_problems()
+    for kind, pid in running.alive(cluster):
+        if kind == "raylet":
+            problems.append(
+                f"a raylet of {cluster.path} runs already (pid {pid}): end it with "
+                "`raysandbox cluster down`; another node has a directory of its own"
+            )
     if head:
         try:
             guard.executable()
@@ -350,8 +357,7 @@ def start_helpers(cluster: ClusterDir, *, fresh: bool) -> None:
     if pid:
         return
     if fresh:
-        with contextlib.suppress(FileNotFoundError):
-            (cluster.path / "state" / "facts.jsonl").unlink()
+        _forget(cluster)
     cluster.run.mkdir(mode=0o700, exist_ok=True)
     for name in ("ready", "failed"):
         (cluster.run / name).unlink(missing_ok=True)
@@ -389,6 +395,14 @@ def start_helpers(cluster: ClusterDir, *, fresh: bool) -> None:
                 "start again",
             )
         time.sleep(0.02)
+
+
+def _forget(cluster: ClusterDir) -> None:
+    """Forget all facts but that the workers of before have ended."""
+    path = cluster.path / "state" / "facts.jsonl"
+    if path.exists():
+        facts = sessions.closed(path)
+        write_file(path, "".join(json.dumps(fact) + "\n" for fact in facts))
 
 
 def _tail(path: Path) -> str:
@@ -495,6 +509,7 @@ def write_wrapper(cluster: ClusterDir, program: str = "") -> Path:
     text = WRAPPER.format(
         ready=shlex.quote(str(cluster.run / "workers")),
         used=shlex.quote(str(cluster.run / "workers-used")),
+        session=sessions.current(cluster.run),
         program=shlex.quote(program or sys.executable),
         why="Written by raysandbox start.",
     )
@@ -540,6 +555,8 @@ def start(
     durable = bool(
         os.environ.get("RAY_REDIS_ADDRESS") or os.environ.get("RAY_gcs_storage")  # noqa: SIM112 - Ray's name
     )
+    cluster.run.mkdir(mode=0o700, exist_ok=True)
+    sessions.begin(cluster.run)
     start_helpers(cluster, fresh=head and not durable)
     write_wrapper(cluster, program)
     from ray.scripts.scripts import cli

@@ -37,7 +37,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raysandbox.cluster import guard, pki
+from raysandbox.cluster import guard, pki, sessions
 from raysandbox.cluster.access import Access, Entry, Name, grpc_message
 from raysandbox.cluster.audit import AuditLog, Fold, tail_problem
 from raysandbox.cluster.budget import PENALTY_S
@@ -243,6 +243,7 @@ class Stock:
         self.way = read_trusted(cluster.servers_cert)
         self.ready = cluster.run / "workers"
         self.used = cluster.run / "workers-used"
+        self._run = cluster.run
         for path in (self.ready, self.used):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
 
@@ -254,10 +255,16 @@ class Stock:
 
     def fill(self) -> None:
         """Make certificates up to the stock, and remove those of dead workers."""
-        have = [f for f in self.ready.iterdir() if f.suffix == ".pem"]
-        for _ in range(STOCK - len(have)):
+        session = sessions.current(self._run)
+        have = 0
+        for file in self.ready.glob("*.pem"):
+            if file.name.startswith(f"{session}-"):
+                have += 1
+            else:
+                file.unlink(missing_ok=True)
+        for _ in range(STOCK - have):
             pem, uri = pki.mint_worker(
-                self.issuer, self.settings.name, self.member.name,
+                self.issuer, self.settings.name, self.member.name, session,
                 self.member.addresses, self.way,
             )  # fmt: skip
             name = f"{uri.rpartition('/')[2]}.pem"

@@ -347,8 +347,8 @@ def _node_issuer(cluster: Cluster) -> pki.Issuer:
 @pytest.mark.parametrize(
     "uri",
     [
-        "spiffe://lab/worker/head/0123456789abcdef",
-        "spiffe://lab/worker/node2/0123456789abcdef",
+        "spiffe://lab/worker/head/0123456789abcdef-1",
+        "spiffe://lab/worker/node2/0123456789abcdef-1",
         DRIVER,
         "spiffe://lab/operator/root/cli",
         "spiffe://lab/head/head/raylet",
@@ -362,7 +362,8 @@ def test_node_can_mint_its_own_workers_alone(cluster: Cluster, uri: str) -> None
     """
     issuer = _node_issuer(cluster)
     for wanted, code in (
-        ("spiffe://lab/worker/node/0123456789abcdef", "OK"), (uri, "PERMISSION_DENIED"),
+        ("spiffe://lab/worker/node/0123456789abcdef-1", "OK"),
+        (uri, "PERMISSION_DENIED"),
     ):  # fmt: skip
         chain, key = _leaf(issuer, wanted)
         paths = cluster.minted(chain + pki.pem(issuer.cert), key, "minted")
@@ -373,7 +374,7 @@ def test_node_can_mint_its_own_workers_alone(cluster: Cluster, uri: str) -> None
 def test_node_can_not_mint_for_another_cluster_of_the_ca(cluster: Cluster) -> None:
     """The issuer's name constraints hold at the handshake."""
     issuer = _node_issuer(cluster)
-    chain, key = _leaf(issuer, "spiffe://other/worker/node/0123456789abcdef")
+    chain, key = _leaf(issuer, "spiffe://other/worker/node/0123456789abcdef-1")
     paths = cluster.minted(chain + pki.pem(issuer.cert), key, "other")
     assert cluster.call(*paths, host=cluster.node)["code"] == "UNAVAILABLE"
 
@@ -788,7 +789,7 @@ def test_quarantine_ends_a_node_and_release_takes_new_keys(cluster: Cluster) -> 
     wait_for("its end", lambda: "node" not in cluster.alive(), timeout_s=30)
     assert cluster.call_as(old, "raylet", host=cluster.node)["code"] == "UNAVAILABLE"
     issuer = _node_issuer(cluster)
-    chain, key = _leaf(issuer, "spiffe://lab/worker/node/0123456789abcdef")
+    chain, key = _leaf(issuer, "spiffe://lab/worker/node/0123456789abcdef-1")
     paths = cluster.minted(chain + pki.pem(issuer.cert), key, "late")
     assert cluster.call(*paths, host=cluster.node)["code"] == "UNAVAILABLE"
     again = cluster.lab.path / "again"

@@ -5,6 +5,7 @@ Each attack comes with its control: the same call by whoever may make it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from pathlib import Path
@@ -16,7 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from ray.core.generated import autoscaler_pb2, common_pb2, gcs_service_pb2
 
-from raysandbox.cluster import access
+from raysandbox.cluster import access, sessions
 from raysandbox.cluster.access import SUPERVISORS, Access, Decision, grpc_message
 from raysandbox.cluster.methods import CONTENT, METHODS, PLAIN, STREAM, methods_of
 from raysandbox.cluster.settings import (
@@ -47,7 +48,7 @@ WORKER_INFO = "/ray.rpc.WorkerInfoGcsService/"
 ALICE, BOB = "spiffe://prod/driver/alice/driver", "spiffe://prod/driver/bob/driver"
 HEAD, N1 = "spiffe://prod/head/head/raylet", "spiffe://prod/node/n1/raylet"
 OPERATOR, OBSERVER = "spiffe://prod/operator/o/cli", "spiffe://prod/observer/v/cli"
-WORKER = "spiffe://prod/worker/n1/w1"
+WORKER = "spiffe://prod/worker/n1/5e55105e00000001-w1"
 ALICES, BOBS = 1, 2
 NODE_ID = b"\x11" * 28
 
@@ -342,7 +343,7 @@ def test_worker_belongs_to_the_first_job_it_fetches_for(world: World) -> None:
     world.ok(WORKER, KV + "Get", get(fun(ALICES), b"fun"))
     world.no(WORKER, KV + "Get", get(fun(BOBS), b"fun"))
     world.no(WORKER, KV + "Put", put(fun(BOBS), namespace=b"fun"))
-    other = "spiffe://prod/worker/n1/w2"
+    other = "spiffe://prod/worker/n1/5e55105e00000001-w2"
     world.ok(other, KV + "Get", get(fun(BOBS), b"fun"))
 
 
@@ -433,7 +434,7 @@ def test_default_namespace_is_read_by_its_writers(world: World) -> None:
     world.ok(ALICE, KV + "Put", put(package, b"code", b""))
     world.ok(HEAD, KV + "Put", put(b"gcs://_ray_pkg_2.zip", b"code", b""))
     world.ok(ALICE, KV + "Put", put(b"notes", b"hers", b""))
-    mine = "spiffe://prod/worker/n1/w2"
+    mine = "spiffe://prod/worker/n1/5e55105e00000001-w2"
     world.ok(mine, KV + "Get", get(fun(ALICES), b"fun"))
     for key in (package, b"gcs://_ray_pkg_2.zip", b"notes"):
         for uri in (BOB, WORKER, OBSERVER):
@@ -631,7 +632,7 @@ def test_one_identity_holds_so_many_namespaces(monkeypatch: pytest.MonkeyPatch) 
 
 def test_where_an_actor_is_its_own_jobs_know(world: World) -> None:
     """Its address is what its methods are called by. Asked, listed or subscribed to."""
-    bound = "spiffe://prod/worker/n1/w2"
+    bound = "spiffe://prod/worker/n1/5e55105e00000001-w2"
     world.ok(bound, KV + "Get", get(fun(BOBS), b"fun"))
     identifier = kill(ALICES).actor_id
     listed = pb.GetAllActorInfoRequest()
@@ -649,10 +650,12 @@ def test_where_an_actor_is_its_own_jobs_know(world: World) -> None:
         (ACTOR + "GetAllActorInfo", listed, (BOB,)),
         (ACTOR + "GetAllActorInfo", of_job, (BOB,)),
     ):
-        world.ok(ALICE, method, message)
-        world.ok(HEAD, method, message)
-        for uri in others:
-            world.no(uri, method, message)
+        for uri in (ALICE, HEAD, *others):
+            told.subscriber_id = hashlib.sha224(uri.encode()).digest()
+            if uri in others:
+                world.no(uri, method, message)
+            else:
+                world.ok(uri, method, message)
     world.no(ALICE, ACTOR + "GetAllActorInfo", pb.GetAllActorInfoRequest())
     world.ok(OPERATOR, ACTOR + "GetAllActorInfo", pb.GetAllActorInfoRequest())
     # Which job a worker has is known once it has fetched what it is to run.
@@ -739,7 +742,10 @@ def test_request_for_the_whole_cluster_is_its_makers(world: World) -> None:
 
 HEADS_JOB = 9
 HEAD_NODE = b"\x22" * 28
-FIRST, SECOND = "spiffe://prod/worker/head/s1", "spiffe://prod/worker/head/s2"
+FIRST, SECOND = (
+    "spiffe://prod/worker/head/5e55105e00000001-s1",
+    "spiffe://prod/worker/head/5e55105e00000001-s2",
+)
 STATE = json.dumps({"status": "RUNNING", "entrypoint": "true"}).encode()
 
 
@@ -772,7 +778,7 @@ def state_of(name: str) -> bytes:
 
 def worker_id(uri: str) -> bytes:
     """Return an id for the worker with an identity."""
-    return uri.encode().rjust(28, b"\0")[:28]
+    return hashlib.sha224(uri.encode()).digest()
 
 
 def worker_info(uri: str) -> Any:
@@ -806,7 +812,7 @@ def test_submitted_jobs_state_is_its_supervisors() -> None:
 
 def test_submitted_jobs_name_is_used_again() -> None:
     """When the head has deleted the job that had it; not before."""
-    world, third = supervised(), "spiffe://prod/worker/head/s3"
+    world, third = supervised(), "spiffe://prod/worker/head/5e55105e00000001-s3"
     world.ok(third, KV + "Get", get(fun(HEADS_JOB), b"fun"))
     world.ok(HEAD, KV + "Put", put(state_of("a"), STATE, b"job"))
     world.no(third, KV + "Get", get(state_of("a"), b"job"))
@@ -1084,11 +1090,11 @@ def test_more_workers_do_not_mean_more_of_the_gcs() -> None:
         )
     )  # fmt: skip
     for index in range(60):
-        worker = f"spiffe://prod/worker/n1/w{index}"
+        worker = f"spiffe://prod/worker/n1/5e55105e00000001-w{index}"
         said = world.ask(worker, KV + "Get", get(fun(ALICES), b"fun"))
         said = world.ask(worker, KV + "Get", get(fun(ALICES), b"fun"))
     assert said.retry
-    other = "spiffe://prod/worker/n1/other"
+    other = "spiffe://prod/worker/n1/5e55105e00000001-other"
     world.ok(other, KV + "Get", get(fun(BOBS), b"fun"))
     assert world.ok(other, KV + "Get", get(fun(BOBS), b"fun")).wait_s == 0
 
@@ -1295,7 +1301,7 @@ def test_end_that_is_never_heard_of_leaves_a_key_uncertain_for_minutes() -> None
 
 def test_name_of_a_job_that_is_being_deleted_is_a_new_ones() -> None:
     """The head's next call may come before the end of its last is known."""
-    world, third = supervised(), "spiffe://prod/worker/head/s3"
+    world, third = supervised(), "spiffe://prod/worker/head/5e55105e00000001-s3"
     world.ok(third, KV + "Get", get(fun(HEADS_JOB), b"fun"))
     world.ok(HEAD, KV + "Del", delete(state_of("a"), b"job"), request_id="d")
     world.ok(HEAD, KV + "Put", put(state_of("a"), STATE, b"job"))
@@ -1340,7 +1346,7 @@ def test_what_ended_is_forgotten_after_an_hour() -> None:
         world.ok(ALICE, ACTOR + "RegisterActor", lasting)
     world.ok(ALICE, KV + "Put", put(fun(22), namespace=b"fun"))
     info.learn_job(ALICE, 23)
-    mine = "spiffe://prod/worker/n1/w20"
+    mine = "spiffe://prod/worker/n1/5e55105e00000001-w20"
     world.ok(mine, KV + "Get", get(fun(20), b"fun"))
     for number in (20, 21, 22):
         end = pb.MarkJobFinishedRequest(job_id=job_id(number))
@@ -1468,3 +1474,188 @@ def test_actor_is_owned_by_who_asks(world: World) -> None:
     body = frame(forged)
     said = world.access.decide(uri=ALICE, method=ACTOR + "RegisterActor", body=body)
     assert "owner is not the caller" in said.why
+
+
+POLL = "/ray.rpc.ControlPlanePubSubGcsService/GcsSubscriberPoll"
+NEWS = "/ray.rpc.ObservabilityPubSubService/GcsSubscriberCommandBatch"
+
+
+def poll(identifier: bytes) -> Any:
+    """Return the request by which a client waits for news."""
+    return pb.GcsSubscriberPollRequest(subscriber_id=identifier)
+
+
+def driver_id(number: int) -> bytes:
+    """Return the worker id of a job's driver, as Ray makes it."""
+    return job_id(number) + b"\xff" * 24
+
+
+def on_n1(identifier: bytes, kind: str = "AddWorkerInfo") -> Any:
+    """Return the request by which a worker of n1 begins, or its node ends it."""
+    message = getattr(pb, f"{kind}Request")()
+    part = "worker_data" if kind == "AddWorkerInfo" else "worker_failure"
+    address = getattr(message, part).worker_address
+    address.worker_id, address.node_id = identifier, NODE_ID
+    return message
+
+
+def test_news_are_for_who_asked_for_them(world: World) -> None:
+    """By the id of a driver, a worker, a node, and one that somebody made up."""
+    world.ok(WORKER, WORKER_INFO + "AddWorkerInfo", on_n1(b"\x44" * 28))
+    cancel = pb.GcsSubscriberCommandBatchRequest()
+    cancel.commands.add(channel_type="GCS_NODE_INFO_CHANNEL")
+    cancel.commands[0].unsubscribe_message.SetInParent()
+    for identifier, mine, others in (
+        (driver_id(ALICES), ALICE, (BOB, WORKER, N1)),
+        (b"\x44" * 28, WORKER, (ALICE, N1)),
+        (NODE_ID, N1, (ALICE, BOB, WORKER)),
+        (b"\x55" * 28, BOB, (ALICE, WORKER, N1)),
+    ):
+        world.ok(mine, POLL, poll(identifier))
+        cancel.subscriber_id = identifier
+        for uri in others:
+            said = world.no(uri, POLL, poll(identifier))
+            assert "is another's" in said.why
+            world.no(uri, NEWS, cancel)
+        world.ok(mine, NEWS, cancel)
+    assert "without an id" in world.no(ALICE, POLL, poll(b"")).why
+
+
+def test_one_identity_has_so_many_names(world: World) -> None:
+    """The GCS keeps memory for each, for minutes; its own worker's id is no other."""
+    most = world.settings.limits.held_calls
+    for number in range(most):
+        if not number % 100:
+            world.now += 1
+        world.ok(ALICE, POLL, poll(number.to_bytes(28, "big")))
+    said = world.ask(ALICE, POLL, poll(b"\x55" * 28))
+    assert not said.allowed
+    assert said.retry
+    assert "limits.held_calls" in said.why
+    world.ok(ALICE, POLL, poll((1).to_bytes(28, "big")))
+    world.ok(ALICE, POLL, poll(driver_id(ALICES)))
+    world.ok(BOB, POLL, poll(b"\x55" * 28))
+    # Forgotten, but for the one that was used again.
+    world.now += 890
+    world.ok(ALICE, POLL, poll(b"\x56" * 28))
+    world.now += 100
+    world.ok(BOB, POLL, poll((2).to_bytes(28, "big")))
+
+
+def test_worker_that_has_ended_speaks_no_more(world: World) -> None:
+    """Its certificate may have been read, and lasts for a year."""
+    program, made_up = b"\x45" * 28, b"\x46" * 28
+    world.ok(WORKER, KV + "Get", get(fun(ALICES), b"fun"))
+    for identifier in (b"\x44" * 28, program, made_up):
+        world.ok(WORKER, WORKER_INFO + "AddWorkerInfo", on_n1(identifier))
+    ended = WORKER_INFO + "ReportWorkerFailure"
+    # A program that it started is not the worker.
+    world.ok(N1, ended, on_n1(program, "ReportWorkerFailure"))
+    world.ok(WORKER, KV + "Get", get(fun(ALICES), b"fun"))
+    world.ok(N1, ended, on_n1(b"\x44" * 28, "ReportWorkerFailure"))
+    again = world.new()
+    again.replay(json.loads(json.dumps(world.journal)))
+    compacted = world.new()
+    compacted.replay(json.loads(json.dumps(list(again.facts()))))
+    for number in (ALICES, BOBS):
+        for each in (world.access, again, compacted):
+            world.access = each
+            said = world.no(WORKER, KV + "Get", get(fun(number), b"fun"))
+            assert said.why == "the worker has ended"
+    assert not [w for w, uri in world.access.workers.items() if uri == WORKER]
+    assert WORKER not in world.access.bound
+
+
+def test_workers_of_an_earlier_session_speak_no_more(world: World) -> None:
+    """Also those of which nobody said that they ended; other machines' are others."""
+    world.ok(WORKER, KV + "Get", get(fun(ALICES), b"fun"))
+    world.ok(WORKER, WORKER_INFO + "AddWorkerInfo", on_n1(b"\x44" * 28))
+    other = "spiffe://prod/worker/n1/0000111100000009-w1"
+    namesake = "spiffe://prod/worker/head/5e55105e00000001-w1"
+    for uri in (other, namesake):
+        world.ok(uri, KV + "Get", get(fun(ALICES), b"fun"))
+    later = WORKER.replace("5e55105e00000001", "5e55105e00000002")
+    world.ok(later, KV + "Get", get(fun(BOBS), b"fun"))
+    said = world.no(WORKER, KV + "Get", get(fun(ALICES), b"fun"))
+    assert said.why == "the worker has ended"
+    for uri in (other, namesake):
+        world.ok(uri, KV + "Get", get(fun(ALICES), b"fun"))
+    # What is known of them is not kept.
+    assert WORKER not in world.access.bound
+    assert WORKER not in world.access.workers.values()
+    nameless = "spiffe://prod/worker/n1/w1"
+    assert "no session" in world.no(nameless, KV + "Get", get(fun(BOBS), b"fun")).why
+
+
+def test_head_that_begins_anew_takes_no_worker_of_before(
+    world: World, tmp_path: Path
+) -> None:
+    """It has forgotten what they were bound to: they would be free for any job."""
+    world.ok(WORKER, KV + "Get", get(fun(ALICES), b"fun"))
+    path = tmp_path / "facts.jsonl"
+    lines = [json.dumps(fact) for fact in world.journal]
+    path.write_text("\n".join([*lines, '["sessions", "n1/5e']) + "\n")
+    world.access = world.new()
+    world.access.replay(sessions.closed(path))
+    for uri, number in ((ALICE, ALICES), (BOB, BOBS)):
+        world.access.learn_job(uri, number)
+    said = world.no(WORKER, KV + "Get", get(fun(BOBS), b"fun"))
+    assert said.why == "the worker has ended"
+    later = WORKER.replace("5e55105e00000001", "5e55105e00000002")
+    world.ok(later, KV + "Get", get(fun(BOBS), b"fun"))
+    assert sessions.closed(tmp_path / "none") == []
+
+
+def test_sessions_of_a_machine_follow_each_other(tmp_path: Path) -> None:
+    """Also where the clock was set back; another machine's are its own."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    first, other = sessions.begin(tmp_path / "a"), sessions.begin(tmp_path / "b")
+    assert first[:8] != other[:8]
+    assert sessions.current(tmp_path / "a") == first
+    second = sessions.begin(tmp_path / "a")
+    assert second[:8] == first[:8]
+    assert second[8:] > first[8:]
+    (tmp_path / "a" / "session").write_text(first[:8] + "f0000000")
+    assert sessions.begin(tmp_path / "a") == first[:8] + "f0000001"
+    (tmp_path / "a" / "session").write_text("damaged")
+    assert len(sessions.current(tmp_path / "a")) == 16
+
+
+def test_worker_ids_are_few_and_ones_own(world: World) -> None:
+    """Of a job's driver, nobody else's; what one registers evicts nobody else's."""
+    info = WORKER_INFO + "AddWorkerInfo"
+    world.no(BOB, info, on_n1(driver_id(ALICES)))
+    world.no(WORKER, info, on_n1(driver_id(ALICES)))
+    world.ok(ALICE, info, on_n1(driver_id(ALICES)))
+    world.ok(
+        N1, JOB + "MarkJobFinished", pb.MarkJobFinishedRequest(job_id=job_id(BOBS))
+    )
+    world.no(BOB, info, on_n1(driver_id(BOBS)))
+    for number in range(16):
+        world.ok(WORKER, info, on_n1(number.to_bytes(28, "big")))
+    said = world.no(WORKER, info, on_n1(b"\x44" * 28))
+    assert "16 worker ids" in said.why
+    world.ok(WORKER, info, on_n1((3).to_bytes(28, "big")))
+
+
+def test_actors_of_who_has_ended_are_nobodys(world: World) -> None:
+    """The GCS aborts when one of them is said to be out of scope."""
+    world.ok(ALICE, WORKER_INFO + "AddWorkerInfo", on_n1(driver_id(ALICES)))
+    mine = actor(ALICES, "")
+    mine.task_spec.caller_address.worker_id = driver_id(ALICES)
+    world.ok(ALICE, ACTOR + "RegisterActor", mine)
+    ask = pb.ReportActorOutOfScopeRequest(
+        actor_id=mine.task_spec.actor_creation_task_spec.actor_id
+    )
+    end = ACTOR + "ReportActorOutOfScope"
+    world.ok(ALICE, end, ask)
+    again = world.new()
+    again.replay(json.loads(json.dumps(world.journal)))
+    for each in (world.access, again):
+        world.access = each
+        world.ok(ALICE, end, ask)
+    gone = on_n1(driver_id(ALICES), "ReportWorkerFailure")
+    world.ok(N1, WORKER_INFO + "ReportWorkerFailure", gone)
+    world.no(ALICE, end, ask)
+    assert world.access.actor_owner == {}

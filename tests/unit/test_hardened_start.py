@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from raysandbox.cluster import guard, start
+from raysandbox.cluster import guard, sessions, start
 from raysandbox.cluster.errors import ClusterError
 from raysandbox.cluster.settings import ClusterDir, Inventory, Settings, validate
 from raysandbox.cluster.start import _running, preflight, write_wrapper
@@ -159,13 +159,17 @@ def test_worker_starts_in_a_directory_with_a_space(
     program.chmod(0o700)
     for name in ("workers", "workers-used"):
         (cluster.run / name).mkdir()
-    (cluster.run / "workers" / "w.pem").write_text("x")
+    # One of an earlier raylet's is no worker's any more.
+    (cluster.run / "workers" / "0-w.pem").write_text("x")
+    session = sessions.begin(cluster.run)
+    (cluster.run / "workers" / f"{session}-w.pem").write_text("x")
     wrapper = write_wrapper(cluster, str(program))
     out = subprocess.run([wrapper, "a b"], capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     path = out.stdout.removesuffix(" a b\n")
     assert path.startswith(f"{cluster.run}/workers-used/")
     assert os.path.exists(path)
+    assert (cluster.run / "workers" / "0-w.pem").exists()
 
 
 AGENT = (
