@@ -31,6 +31,7 @@ from ray.core.generated import pubsub_pb2
 KV = "/ray.rpc.InternalKVGcsService/InternalKV"
 ACTOR = "/ray.rpc.ActorInfoGcsService/"
 NODE = "/ray.rpc.NodeInfoGcsService/"
+NEWS = "/ray.rpc.ControlPlanePubSubGcsService/GcsSubscriber"
 SYNC = "/ray.rpc.syncer.RaySyncer/StartSync"
 UNLIMITED = [
     ("grpc.max_receive_message_length", -1),
@@ -408,17 +409,48 @@ def flood_writes(gcs: Gcs, seconds: float) -> dict[str, Any]:
 
 def flood_held(gcs: Gcs, seconds: float) -> dict[str, Any]:
     """Wait for news with as many calls as a guard lets one open on 16 connections."""
-    path = "/ray.rpc.ControlPlanePubSubGcsService/GcsSubscriberPoll"
     calls = []
     print("began", flush=True)
     for _ in range(16):
         channel = Gcs(gcs.target).channel
-        stub = channel.unary_unary(path, lambda r: r, lambda r: r)
+        stub = channel.unary_unary(NEWS + "Poll", lambda r: r, lambda r: r)
         for _ in range(250):
-            ask = pubsub_pb2.PubsubLongPollingRequest(subscriber_id=os.urandom(28))
+            ask = pb.GcsSubscriberPollRequest(subscriber_id=os.urandom(28))
             body = ask.SerializeToString()
             calls.append(stub.future(body, metadata=gcs.metadata, timeout=seconds))
     seen: Counter[str] = Counter(each.code().name for each in calls)
+    return {"seen": dict(seen)}
+
+
+def cancel_news(gcs: Gcs, subscriber: str, actor_id: str) -> None:
+    """Have somebody be told nothing any more of what becomes of an actor."""
+    ask = pb.GcsSubscriberCommandBatchRequest(subscriber_id=bytes.fromhex(subscriber))
+    command = ask.commands.add(channel_type=pubsub_pb2.GCS_ACTOR_CHANNEL)
+    command.key_id = bytes.fromhex(actor_id)
+    command.unsubscribe_message.SetInParent()
+    gcs.raw(NEWS + "CommandBatch", ask.SerializeToString())
+
+
+def take_news(gcs: Gcs, subscriber: str, seconds: float) -> dict[str, Any]:
+    """Wait for somebody's news in its place."""
+    ask = pb.GcsSubscriberPollRequest(subscriber_id=bytes.fromhex(subscriber))
+    reply = pb.GcsSubscriberPollReply.FromString(
+        gcs.raw(NEWS + "Poll", ask.SerializeToString(), seconds)
+    )
+    return {"told": [message.key_id.hex() for message in reply.pub_messages]}
+
+
+def many_subscribers(gcs: Gcs, count: int) -> dict[str, Any]:
+    """Wait for news under ever new names, for a moment each."""
+    stub = gcs.channel.unary_unary(NEWS + "Poll", lambda r: r, lambda r: r)
+    seen: Counter[str] = Counter()
+    for _ in range(count // 256):
+        calls = []
+        for _ in range(256):
+            ask = pb.GcsSubscriberPollRequest(subscriber_id=os.urandom(28))
+            body = ask.SerializeToString()
+            calls.append(stub.future(body, metadata=gcs.metadata, timeout=0.5))
+        seen.update(each.code().name for each in calls)
     return {"seen": dict(seen)}
 
 

@@ -26,6 +26,7 @@ from tests.cluster.conftest import (
     Driver,
     Hardened,
     Stock,
+    memory_bytes,
 )
 from tests.cluster.lab import Lab, wait_for
 
@@ -443,6 +444,71 @@ def test_named_actor_of_another_is_killed_on_stock_only(
     hardened.expect_event(now, who="mallory", method="KillActor", object=victim.actor)
 
 
+MORTAL = (
+    "@ray.remote(num_cpus=0)\n"
+    "class Mortal:\n"
+    "    def ping(self):\n"
+    "        return 1\n"
+    "m = Mortal.remote()\n"
+    "ray.get(m.ping.remote(), timeout=60)\n"
+    "result = [ray.get_runtime_context().get_worker_id(), m._actor_id.hex()]"
+)
+# What alice is told in the end of an actor that has ended.
+TOLD = (
+    "ray.kill(m)\n"
+    "end = time.time() + 8\n"
+    "while time.time() < end:\n"
+    "    try:\n"
+    "        ray.get(m.ping.remote(), timeout=20)\n"
+    "    except Exception as error:\n"
+    "        result = type(error).__name__\n"
+    "        if result == 'ActorDiedError':\n"
+    "            break\n"
+    "    time.sleep(0.1)"
+)
+
+
+def test_news_of_another_are_cancelled_on_stock_only(
+    hardened: Hardened, stock: Stock, attack: Attack, now: float, victim: Victim,
+    stock_victim: Victim,
+) -> None:  # fmt: skip
+    """A driver's id, which anybody can guess, is enough to keep its news from it.
+
+    On stock Ray it never hears that its actor has died.
+    """
+    worker, actor = stock_victim.driver(MORTAL)
+    assert worker == stock_victim.job + "ff" * 24
+    assert attack(stock.target, "cancel_news", worker, actor)["code"] == "OK"
+    assert stock_victim.driver(TOLD) == "ActorUnavailableError"
+    worker, actor = victim.driver(MORTAL)
+    mallory = hardened.target("mallory")
+    for what in (["cancel_news", worker, actor], ["take_news", worker, 5]):
+        answer = attack(mallory, *what)
+        assert answer["code"] == DENIED
+        assert "is another's" in answer["details"]
+    assert victim.driver(TOLD) == "ActorDiedError"
+    hardened.expect_event(now, who="mallory", method="GcsSubscriberPoll", ok="False")
+
+
+def test_names_to_wait_under_are_few(
+    hardened: Hardened, stock: Stock, attack: Attack
+) -> None:
+    """Each costs the GCS memory for minutes after its call has been given up."""
+    for target, host in (
+        (stock.target, stock.host), (hardened.target("mallory"), hardened.head),
+    ):  # fmt: skip
+        before = memory_bytes(host, "gcs_server")
+        seen = attack(target, "many_subscribers", 2560)["seen"]
+        grown = memory_bytes(host, "gcs_server") - before
+        if target is stock.target:
+            assert seen == {"DEADLINE_EXCEEDED": 2560}
+            assert grown > 20_000_000
+        else:
+            assert 0 < seen["DEADLINE_EXCEEDED"] <= 1536, seen
+            assert seen["UNAVAILABLE"] > 500, seen
+            assert grown < 50_000_000
+
+
 def test_named_actor_is_not_reached_by_rays_own_way(
     hardened: Hardened, victim: Victim, mallory: Driver, now: float
 ) -> None:
@@ -606,6 +672,17 @@ def test_worker_of_a_job_is_no_driver_of_another(
     assert answer["codes"] == [DENIED, DENIED, DENIED, "OK"]
     hardened.expect_event(now, who="worker/", method="KillActor", ok="False")
     assert victim.lives()
+    # It has no rights at all when the worker has ended.
+    copy = hardened.head.home / "copy.pem"
+    copy.write_bytes(Path(stolen).read_bytes())
+    target.update(cert=str(copy), key=str(copy))
+    again = ["overwrite", "mine", "k", "v"]
+    assert attack(target, *again, host=host)["code"] == "OK"
+    mallory("ray.kill(held)")
+    wait_for(
+        "its end", lambda: attack(target, *again, host=host)["code"] == DENIED
+    )  # fmt: skip
+    hardened.expect_event(now, who="worker/", why="the worker has ended", ok="False")
 
 
 def test_task_has_neither_certificate_nor_token_nor_a_way_to_the_guard(

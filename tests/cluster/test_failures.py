@@ -108,7 +108,16 @@ def test_node_is_lost_and_returns(hardened: Hardened, alice: Driver) -> None:
 
 
 def test_head_is_lost_and_returns(hardened: Hardened, attack: Attack) -> None:
-    """After a power cut of all machines both start again, from what is on disk."""
+    """After a power cut of all machines both start again, from what is on disk.
+
+    Of the workers of before, whose jobs the new head does not know, none is back.
+    """
+    stock = hardened.node.home / "c" / "run" / "workers"
+    stolen = hardened.head.home / "before.pem"
+    stolen.write_bytes(next(stock.glob("*.pem")).read_bytes())
+    worker = {**hardened.target("node"), "cert": str(stolen), "key": str(stolen)}
+    writes = ["overwrite", "mine", "before", "v"]
+    assert attack(worker, *writes, host="node")["code"] == "OK"
     hardened.head.reboot()
     hardened.node.reboot()
     hardened.start_head()
@@ -116,6 +125,10 @@ def test_head_is_lost_and_returns(hardened: Hardened, attack: Attack) -> None:
     assert hardened.alive() == 2
     answer = attack(hardened.target("mallory"), "kill_actor", "00" * 16)
     assert answer["code"] == "PERMISSION_DENIED"
+    answer = attack(worker, *writes, host="node")
+    assert (answer["code"], answer["details"]) == (
+        "PERMISSION_DENIED", "raysandbox: the worker has ended",
+    )  # fmt: skip
 
 
 # -- starts that are refused ----------------------------------------------------------
