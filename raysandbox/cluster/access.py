@@ -112,6 +112,8 @@ MOST_IDS = {"worker": 16}
 MOST_IDS_ELSE = 10_000
 # Actors that one worker or driver has made and that may live.
 MOST_ACTORS = 10_000
+# A worker's last events of tasks come in after its node has said that it has ended.
+GRACE_S = 10.0
 # How a driver's worker id goes on after its job's (ray/common/id.cc).
 DRIVER_ID = b"\xff" * 24
 # Keys of one call that the audit log names.
@@ -226,6 +228,8 @@ class Access:
         # What is known by name, the other way round: first come, first in it.
         self._ids: dict[str, dict[str, None]] = {}
         self._owned: dict[str, dict[str, None]] = {}
+        # Workers that have just ended, and until when they may still speak.
+        self._leaving: dict[str, float] = {}
         self._subscribers = Subscribers(settings.limits.held_calls)
         self._stored: Counter[str] = Counter()
         self._writes: Writes[Name, Entry] = Writes()
@@ -266,6 +270,8 @@ class Access:
                 getattr(self, rest[0]).pop(rest[1], None)
             else:
                 getattr(self, table)[rest[0]] = rest[1]
+        for uri in self.over:
+            self.bound.pop(uri, None)
         for worker, uri in self.workers.items():
             self._ids.setdefault(uri, {})[worker] = None
         for actor, owner in self.actor_owner.items():
@@ -378,6 +384,7 @@ class Access:
         if now - self._looked < LOOK_S:
             return
         self._looked = now
+        self._let_leave()
         owners = {owner for owner, _, _ in self.keys.values()}
         past = {
             ("jobs", job)
@@ -493,7 +500,8 @@ class Access:
             raise _RefusedError("the worker's identity names no session", alert=True)
         machine, began = session
         newest = self.sessions.get(machine, "")
-        if call.uri in self.over or began < newest:
+        self._let_leave()
+        if (call.uri in self.over and call.uri not in self._leaving) or began < newest:
             raise _RefusedError("the worker has ended")
         if began > newest:
             self._fact(sessions.TABLE, machine, began)
@@ -502,6 +510,16 @@ class Access:
                 if former and former[0] == machine and former[1] < began:
                     self._end(uri)
                     self._let_go("over", uri)
+                    self._leaving.pop(uri, None)
+
+    def _let_leave(self) -> None:
+        """Forget what those were bound to who have had their time."""
+        while self._leaving:
+            uri, until = next(iter(self._leaving.items()))
+            if self._clock() < until:
+                return
+            self._let_go("bound", uri)
+            del self._leaving[uri]
 
     def _account(self, call: _Call) -> Account:
         """Return who pays: a worker's calls are its job's owner's.
@@ -1249,13 +1267,17 @@ class Access:
             if self._is_supervisor(uri):
                 self._fact("ended", uri, call.who)
             self._fact("over", uri, "")
-            self._end(uri)
+            self._end_ids(uri)
+            self._leaving[uri] = self._clock() + GRACE_S
 
     def _end(self, uri: str) -> None:
         """Nothing is a worker's any more."""
+        self._end_ids(uri)
+        self._let_go("bound", uri)
+
+    def _end_ids(self, uri: str) -> None:
         for worker in list(self._ids.get(uri, ())):
             self._end_id(uri, worker)
-        self._let_go("bound", uri)
 
     def _end_id(self, uri: str, worker: str) -> None:
         for actor in list(self._owned.get(worker, ())):

@@ -1553,6 +1553,12 @@ def test_worker_that_has_ended_speaks_no_more(world: World) -> None:
     world.ok(N1, ended, on_n1(program, "ReportWorkerFailure"))
     world.ok(WORKER, KV + "Get", get(fun(ALICES), b"fun"))
     world.ok(N1, ended, on_n1(b"\x44" * 28, "ReportWorkerFailure"))
+    # What it has sent before is let in, for its own job.
+    world.now += 9
+    world.ok(WORKER, KV + "Get", get(fun(ALICES), b"fun"))
+    world.no(WORKER, KV + "Get", get(fun(BOBS), b"fun"))
+    world.no(WORKER, WORKER_INFO + "AddWorkerInfo", on_n1(b"\x44" * 28))
+    world.now += 2
     again = world.new()
     again.replay(json.loads(json.dumps(world.journal)))
     compacted = world.new()
