@@ -371,8 +371,8 @@ class Access:
         """Forget jobs, nodes and submissions that ended `PAST_S` seconds ago.
 
         Not those that something may still be of: keys, detached actors. Of a job
-        that is forgotten, nobody has anything any more; nor of a node. What a
-        worker was bound to stays: it would be free for another job.
+        that is forgotten, nobody has anything any more; nor of a node. That a worker
+        has ended stays known while its session runs.
 
         Args:
             alive: Ids of the nodes that the GCS holds alive.

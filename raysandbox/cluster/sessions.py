@@ -10,7 +10,10 @@ runs end one by one, as their node reports.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
+import os
 import re
 import secrets
 import time
@@ -31,36 +34,47 @@ def _file(run: Path) -> Path:
     return run / "session"
 
 
+def _host() -> str:
+    """Return what tells this host from one that was made of a copy of its disk."""
+    told = [os.uname().nodename]
+    with contextlib.suppress(OSError):
+        told.append(Path("/etc/machine-id").read_text())
+    return hashlib.sha256("\n".join(told).encode()).hexdigest()[:16]
+
+
 def begin(run: Path) -> str:
     """Begin a session; return its name.
 
     Args:
-        run: Of the member's directory. A machine is one such directory: copies of a
-            member's on several machines have sessions of their own.
+        run: Of the member's directory. A machine is one such directory on one host:
+            copies of a member's on several hosts have sessions of their own.
 
     Raises:
         OSError: It can't be written.
     """
     now = int(time.time())
-    try:
-        found = _SESSION.match(_file(run).read_text())
-    except FileNotFoundError:
-        found = None
-    machine = found[1] if found else secrets.token_hex(4)
+    machine, began, host = _read(run) or ("", "0", "")
+    if host != _host():
+        machine, began = secrets.token_hex(4), "0"
     # Also where the clock was set back.
-    began = max(now, int(found[2], 16) + 1) if found else now
-    name = f"{machine}{began:08x}"
-    write_file(_file(run), name)
+    name = f"{machine}{max(now, int(began, 16) + 1):08x}"
+    write_file(_file(run), f"{name} {_host()}")
     return name
 
 
 def current(run: Path) -> str:
     """Return the session that runs; begin one where there is none."""
+    known = _read(run)
+    return known[0] + known[1] if known else begin(run)
+
+
+def _read(run: Path) -> tuple[str, str, str] | None:
     try:
-        text = _file(run).read_text()
+        name, _, host = _file(run).read_text().partition(" ")
     except FileNotFoundError:
-        return begin(run)
-    return text if _SESSION.match(text) else begin(run)
+        return None
+    found = _SESSION.match(name)
+    return (found[1], found[2], host) if found else None
 
 
 def of(uri: str) -> tuple[str, str] | None:

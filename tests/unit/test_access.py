@@ -1622,10 +1622,16 @@ def test_sessions_of_a_machine_follow_each_other(tmp_path: Path) -> None:
     second = sessions.begin(tmp_path / "a")
     assert second[:8] == first[:8]
     assert second[8:] > first[8:]
-    (tmp_path / "a" / "session").write_text(first[:8] + "f0000000")
+    file = tmp_path / "a" / "session"
+    host = file.read_text().split(" ")[1]
+    file.write_text(f"{first[:8]}f0000000 {host}")
     assert sessions.begin(tmp_path / "a") == first[:8] + "f0000001"
-    (tmp_path / "a" / "session").write_text("damaged")
-    assert len(sessions.current(tmp_path / "a")) == 16
+    for other in ("damaged", f"{first} another-host", first):
+        file.write_text(other)
+        assert sessions.begin(tmp_path / "a")[:8] != first[:8]
+    # Who was given another name meanwhile goes on with what it has begun.
+    file.write_text(f"{first} another-host")
+    assert sessions.current(tmp_path / "a") == first
 
 
 def test_worker_ids_are_few_and_ones_own(world: World) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from raysandbox.cluster import guard, sessions, start
+from raysandbox.cluster import guard, running, sessions, start
 from raysandbox.cluster.errors import ClusterError
 from raysandbox.cluster.settings import ClusterDir, Inventory, Settings, validate
 from raysandbox.cluster.start import _running, preflight, write_wrapper
@@ -86,6 +86,16 @@ def test_dashboard_is_where_its_front_leads(cluster: ClusterDir) -> None:
             patch.setattr(guard, "DASHBOARD_PORT", port)
             (problem,) = preflight(cluster, _start_flags())
     assert problem.startswith(f"port {port}, for the dashboard, is in use")
+
+
+def test_directory_is_one_nodes(cluster: ClusterDir) -> None:
+    """A second raylet would make the first one's workers those of before."""
+    running.remember(cluster, [("gcs_server", os.getpid())])
+    assert preflight(cluster, _start_flags()) == []
+    running.remember(cluster, [("raylet", os.getpid())])
+    (problem,) = preflight(cluster, _start_flags())
+    assert f"runs already (pid {os.getpid()})" in problem
+    assert "raysandbox cluster down" in problem
 
 
 def test_head_listens_at_addresses_that_it_has(cluster: ClusterDir) -> None:
