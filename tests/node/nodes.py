@@ -354,10 +354,12 @@ class Node:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             try:
-                # It drains for half a minute if there is something to wait for.
-                self.process.wait(5)
+                # It drains for half a minute if there is something to wait for, and
+                # without raylet there is nothing that could end in order.
+                self.process.wait(5 if self.raylet else 0)
             except subprocess.TimeoutExpired:
                 self.process.kill()
+                self.process.wait()
         end = time.monotonic() + 40
         # Again and again: one of them may be about to start another.
         while (left := self.processes()) and time.monotonic() < end:
