@@ -77,10 +77,14 @@ class Peer:
         self._said.seek(0)
         raise RuntimeError(self._said.read()[-3000:].decode(errors="replace"))
 
-    def close(self) -> None:
-        """End it, and its Ray."""
+    def leave(self) -> None:
+        """Let it end, and its Ray, while others go on; `close` waits for that."""
         if self.process.stdin is not None:
             self.process.stdin.close()
+
+    def close(self) -> None:
+        """End it, and its Ray."""
+        self.leave()
         self._answers.close()
         try:
             self.process.wait(60)

@@ -22,6 +22,8 @@ def start() -> Iterator[Callable[..., Side]]:
 
     yield make
     for side in started:
+        side.leave()
+    for side in started:
         side.close()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import signal
@@ -12,30 +13,35 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from tests.answers import ALONE
 
 ROOT = Path(__file__).parents[2]
-POLICY = """
+
+
+def policy(more: str = "", **offer: int) -> str:
+    """Return a policy by which everybody may have all that it offers."""
+    offered = "\n".join(f"{name} = {count}" for name, count in offer.items())
+    tagged = ", ".join(f'"{name}"' for name in offer if name != "strict")
+    return f"""
 [offer]
-strict = 3
-standard = 4
+{offered}
 
 [[rules]]
 name = "everybody"
-profiles = ["standard"]
-
-[worker]
-pids = 512
+profiles = [{tagged}]
 
 [totals]
 cpu = "100%"
 memory = "80%"
 pids = "90%"
-"""
+{more}"""
+
+
+POLICY = policy("\n[worker]\npids = 512\n", strict=3, standard=4)
 
 
 def free_port() -> int:
@@ -49,16 +55,34 @@ def free_port() -> int:
 PLAIN = [sys.executable, "-c", "from ray.scripts.scripts import main\nmain()"]
 
 
-def delegate(uid: int) -> list[str]:
-    """Give a user the version 1 groups that a node needs."""
+def remove_group(path: str | Path) -> None:
+    """Remove a control group and all below it; nobody is in them any more."""
+    subprocess.run(["find", str(path), "-depth", "-type", "d", "-delete"])
+
+
+_numbers = itertools.count()
+
+
+@contextlib.contextmanager
+def delegated(uid: int) -> Iterator[dict[str, str]]:
+    """Give a user the version 1 groups that a node needs, until the end.
+
+    Yields:
+        The variable that names them to whatever starts workers.
+    """
     made = []
-    for name in ("memory", "pids", "cpu", "cpuacct", "blkio", "freezer"):
-        if os.path.exists(f"/sys/fs/cgroup/{name}/cgroup.procs"):
-            path = f"/sys/fs/cgroup/{name}/rsn-{os.getpid()}"
-            os.mkdir(path)
-            os.chown(path, uid, uid)
-            made.append(path)
-    return made
+    name = f"rsn-{os.getpid()}-{next(_numbers)}"
+    try:
+        for each in ("memory", "pids", "cpu", "cpuacct", "blkio", "freezer"):
+            if os.path.exists(f"/sys/fs/cgroup/{each}/cgroup.procs"):
+                path = f"/sys/fs/cgroup/{each}/{name}"
+                os.mkdir(path)
+                made.append(path)
+                os.chown(path, uid, uid)
+        yield {"RAYSANDBOX_CGROUP": ":".join(made)} if made else {}
+    finally:
+        for path in made:
+            remove_group(path)
 
 
 def _is_keeper(pid: int) -> bool:
@@ -80,7 +104,7 @@ main()
 
 
 class Node:
-    """Start one; `close` ends what was started, and nothing else."""
+    """Start one; `close`, or the end of a `with`, ends it, and nothing else."""
 
     def __init__(
         self,
@@ -98,10 +122,15 @@ class Node:
             command: What takes the arguments of ``ray start``; ours unless given.
             policy: The node's.
             arguments: More of them; the last one of a name counts.
-            uid: Whose it is; its drivers are, too.
+            uid: Whose it is; its drivers are, too. Who is not root is given control
+                groups of its own.
             block: What starts it stays, and ends with it.
             variables: More of its environment; drivers get those of Ray's, too.
         """
+        if uid:
+            from tests.require import require
+
+            require("landlock:6")
         self.uid = uid
         self.temporary = Path(tempfile.mkdtemp(prefix="rsn-", dir="/tmp"))
         # Not in /tmp: who may write there could replace the directory.
@@ -142,7 +171,16 @@ class Node:
         self._block = block
         self._command = [*command, *first_words, *["--block"] * block, *arguments]
         self._variables = {"RAYSANDBOX_POLICY": str(policy_file), **variables}
+        self._given = contextlib.ExitStack()
+        if uid:
+            self._variables |= self._given.enter_context(delegated(uid))
         self.start()
+
+    def __enter__(self) -> Node:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def start(self) -> None:
         """Start it, once more after `stop`, and wait until it serves."""
@@ -155,14 +193,20 @@ class Node:
                 stderr=log,
                 cwd="/",
             )
+        try:
+            self._wait()
+        except BaseException:
+            self.close()
+            raise
+
+    def _wait(self) -> None:
         end = time.monotonic() + 60
         while True:
             code = self.process.poll()
-            if "--block" in self.log.read_text() if self._block else code == 0:
+            said = self.log.read_text()
+            if "--block" in said if self._block else code == 0:
                 return
             if code is not None or time.monotonic() > end:
-                said = self.log.read_text()
-                self.close()
                 raise AssertionError(f"did not start: {said[-3000:]}")
             time.sleep(0.1)
 
@@ -310,10 +354,12 @@ class Node:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             try:
-                # It drains for half a minute if there is something to wait for.
-                self.process.wait(5)
+                # It drains for half a minute if there is something to wait for, and
+                # without raylet there is nothing that could end in order.
+                self.process.wait(5 if self.raylet else 0)
             except subprocess.TimeoutExpired:
                 self.process.kill()
+                self.process.wait()
         end = time.monotonic() + 40
         # Again and again: one of them may be about to start another.
         while (left := self.processes()) and time.monotonic() < end:
@@ -328,3 +374,4 @@ class Node:
                 os.kill(pid, signal.SIGKILL)
         shutil.rmtree(self.temporary, ignore_errors=True)
         shutil.rmtree(self.site, ignore_errors=True)
+        self._given.close()

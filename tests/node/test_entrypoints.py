@@ -378,7 +378,9 @@ def test_it_has_nothing_of_the_node(ours, secret):
 def test_control_what_it_leaves_behind_lives_on_stock_ray(stock, home: Home):
     """A process in a session of its own outlives the job."""
     assert stock.run("outlive", home.port)
-    time.sleep(5)
+    until = time.monotonic() + 5
+    while "outlived" not in home.heard and time.monotonic() < until:
+        time.sleep(0.1)
     assert "outlived" in home.heard
 
 

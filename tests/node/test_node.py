@@ -25,29 +25,11 @@ import pytest
 
 from tests.attacks.conftest import USER
 from tests.node.home import CALL, SAFE, Home
-from tests.node.nodes import PLAIN, ROOT, Node, delegate, free_port
-from tests.require import require
+from tests.node.nodes import PLAIN, ROOT, Node, free_port, policy
 
 pytestmark = [pytest.mark.ray, pytest.mark.root]
 
-POLICY = """
-[offer]
-strict = 4
-standard = 4
-trusted = 3
-
-[[rules]]
-name = "everybody"
-profiles = ["standard", "trusted"]
-
-[worker]
-pids = 512
-
-[totals]
-cpu = "100%"
-memory = "80%"
-pids = "90%"
-"""
+POLICY = policy("\n[worker]\npids = 512\n", strict=4, standard=4, trusted=3)
 # What workers import when they start, if there is such a module.
 PRELOADED = "preloaded"
 
@@ -55,21 +37,9 @@ PRELOADED = "preloaded"
 @pytest.fixture(scope="module", params=["root", "user"])
 def node(request: pytest.FixtureRequest) -> Iterator[Node]:
     """A node of root's, then one of an ordinary user's with delegated groups."""
-    uid, given, variables = 0, [], {"RAY_preload_python_modules": PRELOADED}
-    if request.param == "user":
-        require("landlock:6")
-        uid = USER
-        given = delegate(uid)
-        variables["RAYSANDBOX_CGROUP"] = ":".join(given)
-    try:
-        made = Node(policy=POLICY, uid=uid, **variables)
-        try:
-            yield made
-        finally:
-            made.close()
-    finally:
-        for path in given:
-            subprocess.run(["find", path, "-depth", "-type", "d", "-delete"])
+    uid = USER if request.param == "user" else 0
+    with Node(policy=POLICY, uid=uid, RAY_preload_python_modules=PRELOADED) as made:
+        yield made
 
 
 of_root = pytest.mark.parametrize("node", ["root"], indirect=True)

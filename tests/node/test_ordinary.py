@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,25 +15,11 @@ import pytest
 from raysandbox.node import store_proxy
 from tests.attacks.conftest import USER
 from tests.node import rootfs
-from tests.node.nodes import Node, delegate
-from tests.require import require
+from tests.node.nodes import Node, policy
 
 pytestmark = [pytest.mark.ray, pytest.mark.root, pytest.mark.timeout(240)]
 
-POLICY = """
-[offer]
-strict = 3
-trusted = 3
-
-[[rules]]
-name = "everybody"
-profiles = ["trusted"]
-
-[totals]
-cpu = "100%"
-memory = "80%"
-pids = "90%"
-
+MORE = """
 [object_store]
 max_job = "60MiB"
 
@@ -59,16 +44,9 @@ def image() -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def node(image: Path) -> Iterator[Node]:
     """A node of a user with delegated control groups."""
-    require("landlock:6")
-    given = delegate(USER)
-    policy = POLICY.replace("ROOT", str(image)).replace("PYTHON", rootfs.PYTHON)
-    try:
-        made = Node(policy=policy, uid=USER, RAYSANDBOX_CGROUP=":".join(given))
+    more = MORE.replace("ROOT", str(image)).replace("PYTHON", rootfs.PYTHON)
+    with Node(policy=policy(more, strict=3, trusted=3), uid=USER) as made:
         yield made
-        made.close()
-    finally:
-        for path in given:
-            subprocess.run(["find", path, "-depth", "-type", "d", "-delete"])
 
 
 LOOK = """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,25 +12,10 @@ import pytest
 
 from raysandbox import launch
 from tests.attacks.conftest import USER
-from tests.node.nodes import Node, delegate, free_port
-from tests.require import require
+from tests.node.nodes import Node, free_port, policy
 
 pytestmark = [pytest.mark.ray, pytest.mark.root, pytest.mark.timeout(240)]
 
-POLICY = """
-[offer]
-strict = 3
-trusted = 3
-
-[[rules]]
-name = "everybody"
-profiles = ["trusted"]
-
-[totals]
-cpu = "100%"
-memory = "80%"
-pids = "90%"
-"""
 # Detached: alive, with their jails, when the node is told to end.
 WORK = """
 import json
@@ -63,29 +47,15 @@ print(json.dumps({name: amount for name, amount in ray.cluster_resources().items
 def node(request: pytest.FixtureRequest) -> Iterator[Node]:
     """Of root's, whose start blocks; then of a user's, whose start returns."""
     blocks = request.param == "SIGTERM"
-    if not blocks:
-        require("landlock:6")
-    given = [] if blocks else delegate(USER)
-    arguments = [f"--node-manager-port={free_port()}"]
-    # What is detached would not end by itself in the half minute that Ray waits.
-    variables = {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "1"}
-    if given:
-        variables["RAYSANDBOX_CGROUP"] = ":".join(given)
-    try:
-        made = Node(
-            policy=POLICY,
-            arguments=arguments,
-            uid=0 if blocks else USER,
-            block=blocks,
-            **variables,
-        )
-        try:
-            yield made
-        finally:
-            made.close()
-    finally:
-        for path in given:
-            subprocess.run(["find", path, "-depth", "-type", "d", "-delete"])
+    with Node(
+        policy=policy(strict=3, trusted=3),
+        arguments=[f"--node-manager-port={free_port()}"],
+        uid=0 if blocks else USER,
+        block=blocks,
+        # What is detached would not end by itself in the half minute that Ray waits.
+        RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S="1",
+    ) as made:
+        yield made
 
 
 def _members(groups: list[str]) -> set[int]:

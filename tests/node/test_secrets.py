@@ -10,7 +10,6 @@ import base64
 import hashlib
 import json
 import os
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,27 +18,12 @@ from typing import Any
 import pytest
 
 from tests.attacks.conftest import USER
-from tests.node.nodes import Node, delegate
-from tests.require import require
+from tests.node.nodes import Node, policy
 
 pytestmark = [pytest.mark.ray, pytest.mark.root, pytest.mark.timeout(240)]
 
 _FIRST, _REST = 20, 28
-POLICY = """
-[offer]
-strict = 3
-fast = 3
-trusted = 3
-
-[[rules]]
-name = "everybody"
-profiles = ["fast", "trusted"]
-
-[totals]
-cpu = "100%"
-memory = "80%"
-pids = "90%"
-"""
+POLICY = policy(strict=3, fast=3, trusted=3)
 HUNT = """
 import ctypes, hashlib, json
 
@@ -132,52 +116,41 @@ def hunts(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
     """
     from ray._common.tls_utils import generate_self_signed_tls_certs
 
-    uid, given = 0, []
-    if request.param == "user":
-        require("landlock:6")
-        uid = USER
-        given = delegate(uid)
-    site = Path(tempfile.mkdtemp(prefix="rsn-", dir="/srv" if uid else Path.home()))
-    cert, key = (site / name for name in ("cert.pem", "key.pem"))
+    uid = USER if request.param == "user" else 0
     certificate, private = generate_self_signed_tls_certs()
-    cert.write_text(certificate)
-    key.write_text(private)
-    key.chmod(0o600)
-    for path in (site, cert, key):
-        os.chown(path, uid, uid)
     lines = [line for line in private.splitlines() if "-----" not in line]
-    node = Node(
-        policy=POLICY,
-        uid=uid,
-        **({"RAYSANDBOX_CGROUP": ":".join(given)} if given else {}),
-        RAY_USE_TLS="1",
-        RAY_TLS_SERVER_CERT=str(cert),
-        RAY_TLS_SERVER_KEY=str(key),
-        RAY_TLS_CA_CERT=str(cert),
-    )
-    try:
-        # From the middle: what comes before is the same in every key.
-        der = base64.b64decode("".join(lines))
-        secrets = [
-            _told("token", node.token.read_bytes()),
-            _told("key", lines[len(lines) // 2].encode()),
-            _told("key, binary", der[len(der) // 2 :]),
-        ]
-        values = {
-            "SECRETS": secrets,
-            "PROFILES": PROFILES,
-            "SITE": str(node.site),
-            "REST": _REST,
-        }
-        names = "".join(f"{name} = {value!r}\n" for name, value in values.items())
-        yield json.loads(node.drive(names + HUNT).splitlines()[-1])
-    finally:
-        node.close()
-        for path in (cert, key):
-            path.unlink()
-        site.rmdir()
-        for group in given:
-            subprocess.run(["find", group, "-depth", "-type", "d", "-delete"])
+    with tempfile.TemporaryDirectory(
+        prefix="rsn-", dir="/srv" if uid else Path.home()
+    ) as site:
+        cert, key = (Path(site, name) for name in ("cert.pem", "key.pem"))
+        cert.write_text(certificate)
+        key.write_text(private)
+        key.chmod(0o600)
+        for path in (site, cert, key):
+            os.chown(path, uid, uid)
+        with Node(
+            policy=POLICY,
+            uid=uid,
+            RAY_USE_TLS="1",
+            RAY_TLS_SERVER_CERT=str(cert),
+            RAY_TLS_SERVER_KEY=str(key),
+            RAY_TLS_CA_CERT=str(cert),
+        ) as node:
+            # From the middle: what comes before is the same in every key.
+            der = base64.b64decode("".join(lines))
+            secrets = [
+                _told("token", node.token.read_bytes()),
+                _told("key", lines[len(lines) // 2].encode()),
+                _told("key, binary", der[len(der) // 2 :]),
+            ]
+            values = {
+                "SECRETS": secrets,
+                "PROFILES": PROFILES,
+                "SITE": str(node.site),
+                "REST": _REST,
+            }
+            names = "".join(f"{name} = {value!r}\n" for name, value in values.items())
+            yield json.loads(node.drive(names + HUNT).splitlines()[-1])
 
 
 def test_control_who_may_have_them_finds_them(hunts):

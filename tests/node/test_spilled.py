@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,34 +13,20 @@ import pytest
 
 from raysandbox.node import spilling, store_proxy
 from tests.attacks.conftest import USER
-from tests.node.nodes import Node, delegate
-from tests.require import require
+from tests.node.nodes import Node, policy
 
 pytestmark = [pytest.mark.ray, pytest.mark.root, pytest.mark.timeout(300)]
 
 # A quota of 20 blocks and a bit, and a store of 15.
 SIZE, FIT, STORE = 12 << 20, 20, 190_000_000
-POLICY = """
-[offer]
-strict = 3
-standard = 4
-trusted = 4
-
-[[rules]]
-name = "everybody"
-profiles = ["standard", "trusted"]
-
+MORE = """
 [ceilings]
 boundary = "worker"
 
 [object_store]
 max_job = "244MiB"
-
-[totals]
-cpu = "100%"
-memory = "80%"
-pids = "90%"
 """
+POLICY = policy(MORE, strict=3, standard=4, trusted=4)
 # Puts of a worker whose code has Ray's sockets, and results of tasks in jails.
 STORES = {
     "trusted": f"""
@@ -92,30 +77,16 @@ REFUSED = {"trusted": "ObjectStoreFullError", "standard": "TaskQuotaExceeded"}
 
 @pytest.fixture(scope="module")
 def node() -> Iterator[Node]:
-    made = Node(policy=POLICY, arguments=[f"--object-store-memory={STORE}"])
-    try:
+    with Node(policy=POLICY, arguments=[f"--object-store-memory={STORE}"]) as made:
         yield made
-    finally:
-        made.close()
 
 
 @pytest.fixture(scope="module")
 def ordinary() -> Iterator[Node]:
     """A node of a user with delegated control groups."""
-    require("landlock:6")
-    given = delegate(USER)
-    try:
-        made = Node(
-            policy=POLICY,
-            uid=USER,
-            arguments=[f"--object-store-memory={STORE}"],
-            RAYSANDBOX_CGROUP=":".join(given),
-        )
+    arguments = [f"--object-store-memory={STORE}"]
+    with Node(policy=POLICY, uid=USER, arguments=arguments) as made:
         yield made
-        made.close()
-    finally:
-        for path in given:
-            subprocess.run(["find", path, "-depth", "-type", "d", "-delete"])
 
 
 def wait_for(what: str, check: Callable[[], bool]) -> None:

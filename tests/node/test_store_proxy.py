@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+
+from tests.node.drive import Side
 
 pytestmark = [pytest.mark.ray, pytest.mark.root]
 
@@ -43,15 +45,37 @@ REFUSED = (
 
 
 @pytest.fixture(scope="module")
-def lives(start) -> dict[str, bool]:
+def stocks(start) -> dict[str, Side]:
+    """A stock Ray for each of these messages, of which none lives long."""
+    return {name: start("stock") for name in FATAL}
+
+
+@pytest.fixture(scope="module")
+def bombed(stocks) -> Future[list]:
+    """What a put bomb does to one of them, before its message."""
+    done: Future[list] = Future()
+    try:
+        stock = stocks[FATAL[-1]]
+        stock("keep", 50 * MB)
+        puts = stock("call", "bomb", 30, 10 * MB)
+        done.set_result([puts, stock("kept_is_there")])
+    except Exception as error:
+        done.set_exception(error)
+    return done
+
+
+@pytest.fixture(scope="module")
+def lives(stocks, bombed) -> dict[str, bool]:
     """Whether a stock node lives through each of these: one each, all at once."""
-    sides = {name: start("stock") for name in FATAL}
-    with ThreadPoolExecutor(len(sides)) as pool:
-        found = pool.map(lambda name: sides[name]("attack", name)[1], sides)
-        lives = dict(zip(sides, found))
-    for side in sides.values():
-        side.close()
-    return lives
+
+    def attack(name: str) -> bool:
+        assert stocks[name]("raylet_lives")
+        lives: bool = stocks[name]("attack", name)[1]
+        stocks[name].leave()
+        return lives
+
+    with ThreadPoolExecutor(len(stocks)) as pool:
+        return dict(zip(stocks, pool.map(attack, stocks)))
 
 
 @pytest.mark.parametrize("name", FATAL)
@@ -112,15 +136,11 @@ def test_a_child_of_a_worker_has_no_connection_of_its_own(proxied):
     assert "not a process that raylet started" in reasons
 
 
-def test_control_a_put_bomb_fills_a_stock_store(start):
+def test_control_a_put_bomb_fills_a_stock_store(bombed):
     """Nothing stops a task from storing more than fits: others' objects are spilled."""
-    stock = start("stock")
-    stock("keep", 50 * MB)
-    done, error = stock("call", "bomb", 30, 10 * MB)
-    pushed_out = not stock("kept_is_there")
-    stock.close()
+    (done, error), is_there = bombed.result()
     assert (done, error) == (30, "")
-    assert pushed_out
+    assert not is_there
 
 
 def test_a_put_bomb_ends_at_the_quota(proxied):
@@ -170,7 +190,7 @@ def test_more_than_fits_is_spilled_and_restored(start):
     side = start("proxy", store=100 << 20)
     assert side("spill", 12, 15 * MB)
     kinds = {each["kind"] for each in side("stats")["workers"]}
-    side.close()
+    side.leave()
     assert kinds == {"worker", "io"}
 
 
@@ -185,7 +205,7 @@ def test_a_worker_is_bound_once(start):
     assert side("bind", "63000000", "63000000") == ["WorkerCrashedError"]
     # Bound to none, there are none.
     assert side("call", "bomb", 1, 1000) == "WorkerCrashedError"
-    side.close()
+    side.leave()
 
 
 def test_a_proxy_that_dies_takes_its_workers_along(start):
@@ -194,7 +214,7 @@ def test_a_proxy_that_dies_takes_its_workers_along(start):
     assert side("honest") == 1 << 18
     assert side("end_proxy")
     assert side("raylet_lives")
-    side.close()
+    side.leave()
 
 
 def test_hostile_messages_under_sanitizers(tmp_path):

@@ -21,7 +21,7 @@ from raysandbox.node import wall
 from raysandbox.plan import Record, described
 from tests.attacks.conftest import USER
 from tests.attacks.harness import start_as
-from tests.node.nodes import delegate
+from tests.node.nodes import delegated, remove_group
 from tests.node.probe import ATTACKS
 from tests.require import require
 from tests.unit.test_plan import HOST
@@ -53,36 +53,31 @@ def stage(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
     uid = os.geteuid()
     # The probe is the worker's program: its directory must be among those it sees.
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{Path(STAGE).parent}"}
-    given: list[str] = []
-    if request.param != "root":
-        require("landlock:6")
-        if uid == 0 and request.param == "user":
-            uid = USER
-            given = delegate(uid)
-            environment["RAYSANDBOX_CGROUP"] = ":".join(given)
-            environment["HOME"] = "/nonexistent"
-    process = start_as(
-        uid,
-        uid if uid else 0,
-        [sys.executable, STAGE, str(USER) if request.param == "named" else "auto"],
-        env=environment,
-        cwd="/",
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    out, err = process.communicate(timeout=500)  # an emulated one is slow
-    assert process.returncode == 0, err.decode()[-4000:]
-    found = json.loads(out.splitlines()[-1])
-    found["actor"] = request.param
-    yield found
-    # No keeper is on stage: groups are left to whoever started the workers.
-    left = [
-        str(path)
-        for base in found["groups"]
-        for path in Path(base).glob(f"raysandbox-*-w{found['raylet']}")
-    ]
-    for path in (*left, *given):
-        subprocess.run(["find", path, "-depth", "-type", "d", "-delete"])
+    with contextlib.ExitStack() as given:
+        if request.param != "root":
+            require("landlock:6")
+            if uid == 0 and request.param == "user":
+                uid = USER
+                environment |= given.enter_context(delegated(uid))
+                environment["HOME"] = "/nonexistent"
+        process = start_as(
+            uid,
+            uid if uid else 0,
+            [sys.executable, STAGE, str(USER) if request.param == "named" else "auto"],
+            env=environment,
+            cwd="/",
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        out, err = process.communicate(timeout=500)  # an emulated one is slow
+        assert process.returncode == 0, err.decode()[-4000:]
+        found = json.loads(out.splitlines()[-1])
+        found["actor"] = request.param
+        yield found
+        # No keeper is on stage: groups are left to whoever started the workers.
+        for base in found["groups"]:
+            for path in Path(base).glob(f"raysandbox-*-w{found['raylet']}"):
+                remove_group(path)
     for base in found["groups"]:
         with contextlib.suppress(OSError):  # gone with the above, or of use to others
             os.rmdir(base)
