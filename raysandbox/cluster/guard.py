@@ -20,6 +20,7 @@ RESOURCE_EXHAUSTED.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import ipaddress
 import json
 import re
@@ -924,18 +925,24 @@ def bootstrap(settings: Settings, run: Path) -> Json:
     }  # fmt: skip
 
 
-def write_secrets(cluster: ClusterDir, crls: bytes, digest: str) -> None:
+def write_secrets(cluster: ClusterDir, crls: bytes) -> dict[str, str]:
     """Write the guard's certificates and the CRLs; a running guard takes them up.
 
     Args:
         cluster: Of which cluster.
         crls: Every list, as PEM.
-        digest: Of what it was made from: the version that Envoy reports.
+
+    Returns:
+        By secret: the version that Envoy reports once it is in force. It is of the
+        content: Envoy goes on reporting the old one for what has not changed.
     """
+    versions = {}
     for name, text in secrets_of(cluster, crls).items():
-        body = json.loads(text)
-        text = json.dumps({"version_info": digest, **body})
-        write_file(cluster.run / name, text, durable=False)
+        version = hashlib.sha256(text.encode()).hexdigest()
+        body = {"version_info": version, **json.loads(text)}
+        write_file(cluster.run / name, json.dumps(body), durable=False)
+        versions[name.removesuffix(".json")] = version
+    return versions
 
 
 def write_listeners(

@@ -754,10 +754,14 @@ class HeadWorker(NodeWorker):
 
     # -- Envoy ----------------------------------------------------------------------
 
-    def write_secrets(self, digest: str) -> None:
-        """Write the guard's certificates and lists from the cluster directory."""
+    def write_secrets(self) -> dict[str, str]:
+        """Write the guard's certificates and lists from the cluster directory.
+
+        Returns:
+            See `guard.write_secrets`.
+        """
         pki.check_identity(self.dir, "guard")
-        guard.write_secrets(self.dir, Registry(self.dir).crls(), digest)
+        return guard.write_secrets(self.dir, Registry(self.dir).crls())
 
     def write_listeners(self, digest: str) -> None:
         """Write what depends on the inventory."""
@@ -795,11 +799,11 @@ class HeadWorker(NodeWorker):
             pki.check_workers(self.dir)
             inventory, grants = self.dir.inventory(), self.dir.access()
             stock = Stock(self.dir)
-            self.write_secrets(digest)
-            await self._until(
-                "/config_dump?resource=dynamic_active_secrets&name_regex=^members$",
-                f'"version_info": "{digest}"',
-            )
+            for name, version in self.write_secrets().items():
+                await self._until(
+                    f"/config_dump?resource=dynamic_active_secrets&name_regex=^{name}$",
+                    f'"version_info": "{version}"',
+                )
             self.write_listeners(digest)
             await self._until(
                 "/stats?filter=listener_manager.lds", f'lds.version_text: "{digest}"'
@@ -860,7 +864,7 @@ class HeadWorker(NodeWorker):
         finally:
             os.umask(old)
         digest = self.dir.digest()
-        self.write_secrets(digest)
+        self.write_secrets()
         self.write_listeners(digest)
         self._note_ends()
         self.event("supervisor_started", pid=os.getpid())

@@ -9,10 +9,12 @@ Ray and gRPC, and does the same to a stock GCS and to a guarded one.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import pickle
+import select
 import socket
 import ssl
 import sys
@@ -293,6 +295,18 @@ def _connect(target: dict[str, str], protocol: str = "h2") -> socket.socket:
     context.load_cert_chain(target["cert"], target["key"])
     context.set_alpn_protocols([protocol])
     return context.wrap_socket(sock, server_hostname=host)
+
+
+def hold(gcs: Gcs, count: int) -> None:
+    """Open connections and keep them; each line of input is answered with how many."""
+    held = []
+    for _ in range(count):
+        # Those that are one too many end in their handshake.
+        with contextlib.suppress(OSError):
+            held.append(_connect(gcs.target))
+    for _ in sys.stdin:
+        ended = select.select(held, [], [], 0)[0]
+        print(len(held) - len(ended), flush=True)
 
 
 def malformed(gcs: Gcs) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from tests.cluster.lab import Host, Lab, wait_for
 pytestmark = [pytest.mark.root, pytest.mark.timeout(120)]
 
 HEAD, ROGUE, LAPTOP = "10.77.5.1", "10.77.5.3", "10.77.5.4"
+DESK, NODE_1, NODE_2 = "10.77.5.5", "10.77.5.6", "10.77.5.7"
 ATTACK = Path(__file__).resolve().parent / "attack.py"
 Attack = Callable[..., dict[str, Any]]
 
@@ -26,13 +27,22 @@ Attack = Callable[..., dict[str, Any]]
 class SmallGuard(Guard):
     """A guard with limits that a test reaches, and other machines beside it."""
 
-    def __init__(self, host: Host, rogue: Host, laptop: Host) -> None:
+    def __init__(self, lab: Lab) -> None:
+        host = lab.host("head", HEAD)
         super().__init__(host)
-        self.rogue, self.laptop = rogue, laptop
+        self.rogue, self.laptop = lab.host("rogue", ROGUE), lab.host("laptop", LAPTOP)
+        self.desk = lab.host("desk", DESK)
+        self.node_1, self.node_2 = lab.host("n1", NODE_1), lab.host("n2", NODE_2)
         host.raysandbox("cluster", "init", str(self.path), "--head-address", HEAD)
-        for name in ("alice", "mallory"):
-            self.cli("certs", "issue", "driver", name, "--address", LAPTOP,
+        for role, name, address in (
+            ("driver", "alice", LAPTOP), ("driver", "mallory", LAPTOP),
+            ("driver", "bob", DESK), ("node", "n1", NODE_1), ("node", "n2", NODE_2),
+            ("node", "n3", NODE_2),
+        ):  # fmt: skip
+            self.cli("certs", "issue", role, name, "--address", address,
                      "--out", str(host.home / name))  # fmt: skip
+        for name, address in (("n1", NODE_1), ("n2", NODE_2)):
+            self.cli("nodes", "add", name, "--address", address)
         (self.path / "cluster.toml").write_text(
             (self.path / "cluster.toml").read_text() + LIMITS
         )
@@ -40,7 +50,8 @@ class SmallGuard(Guard):
 
     def target(self, name: str) -> dict[str, str]:
         """Return what an attacker needs who has a member's directory."""
-        base = self.host.home / name / "identity" / "driver"
+        component = "raylet" if name in ("n1", "n2", "n3") else "driver"
+        base = self.host.home / name / "identity" / component
         return {
             "address": f"{HEAD}:6379", "token": f"{self.path}/token",
             "ca": f"{self.path}/ca.pem", "cert": f"{base}.pem", "key": f"{base}.key",
@@ -58,20 +69,28 @@ class SmallGuard(Guard):
         answer: dict[str, Any] = json.loads(out.stdout.splitlines()[-1])
         return answer
 
+    def through(self, name: str, host: Host) -> bool:
+        """Whether a member's call from its machine is let through."""
+        return "upstream" in self.attack(name, "call", NODES, host=host)["details"]
+
     @contextmanager
-    def many_connections(self, count: int) -> Iterator[Callable[[], int]]:
-        """Open connections without TLS; yields what says how many are still open."""
-        code = (
-            "import select, socket, sys\n"
-            "held = [socket.create_connection((sys.argv[1], 6379)) for _ in\n"
-            "        range(int(sys.argv[2]))]\n"
-            "for _ in sys.stdin:\n"
-            "    gone = select.select(held, [], [], 0)[0]\n"
-            "    print(len(held) - len(gone), flush=True)\n"
-        )
+    def many_connections(
+        self, count: int, name: str = "", host: Host | None = None
+    ) -> Iterator[Callable[[], int]]:
+        """Open connections; yields what says how many are still open.
+
+        Args:
+            count: How many are tried.
+            name: Whose certificate they are opened with; nobody's: without TLS.
+            host: From which machine, unless from the rogue's.
+        """
+        target = self.target(name) if name else {"address": f"{HEAD}:6379"}
+        command = [sys.executable, str(ATTACK), json.dumps(target), "hold",
+                   json.dumps([count])]  # fmt: skip
+        on = host or self.rogue
         process = subprocess.Popen(
-            self.rogue.argv([sys.executable, "-c", code, HEAD, str(count)]),
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            on.argv(command), env=on.env(), stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
 
         def still_open() -> int:
@@ -127,9 +146,7 @@ AS_HEAD = {"who": "c/identity/raylet"}
 def guard() -> Iterator[SmallGuard]:
     """A head without Ray."""
     with Lab() as lab:
-        made = SmallGuard(
-            lab.host("head", HEAD), lab.host("rogue", ROGUE), lab.host("laptop", LAPTOP)
-        )
+        made = SmallGuard(lab)
         yield made
         made.close()
 
@@ -221,6 +238,22 @@ def test_strangers_take_no_connections_of_nodes(guard: SmallGuard) -> None:
         assert "upstream" not in stranger
         record = guard.expect_refused(now, ROGUE, "too many connections")
     assert record["event"] == "connection_refused"
+
+
+def test_change_of_the_inventory_alone_is_in_force(guard: SmallGuard) -> None:
+    """A node is let in when `nodes add` returns, and refused after `nodes remove`.
+
+    Guards against a wait for lists of revoked certificates that have not changed: the
+    guard's program never reported them anew, and the change was given up.
+    """
+    assert not guard.through("n3", guard.node_2)
+    out = guard.cli("nodes", "add", "n3", "--address", NODE_2)
+    assert "in force" in out.stdout
+    assert guard.through("n3", guard.node_2)
+    out = guard.cli("nodes", "remove", "n3")
+    assert "in force" in out.stdout
+    assert not guard.through("n3", guard.node_2)
+    assert guard.through("n2", guard.node_2)
 
 
 def test_guard_listens_where_it_was_told(guard: SmallGuard) -> None:
