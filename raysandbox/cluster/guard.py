@@ -1,8 +1,9 @@
 """The guard's configuration: settings and identities in, Envoy's JSON out.
 
 Pure: nothing here touches a file or a process but `write_…`, which put the
-result where a running Envoy picks it up. One listener takes everybody's calls;
-its filters, in this order::
+result where a running Envoy picks it up. One listener takes everybody's calls,
+in filter chains by address, each with a number of connections of its own; the
+filters of a chain, in this order::
 
     fault       refuses everything while the audit log can't be written
     lua         who speaks (certificate, issuer), one token, node_id of a sync
@@ -25,7 +26,9 @@ import ipaddress
 import json
 import re
 import socket
-from collections.abc import Iterable
+import zlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -36,6 +39,7 @@ from raysandbox.cluster.settings import (
     ClusterDir,
     Inventory,
     Limits,
+    Node,
     Settings,
     write_file,
 )
@@ -45,9 +49,13 @@ __all__ = [
     "LOOPBACK",
     "REASONS",
     "bootstrap",
+    "connections_allowed",
+    "connections_of",
     "executable",
+    "files_wanted",
     "listen_addresses",
     "listeners",
+    "routes_of",
     "secrets_of",
     "write_listeners",
     "write_secrets",
@@ -57,10 +65,19 @@ Json = dict[str, Any]
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 TYPE = "type.googleapis.com/envoy"
 BUFFER = "envoy.filters.http.buffer"
+RATE_LIMIT = "envoy.filters.http.local_ratelimit"
 HEAP = "envoy.resource_monitors.fixed_heap"
 LOOPBACK = "127.0.0.1"
 # Between what is accepted and what is closed again.
 SPARE_CONNECTIONS = 256
+# For addresses of nodes, and as many for those of other members. Each is a copy of
+# all filters: 64 of both, at both ports, are 60 MB, twice as much during a reload,
+# which takes 3 s; 128 would be 120 MB and 7 s.
+MOST_CHAINS = 64
+# Connections to what is behind the guard: each group of the GCS's, each pipe's.
+GCS_CONNECTIONS, PIPE_CONNECTIONS = 64, 1024
+# Files that are no connections of members, with some to spare.
+FILES_BESIDE = 2 * GCS_CONNECTIONS + 2 * PIPE_CONNECTIONS + 256
 # Where Ray's dashboard is, unless that is taken: a start looks first.
 DASHBOARD_PORT = 8265
 # Requests that nobody looks into name next to nothing.
@@ -95,6 +112,7 @@ REASONS = {
         "come back later, or raise limits.calls_open in cluster.toml",
     ),
     "route_not_found": ("no method of the GCS", "see the version of Ray"),
+    "direct_response": ("no method of the GCS", "see the version of Ray"),
     "ext_authz_error": (
         "the access service did not answer",
         "come back later; run/supervisor.log on the head says more",
@@ -132,17 +150,19 @@ def _address(host: str, port: int) -> Json:
     return {"socket_address": {"address": host, "port_value": port}}
 
 
-def _sds(path: Path, name: str) -> Json:
+def _file(path: Path) -> Json:
+    """Return a source of configuration that is read again when a file is put there."""
     return {
-        "name": name,
-        "sds_config": {
-            "path_config_source": {
-                "path": str(path),
-                "watched_directory": {"path": str(path.parent)},
-            },
-            "resource_api_version": "V3",
+        "path_config_source": {
+            "path": str(path),
+            "watched_directory": {"path": str(path.parent)},
         },
+        "resource_api_version": "V3",
     }
+
+
+def _sds(path: Path, name: str) -> Json:
+    return {"name": name, "sds_config": _file(path)}
 
 
 def _secret(name: str, **body: Any) -> str:
@@ -214,8 +234,17 @@ def _paths(methods: frozenset[str]) -> list[Json]:
     return [{"url_path": {"path": {"exact": method}}} for method in sorted(methods)]
 
 
-def _rbac(settings: Settings, inventory: Inventory) -> Json:
-    """Allow by role and method; a node only from its inventory's addresses."""
+def _rbac(
+    settings: Settings, inventory: Inventory, names: Collection[str] | None = None
+) -> Json:
+    """Allow by role and method; a node only from its inventory's addresses.
+
+    Args:
+        settings: Of the cluster.
+        inventory: Its nodes.
+        names: Of the nodes that may call from where these calls come from; the
+            rules of others would allow none of them. None: of all nodes.
+    """
     base = f"spiffe://{re.escape(settings.name)}"
     policies: Json = {}
     for role, methods in METHODS.items():
@@ -225,6 +254,8 @@ def _rbac(settings: Settings, inventory: Inventory) -> Json:
             principals = []
             for name, node in sorted(inventory.nodes.items()):
                 if node.quarantined or (role == "head" and not node.head):
+                    continue
+                if names is not None and name not in names:
                     continue
                 # A worker runs on its node, so its identity is bound to the
                 # same addresses.
@@ -361,7 +392,8 @@ def _routes(limits: Limits) -> list[Json]:
     """Return who is asked before a call goes on; whereto, the Lua filter says.
 
     Envoy tries one after the other, for each call: few, and without expressions.
-    What is not named is looked into, and refused there if nobody knows it.
+    What is not named is looked into, and refused there if nobody knows it. The last
+    one is for no method: a call without a route has no limits but its chain's.
     """
 
     def route(match: Json, *, most: int = 0, **authz: Any) -> Json:
@@ -396,7 +428,24 @@ def _routes(limits: Limits) -> list[Json]:
             check_settings={"with_request_body": _body(limits.request_bytes)},
         ),
         route({"prefix": "/ray.rpc."}),
+        {"match": {"prefix": "/"}, "direct_response": {"status": 404}},
     ]
+
+
+def routes_of(settings: Settings) -> Json:
+    """Return the RDS file: one for all filter chains, and so one set of buckets.
+
+    Each chain has a copy of the filters, and would have buckets of its own: whoever
+    calls from some more addresses had as many times its calls per second.
+    """
+    host = {
+        "name": "gcs",
+        "domains": ["*"],
+        "routes": _routes(settings.limits),
+        "typed_per_filter_config": {RATE_LIMIT: _rate_limit(settings.limits)},
+    }
+    kind = "config.route.v3.RouteConfiguration"
+    return {"resources": [_typed(kind, name="gcs", virtual_hosts=[host])]}
 
 
 LOG_FORMAT = {
@@ -546,24 +595,138 @@ def _at(settings: Settings, port: int) -> Json:
     }
 
 
-def _networks(
-    inventory: Inventory, members: Iterable[str]
-) -> tuple[list[Network], list[Network]]:
-    """Return where nodes call from, and where other members do and no node does."""
-    nodes = {ipaddress.ip_network(LOOPBACK)} | {
-        ipaddress.ip_network(address)
-        for node in inventory.nodes.values()
-        for address in node.addresses
-        if not node.quarantined
-    }
-    others = set()
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Chain:
+    """A filter chain: connections of some addresses, which nobody else can take.
+
+    Attributes:
+        name: Of the chain, unique in its listener.
+        networks: Where they come from; none: from wherever no other chain is for.
+        connections: How many may be open at once.
+        nodes: Names of the nodes that may call from there.
+    """
+
+    name: str
+    networks: tuple[Network, ...]
+    connections: int
+    nodes: frozenset[str]
+
+
+def _own(node: Node) -> list[Network]:
+    """Return where a node may call from."""
+    addresses = (*node.addresses, LOOPBACK) if node.head else node.addresses
+    return [ipaddress.ip_network(address) for address in addresses]
+
+
+def _owners(nodes: Mapping[str, Node]) -> dict[Network, frozenset[str]]:
+    """Return where nodes call from, and the names of those that may from there.
+
+    A network inside another one has an entry, and so a chain, of its own, which
+    nodes of both may call from. Loopback has one in any case.
+    """
+    listed: dict[Network, set[str]] = {ipaddress.ip_network(LOOPBACK): set()}
+    for name, node in nodes.items():
+        for network in _own(node):
+            listed.setdefault(network, set()).add(name)
+    lengths = {network.prefixlen for network in listed}
+
+    def names(network: Network) -> Iterator[str]:
+        for length in lengths:
+            if length <= network.prefixlen:
+                yield from listed.get(network.supernet(new_prefix=length), ())
+
+    return {network: frozenset(names(network)) for network in listed}
+
+
+def _others(owned: Iterable[Network], members: Iterable[str]) -> set[Network]:
+    """Return where other members call from, and no node does."""
+    owned, others = list(owned), set()
     for address in members:
         # A certificate may name a host, which Envoy does not look up.
         with contextlib.suppress(ValueError):
             ip = ipaddress.ip_address(address)
-            if not any(ip in network for network in nodes):
+            if not any(ip in network for network in owned):
                 others.add(ipaddress.ip_network(ip))
-    return sorted(nodes, key=str), sorted(others, key=str)
+    return others
+
+
+def _spread(
+    networks: Iterable[Network], heads: Collection[Network] = ()
+) -> dict[str, list[Network]]:
+    """Return one group for each network; of more than MOST_CHAINS, some share one.
+
+    Which one, its address says, so that it shares it with few others, and with the
+    same ones whatever else comes and goes. Those of `heads` share theirs with
+    nobody else: whoever took all of it would keep the head from its own GCS.
+    """
+    found = sorted(set(networks), key=str)
+    few = len(found) <= MOST_CHAINS
+    groups: dict[str, list[Network]] = {}
+    for network in found:
+        name = str(network)
+        if not few:
+            number = zlib.crc32(name.encode()) % MOST_CHAINS
+            name = "head" if network in heads else str(number)
+        groups.setdefault(name, []).append(network)
+    return groups
+
+
+def _chains(
+    inventory: Inventory, members: Iterable[str], of_node: int, of_other: int
+) -> list[_Chain]:
+    """Return a listener's chains, the last one for whom nobody has named.
+
+    Args:
+        inventory: Nodes of the cluster.
+        members: Addresses that certificates in force name.
+        of_node: Connections of each address in the inventory.
+        of_other: Connections of each other one, and of strangers together.
+    """
+    nodes = {n: node for n, node in inventory.nodes.items() if not node.quarantined}
+    owners = _owners(nodes)
+    heads = {ipaddress.ip_network(LOOPBACK)}.union(
+        *(_own(node) for node in nodes.values() if node.head)
+    )
+    found = []
+    for kind, most, groups in (
+        ("inventory", of_node, _spread(owners, heads)),
+        ("members", of_other, _spread(_others(owners, members))),
+        ("others", of_other, {"": []}),
+    ):
+        for name, networks in groups.items():
+            callers = (owners.get(network, frozenset()) for network in networks)
+            found.append(
+                _Chain(
+                    name=f"{kind} {name}".strip(), networks=tuple(networks),
+                    connections=most, nodes=frozenset().union(*callers),
+                )
+            )  # fmt: skip
+    return found
+
+
+def _filter_chains(
+    chains: Iterable[_Chain],
+    protocol: str,
+    run: Path,
+    manager: Callable[[_Chain], Json],
+) -> Json:
+    """Return a listener's filter chains: each has a count of connections of its own.
+
+    Of the networks that an address is in Envoy takes the smallest one.
+    """
+
+    def made(chain: _Chain) -> Json:
+        sources = [_cidr(str(each)) for each in chain.networks]
+        return {
+            "name": chain.name,
+            "filter_chain_match": {"source_prefix_ranges": sources},
+            "filters": [_connection_limit(chain.connections), manager(chain)],
+            "transport_socket": _tls(protocol, run),
+            "transport_socket_connect_timeout": "10s",
+        }
+
+    *named, strangers = map(made, chains)
+    return {"filter_chains": named, "default_filter_chain": strangers}
 
 
 def listeners(
@@ -582,22 +745,42 @@ def listeners(
         root_subject: Name of the CA.
         members: Addresses that certificates in force name.
     """
-    nodes, others = _networks(inventory, members)
+    members, limits = list(members), settings.limits
+
+    lua = _lua(settings, root_subject)
+
+    def manager(chain: _Chain) -> Json:
+        return _gcs_manager(settings, run, lua, _rbac(settings, inventory, chain.nodes))
+
+    chains = _chains(inventory, members, limits.connections, limits.other_connections)
+    main = _typed(
+        "config.listener.v3.Listener",
+        name="gcs",
+        **_at(settings, settings.port),
+        per_connection_buffer_limit_bytes=STREAM_WINDOW_BYTES,
+        access_log=[_log(run / "calls.pipe", CLOSED_FORMAT)],
+        **_filter_chains(chains, "h2", run, manager),
+    )
+    found = [main]
+    if settings.dashboard_tls_port:
+        found.append(_dashboard(settings, inventory, run, members))
+    return {"resources": found}
+
+
+def _gcs_manager(settings: Settings, run: Path, lua: str, rbac: Json) -> Json:
+    """Return what takes calls for the GCS: the filters that the docstring lists."""
     filters = [
         _fault(),
         {
             "name": "envoy.filters.http.lua",
             "typed_config": _typed(
                 "extensions.filters.http.lua.v3.Lua",
-                default_source_code={"inline_string": _lua(settings, root_subject)},
+                default_source_code={"inline_string": lua},
             ),
         },
-        # Before the next: refusing costs too.
-        {
-            "name": "envoy.filters.http.local_ratelimit",
-            "typed_config": _rate_limit(settings.limits),
-        },
-        {"name": "envoy.filters.http.rbac", "typed_config": _rbac(settings, inventory)},
+        # Before the next: refusing costs too. Where there is a route, that has them.
+        {"name": RATE_LIMIT, "typed_config": _rate_limit(settings.limits)},
+        {"name": "envoy.filters.http.rbac", "typed_config": rbac},
         {
             "name": BUFFER,
             "typed_config": _typed(
@@ -619,7 +802,7 @@ def listeners(
             ),
         },
     ]
-    manager = _manager(
+    return _manager(
         run,
         filters,
         settings.limits.request_s,
@@ -631,52 +814,8 @@ def listeners(
             # gRPC clients ping when idle; a flood of pings is cut off.
             "max_inbound_priority_frames_per_stream": 100,
         },
-        route_config={
-            "name": "gcs",
-            "virtual_hosts": [
-                {"name": "gcs", "domains": ["*"], "routes": _routes(settings.limits)}
-            ],
-        },
+        rds={"route_config_name": "gcs", "config_source": _file(run / "routes.json")},
     )
-    closed = _log(run / "calls.pipe", CLOSED_FORMAT)
-
-    def chain(name: str, most: int, **match: Any) -> Json:
-        return {
-            "name": name,
-            "filters": [_connection_limit(most), manager],
-            "transport_socket": _tls("h2", run),
-            "transport_socket_connect_timeout": "10s",
-            **match,
-        }
-
-    main = _typed(
-        "config.listener.v3.Listener",
-        name="gcs",
-        **_at(settings, settings.port),
-        per_connection_buffer_limit_bytes=STREAM_WINDOW_BYTES,
-        access_log=[closed],
-        # Whoever takes all connections that strangers may have takes no member's,
-        # and no member's takes a node's.
-        filter_chains=[
-            chain(
-                name,
-                most,
-                filter_chain_match={
-                    "source_prefix_ranges": [_cidr(str(each)) for each in networks]
-                },
-            )
-            for name, most, networks in (
-                ("inventory", settings.limits.connections, nodes),
-                ("members", settings.limits.other_connections, others),
-            )
-            if networks
-        ],
-        default_filter_chain=chain("others", settings.limits.other_connections),
-    )
-    found = [main]
-    if settings.dashboard_tls_port:
-        found.append(_dashboard(settings, run))
-    return {"resources": found}
 
 
 def _fault() -> Json:
@@ -707,7 +846,9 @@ def _connection_limit(most: int) -> Json:
     }
 
 
-def _dashboard(settings: Settings, run: Path) -> Json:
+def _dashboard(
+    settings: Settings, inventory: Inventory, run: Path, members: Iterable[str]
+) -> Json:
     """A TLS front of the dashboard for operators and, reading only, observers."""
     base = f"spiffe://{re.escape(settings.name)}"
     get = {"header": {"name": ":method", "string_match": {"exact": "GET"}}}
@@ -758,28 +899,21 @@ def _dashboard(settings: Settings, run: Path) -> Json:
             ],
         },
     )
+    most = settings.limits.other_connections
+    chains = _chains(inventory, members, most, most)
     return _typed(
         "config.listener.v3.Listener",
         name="dashboard",
         **_at(settings, settings.dashboard_tls_port or 0),
         access_log=[_log(run / "calls.pipe", CLOSED_FORMAT)],
-        filter_chains=[
-            {
-                "filters": [
-                    _connection_limit(settings.limits.other_connections),
-                    manager,
-                ],
-                "transport_socket": _tls("http/1.1", run),
-                "transport_socket_connect_timeout": "10s",
-            }
-        ],
+        **_filter_chains(chains, "http/1.1", run, lambda _: manager),
     )
 
 
 def _gcs_cluster(group: str, settings: Settings, run: Path) -> Json:
     in_flight = settings.limits.calls_open
     threshold = {
-        "max_connections": 64,
+        "max_connections": GCS_CONNECTIONS,
         "max_pending_requests": in_flight,
         "max_requests": in_flight,
     }
@@ -837,7 +971,7 @@ def _pipe_cluster(name: str, endpoint: Json) -> Json:
             # More than the answers that the access service holds back.
             "thresholds": [
                 {
-                    "max_connections": 1024,
+                    "max_connections": PIPE_CONNECTIONS,
                     "max_pending_requests": 1024,
                     "max_requests": 4096,
                 }
@@ -854,8 +988,54 @@ def _from(kind: str, **values: float) -> Json:
     return {"name": HEAP, kind: values}
 
 
-def bootstrap(settings: Settings, run: Path) -> Json:
-    """Return Envoy's bootstrap: what stays as it is until a restart."""
+def most_connections(settings: Settings) -> int:
+    """Return how many connections all filter chains that there can be may hold.
+
+    Not those that there are: inventory and certificates change by a reload, and the
+    limit of all connections only when Envoy starts again.
+    """
+    limits = settings.limits
+    # One more of each kind: the head's own, and that of strangers.
+    chains = MOST_CHAINS + 1
+    most = chains * (limits.connections + limits.other_connections)
+    if settings.dashboard_tls_port:
+        most += 2 * chains * limits.other_connections
+    return most
+
+
+def files_wanted(settings: Settings) -> int:
+    """Return how many files Envoy opens when each filter chain is full."""
+    return most_connections(settings) + SPARE_CONNECTIONS + FILES_BESIDE
+
+
+def connections_allowed(settings: Settings, files: int) -> int:
+    """Return how many connections of both listeners Envoy takes at once.
+
+    No less than what all chains may hold, or one could take what is another's:
+    which one a connection is for that is not accepted yet, nobody knows. Less only
+    if there are not as many files.
+    """
+    most = most_connections(settings) + SPARE_CONNECTIONS
+    return min(most, max(files - FILES_BESIDE, files // 2))
+
+
+def connections_of(lds: Json) -> int:
+    """Return how many connections all chains of some listeners may hold."""
+    return sum(
+        chain["filters"][0]["typed_config"]["max_connections"]
+        for listener in lds["resources"]
+        for chain in (*listener["filter_chains"], listener["default_filter_chain"])
+    )
+
+
+def bootstrap(settings: Settings, run: Path, files: int) -> Json:
+    """Return Envoy's bootstrap: what stays as it is until a restart.
+
+    Args:
+        settings: Of the cluster.
+        run: Where the guard's other files are.
+        files: How many Envoy may open.
+    """
     clusters = [
         _gcs_cluster("trusted", settings, run),
         _gcs_cluster("users", settings, run),
@@ -863,13 +1043,6 @@ def bootstrap(settings: Settings, run: Path) -> Json:
     ]
     if settings.dashboard_tls_port:
         clusters.append(_pipe_cluster("dashboard", _address(LOOPBACK, DASHBOARD_PORT)))
-    lds = {
-        "path_config_source": {
-            "path": str(run / "lds.json"),
-            "watched_directory": {"path": str(run)},
-        },
-        "resource_api_version": "V3",
-    }
     return {
         "node": {"id": "guard", "cluster": settings.name},
         "admin": {
@@ -877,7 +1050,7 @@ def bootstrap(settings: Settings, run: Path) -> Json:
                 "pipe": {"path": str(run / "admin.sock"), "mode": 0o600}
             }
         },
-        "dynamic_resources": {"lds_config": lds},
+        "dynamic_resources": {"lds_config": _file(run / "lds.json")},
         "static_resources": {"clusters": clusters},
         "stats_config": {"stats_matcher": {"inclusion_list": {"patterns": [
             # The one that the supervisor reads after a reload.
@@ -899,6 +1072,11 @@ def bootstrap(settings: Settings, run: Path) -> Json:
                     "name": "envoy.overload_actions.stop_accepting_requests",
                     "triggers": [_from("threshold", value=0.95)],
                 },
+                # Some 50 KB each: those of many addresses together would be more.
+                {
+                    "name": "envoy.overload_actions.reject_incoming_connections",
+                    "triggers": [_from("threshold", value=0.95)],
+                },
             ],
             "resource_monitors": [
                 {
@@ -913,11 +1091,9 @@ def bootstrap(settings: Settings, run: Path) -> Json:
                     "typed_config": _typed(
                         "extensions.resource_monitors.downstream_connections.v3"
                         ".DownstreamConnectionsConfig",
-                        # Of both listeners; which filter chain it is for, a
-                        # connection that is not accepted does not say.
-                        max_active_downstream_connections=settings.limits.connections
-                        + 2 * settings.limits.other_connections
-                        + SPARE_CONNECTIONS,
+                        max_active_downstream_connections=connections_allowed(
+                            settings, files
+                        ),
                     ),
                 }
             ],
@@ -946,20 +1122,37 @@ def write_secrets(cluster: ClusterDir, crls: bytes) -> dict[str, str]:
 
 
 def write_listeners(
-    cluster: ClusterDir, root_subject: str, digest: str, members: Iterable[str]
-) -> None:
-    """Write bootstrap and listeners; a running guard takes the latter up.
+    cluster: ClusterDir,
+    root_subject: str,
+    digest: str,
+    members: Iterable[str],
+    files: int,
+) -> int:
+    """Write bootstrap, routes and listeners; a running guard takes up the last two.
 
     A new listener ends the connections of the old one. The secrets must be in
     force by then, or one that was just revoked could come back in between.
+
+    Args:
+        cluster: Of which cluster.
+        root_subject: Name of the CA.
+        digest: Of what it is made from: the version that Envoy reports.
+        members: Addresses that certificates in force name.
+        files: How many Envoy may open.
+
+    Returns:
+        How many connections the listeners may hold, all addresses together.
     """
     settings, run = cluster.settings(), cluster.run
-    text = json.dumps(bootstrap(settings, run), indent=1)
+    text = json.dumps(bootstrap(settings, run, files), indent=1)
     write_file(run / "envoy.json", text, durable=False)
+    # Listeners that come without their routes would wait for them.
+    write_file(run / "routes.json", json.dumps(routes_of(settings)), durable=False)
     lds = listeners(settings, cluster.inventory(), run, root_subject, members)
     lds["version_info"] = digest
     for listener in lds["resources"]:
         # Without a change in the listener Envoy would keep the connections of
         # those that were just revoked.
         listener["metadata"] = {"filter_metadata": {"rsb": {"version": digest}}}
-    write_file(run / "lds.json", json.dumps(lds, indent=1), durable=False)
+    write_file(run / "lds.json", json.dumps(lds), durable=False)
+    return connections_of(lds)

@@ -24,7 +24,7 @@ ALERTS = (
     "node_beyond_inventory",
     "odd_call", "reload_failed", "guard_died", "certificate_ends", "certificate_bad",
     "audit_broken", "audit_not_writable", "facts_not_written",
-    "no_worker_certificates", "not_told", "unexpected_address",
+    "no_worker_certificates", "not_told", "unexpected_address", "few_files",
 )  # fmt: skip
 
 

@@ -147,13 +147,19 @@ def _default_limits() -> dict[Role, RoleLimit]:
 
 
 class Limits(_Model):
-    """Limits by role, per identity; connections and streams for all.
+    """Limits by role, per identity; connections by address; streams by connection.
+
+    When the inventory has more than 64 addresses, or certificates name more than 64
+    others, each of these shares one of 64 limits with those of the same hash (CRC-32,
+    modulo 64); the head's addresses, and loopback, have one for themselves. All who
+    share one have together what one address has.
 
     Attributes:
         roles: By role; a role that is not named keeps its default.
-        connections: TLS connections from addresses in the inventory, together.
-        other_connections: TLS connections from other addresses that certificates
-            name, together, and as many from all that nobody has named.
+        connections: TLS connections from each address, or network, of the inventory.
+        other_connections: TLS connections from each other address that certificates
+            name, and as many from all together that nobody has named. At the
+            dashboard's port: from each of all these addresses.
         streams_per_connection: Calls open at once on one connection. A driver waits
             with one for each of its actors that is not placed yet.
         calls_open: Calls open at once of all nodes together, and of all others.
@@ -167,8 +173,8 @@ class Limits(_Model):
     """
 
     roles: dict[Role, RoleLimit] = Field(default_factory=_default_limits)
-    connections: int = Field(default=2048, ge=16)
-    other_connections: int = Field(default=1024, ge=16)
+    connections: int = Field(default=1024, ge=16)
+    other_connections: int = Field(default=512, ge=16)
     streams_per_connection: int = Field(default=1024, ge=16)
     calls_open: int = Field(default=16384, ge=16)
     # Each may cost the GCS some 20 KB. More than one connection has.

@@ -99,6 +99,17 @@ def _as_guard() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
+def _let_open(files: int) -> int:
+    """Let what we start open so many files, or as many as we may; return how many."""
+    soft, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most < files:
+        # Root may raise it, up to fs.nr_open.
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, files))
+            most = files
+    return min(files, most)
+
+
 def _say(text: str) -> None:
     """Write a line to our log; its disk may be the one that is full."""
     with contextlib.suppress(OSError):
@@ -661,8 +672,10 @@ class HeadWorker(NodeWorker):
             self._fold.add(
                 {
                     **record, "event": "connection_refused",
-                    "why": "too many connections (cluster.toml, limits.connections, or "
-                    "limits.other_connections for who is not in the inventory)",
+                    "why": "too many connections of this address and of those that "
+                    "share its limit (cluster.toml, limits.connections; "
+                    "limits.other_connections for who is not in the inventory, and at "
+                    "the dashboard's port)",
                 }
             )  # fmt: skip
         # A peer that hung up was refused by nobody.
@@ -766,9 +779,19 @@ class HeadWorker(NodeWorker):
     def write_listeners(self, digest: str) -> None:
         """Write what depends on the inventory."""
         ca = pki.load_chain(self.dir.ca_cert)[0]
-        guard.write_listeners(
-            self.dir, ca.subject.rfc4514_string(), digest, self._addresses()
+        files = _let_open(guard.files_wanted(self.settings))
+        most = guard.write_listeners(
+            self.dir, ca.subject.rfc4514_string(), digest, self._addresses(), files
         )
+        allowed = guard.connections_allowed(self.settings, files)
+        if most > allowed:
+            self.alert(
+                "few_files",
+                why=f"the guard takes {allowed} connections at once, and all addresses "
+                f"together may have {most}, so some can keep others from connecting: "
+                "let it open more files (`ulimit -Hn`, LimitNOFILE=), or lower "
+                "limits.connections in cluster.toml, and start it again",
+            )
 
     def _addresses(self) -> set[str]:
         """Return where members are that have certificates in force."""

@@ -20,6 +20,7 @@ pytestmark = [pytest.mark.root, pytest.mark.timeout(120)]
 
 HEAD, ROGUE, LAPTOP = "10.77.5.1", "10.77.5.3", "10.77.5.4"
 DESK, NODE_1, NODE_2 = "10.77.5.5", "10.77.5.6", "10.77.5.7"
+PORT, DASHBOARD = 6379, 8443
 ATTACK = Path(__file__).resolve().parent / "attack.py"
 Attack = Callable[..., dict[str, Any]]
 
@@ -44,16 +45,16 @@ class SmallGuard(Guard):
         for name, address in (("n1", NODE_1), ("n2", NODE_2)):
             self.cli("nodes", "add", name, "--address", address)
         (self.path / "cluster.toml").write_text(
-            (self.path / "cluster.toml").read_text() + LIMITS
+            (self.path / "cluster.toml").read_text() + SETTINGS
         )
         self.start()
 
-    def target(self, name: str) -> dict[str, str]:
+    def target(self, name: str, port: int = PORT) -> dict[str, str]:
         """Return what an attacker needs who has a member's directory."""
         component = "raylet" if name in ("n1", "n2", "n3") else "driver"
         base = self.host.home / name / "identity" / component
         return {
-            "address": f"{HEAD}:6379", "token": f"{self.path}/token",
+            "address": f"{HEAD}:{port}", "token": f"{self.path}/token",
             "ca": f"{self.path}/ca.pem", "cert": f"{base}.pem", "key": f"{base}.key",
         }  # fmt: skip
 
@@ -75,7 +76,7 @@ class SmallGuard(Guard):
 
     @contextmanager
     def many_connections(
-        self, count: int, name: str = "", host: Host | None = None
+        self, count: int, name: str = "", host: Host | None = None, port: int = PORT
     ) -> Iterator[Callable[[], int]]:
         """Open connections; yields what says how many are still open.
 
@@ -83,8 +84,11 @@ class SmallGuard(Guard):
             count: How many are tried.
             name: Whose certificate they are opened with; nobody's: without TLS.
             host: From which machine, unless from the rogue's.
+            port: Of the head.
         """
-        target = self.target(name) if name else {"address": f"{HEAD}:6379"}
+        target = self.target(name, port)
+        if not name:
+            target = {"address": target["address"]}
         command = [sys.executable, str(ATTACK), json.dumps(target), "hold",
                    json.dumps([count])]  # fmt: skip
         on = host or self.rogue
@@ -122,7 +126,8 @@ class SmallGuard(Guard):
         return found()[0]
 
 
-LIMITS = """
+SETTINGS = f"""
+dashboard_tls_port = {DASHBOARD}
 [limits]
 request_s = 10
 connections = 40
@@ -238,6 +243,59 @@ def test_strangers_take_no_connections_of_nodes(guard: SmallGuard) -> None:
         assert "upstream" not in stranger
         record = guard.expect_refused(now, ROGUE, "too many connections")
     assert record["event"] == "connection_refused"
+
+
+@pytest.mark.parametrize(
+    ("name", "most"), [("alice", 20), ("n1", 40)], ids=["driver", "stolen node"]
+)
+def test_member_takes_no_connections_of_others(
+    guard: SmallGuard, name: str, most: int
+) -> None:
+    """A member's machine that holds all that it can has shut out itself alone.
+
+    Guards against a limit of all members' connections together, or of all nodes':
+    one driver, or one node that was stolen, kept every other one from connecting.
+    """
+    attacker = guard.laptop if name == "alice" else guard.node_1
+    others = [("bob", guard.desk), ("n2", guard.node_2)]
+    assert guard.through(name, attacker)
+    for other, host in others:
+        assert guard.through(other, host), other
+    now = time.time()
+    with guard.many_connections(100, name, attacker) as count:
+        wait_for("all that it may have", lambda: most - 5 <= count() <= most)
+        assert not guard.through(name, attacker)
+        for other, host in others:
+            assert guard.through(other, host), other
+        assert guard.verdict(**AS_HEAD) == "through"
+        record = guard.expect_refused(now, attacker.address, "too many connections")
+        assert count() >= most - 5
+    assert record["event"] == "connection_refused"
+
+
+def test_dashboard_is_there_for_others_too(guard: SmallGuard) -> None:
+    """Whoever holds all connections that it can of the dashboard's port is alone."""
+    with guard.many_connections(100, "alice", guard.laptop, DASHBOARD) as mine:
+        wait_for("all that it may have", lambda: 15 <= mine() <= 20)
+        for name, host in (("bob", guard.desk), ("n2", guard.node_2)):
+            with guard.many_connections(3, name, host, DASHBOARD) as others:
+                assert others() == 3, name
+
+
+def test_flood_from_many_addresses_has_one_limit(guard: SmallGuard) -> None:
+    """The limits of an identity are its own, wherever its calls come from.
+
+    Guards against a set of them for each address, as there is of connections.
+    """
+    begun, refused = time.time(), 0
+    for host in (guard.laptop, guard.desk, guard.rogue):
+        seen = guard.attack("mallory", "forbidden", 800, host=host)["seen"]
+        assert sum(seen.values()) == 800
+        refused += sum(
+            n for said, n in seen.items() if said.startswith("PERMISSION_DENIED")
+        )
+    # Twice the role's burst and rate, see `SETTINGS`; the rest was told to come back.
+    assert 0 < refused <= 200 + 40 * (time.time() - begun)
 
 
 def test_change_of_the_inventory_alone_is_in_force(guard: SmallGuard) -> None:

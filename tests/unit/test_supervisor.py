@@ -33,6 +33,7 @@ from raysandbox.cluster.supervisor import (
     HeadWorker,
     Held,
     Throttle,
+    _let_open,
 )
 from tests.unit.test_certificates import make_cluster
 
@@ -247,6 +248,39 @@ def test_guard_may_open_as_many_files_as_the_host_lets_it(
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert said.read_text().split() == [str(hard)] * 2
+
+
+def test_files_are_as_many_as_the_host_lets_us(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is wanted, if that is there or root may raise it; what is there if not."""
+    limits = [100, 1000]
+
+    def change(_: int, wanted: tuple[int, int]) -> None:
+        if wanted[1] > 5000:
+            raise ValueError("not allowed to raise maximum limit")
+        limits[:] = wanted
+
+    monkeypatch.setattr(resource, "getrlimit", lambda _: tuple(limits))
+    monkeypatch.setattr(resource, "setrlimit", change)
+    for wanted, files, then in (
+        (500, 500, [100, 1000]), (9000, 1000, [100, 1000]), (3000, 3000, [100, 3000]),
+    ):  # fmt: skip
+        assert (_let_open(wanted), limits) == (files, then)
+
+
+@pytest.mark.parametrize(("files", "alerts"), [(10**6, 0), (3000, 1)])
+def test_guard_with_too_few_files_is_an_alert(
+    head: HeadWorker, monkeypatch: pytest.MonkeyPatch, files: int, alerts: int
+) -> None:
+    """Some of those addresses could take the connections of others."""
+    monkeypatch.setattr(supervisor, "_let_open", lambda _: files)
+    (head.dir.path / "inventory.toml").write_text(
+        '[nodes.n1]\naddresses = ["10.0.0.1", "10.0.0.2"]\n'
+    )
+    head.write_listeners("d")
+    found = [r for r in head._queue if r.get("event") == "few_files"]
+    assert len(found) == alerts
+    if found:
+        assert "lower limits.connections" in found[0]["why"]
 
 
 @pytest.mark.parametrize("admission", ["enforce", "observe"])
