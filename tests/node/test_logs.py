@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,7 +44,8 @@ class Logs:
         return self.name(os.getpid())
 
     @contextlib.contextmanager
-    def kept(self, *, limited: bool = True) -> Iterator[None]:
+    def kept(self, *, limited: bool = True) -> Iterator[str]:
+        """Have a keeper look after it; yields the path of its plan."""
         records = [
             (Record.LOG, plan.u32(stream) + plan.text(path, path))
             for stream, path in (
@@ -56,7 +58,7 @@ class Logs:
         more = [self.limit] if limited else []
         plan_file = write_plan(self.base / "plan", *records, *more)
         with raylet(plan_file) as process:
-            yield
+            yield plan_file
             process.kill()
             process.wait()
             assert is_soon(lambda: not keepers(plan_file))
@@ -179,14 +181,19 @@ def test_all_logs_together_are_bounded(tmp_path):
         os.utime(old, (number, number))
     logs.own.write_bytes(_lines(0, 12_000)[:MIB])
     os.utime(logs.own, (0, 0))
-    with logs.kept():
+    with logs.kept() as plan_file:
         assert is_soon(lambda: logs.disk() <= 8 * MIB)
         left = sorted(logs.directory.glob("worker-0*"))
         assert [int(path.name[7:63], 16) for path in left] == [*range(5, 12)]
         assert logs.own.stat().st_size == MIB
+        # All at once: of some there would be room for others.
+        for pid in keepers(plan_file):
+            os.kill(pid, signal.SIGSTOP)
         for number in range(30):
             path = logs.name(os.getpid(), worker=f"b{number:055x}")
             path.write_bytes(_lines(number, 12_000)[:MIB])
+        for pid in keepers(plan_file):
+            os.kill(pid, signal.SIGCONT)
         assert is_soon(lambda: logs.disk() <= 8 * MIB)
         assert not list(logs.directory.glob("worker-0*"))
         for number in range(30):
