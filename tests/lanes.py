@@ -1,10 +1,8 @@
 """Two lanes of tests, side by side under ``pytest -n 2``.
 
 One keeps a processor busy, the other mostly waits for nodes to start; a directory
-under tests/ is in one of them. Some modules with nodes of their own are in neither:
-whoever is done with its lane takes the next of them, so that both end together. A test
-that measures, or looks at the whole machine, is marked ``alone``: the other lane waits
-between two tests of its own meanwhile.
+under tests/ is in one of them. A test that measures, or looks at the whole machine,
+is marked ``alone``: the other lane waits between two tests of its own meanwhile.
 """
 
 from __future__ import annotations
@@ -56,23 +54,18 @@ KINDS = {
     "qemu": Kind("waiting", 1500, "qemu"),
 }
 
-# Whoever is free first, one module at a time: enough for either lane to be the longer.
-# What stays in a lane is before the second kernel's tests, which it has time for then.
-_EITHER = (
+# Modules in the other lane than their directory, so that both end together.
+_MOVED = (
     "tests/node/test_entrypoints.py",
     "tests/node/test_filling.py",
     "tests/node/test_images.py",
     "tests/node/test_jobs.py",
-    "tests/node/test_operator.py",
-    "tests/node/test_packages.py",
     "tests/node/test_restart.py",
-    "tests/node/test_secrets.py",
     "tests/node/test_spilled.py",
-    "tests/node/test_store_proxy.py",
 )
 
 _WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
-#: Which of those that run side by side this process is; 0 where it is alone.
+#: Which of the lanes this process runs; 0 where there is one for all.
 LANE = int(_WORKER.removeprefix("gw") or 0)
 
 
@@ -88,10 +81,8 @@ def kind_of(nodeid: str) -> str:
 
 
 def lane_of(nodeid: str) -> str:
-    """Return the lane of a test, or its module if that is in neither."""
-    if nodeid.startswith(_EITHER):
-        return nodeid.partition("::")[0]
-    return KINDS[kind_of(nodeid)].lane
+    """Return the lane of a test."""
+    return "busy" if nodeid.startswith(_MOVED) else KINDS[kind_of(nodeid)].lane
 
 
 def open_shared(config: pytest.Config, name: str) -> int:
