@@ -1236,10 +1236,14 @@ class Access:
     def _check_id(self, call: _Call, identifier: bytes) -> None:
         """Refuse a worker id that is not the caller's to have."""
         worker = identifier.hex()
-        if worker in self.dead:
+        if worker in self.dead or call.uri in self.over:
             raise _RefusedError("the worker has ended")
         if self.workers.get(worker, call.uri) != call.uri:
             raise _RefusedError("the worker id is another worker's")
+        # As long as a node's, and whose it is may hear what is told to it.
+        whose = self._subscribers.whose(worker, self._clock())
+        if worker in self.nodes or whose not in ("", call.uri):
+            raise _RefusedError("the worker id is another's")
         if identifier.endswith(DRIVER_ID):
             job = identifier[:JOB_BYTES].hex()
             if not self._same_owner(call, job) or job in self.finished:
@@ -1300,6 +1304,8 @@ class Access:
         call.note = problem
         if self.nodes.get(node_id, call.who) != call.who:
             raise _RefusedError("the node id is another node's", alert=True)
+        if node_id in self.workers or info.node_id.endswith(DRIVER_ID):
+            raise _RefusedError("the node id is a worker's", alert=True)
         self._fact("nodes", node_id, call.who)
         self._subscribers.drop(node_id)
 

@@ -70,7 +70,7 @@ def current(run: Path) -> str:
 
 def _read(run: Path) -> tuple[str, str, str] | None:
     try:
-        name, _, host = _file(run).read_text().partition(" ")
+        name, _, host = _file(run).read_text(errors="replace").partition(" ")
     except FileNotFoundError:
         return None
     found = _SESSION.match(name)

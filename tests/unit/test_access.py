@@ -1557,7 +1557,8 @@ def test_worker_that_has_ended_speaks_no_more(world: World) -> None:
     world.now += 9
     world.ok(WORKER, KV + "Get", get(fun(ALICES), b"fun"))
     world.no(WORKER, KV + "Get", get(fun(BOBS), b"fun"))
-    world.no(WORKER, WORKER_INFO + "AddWorkerInfo", on_n1(b"\x44" * 28))
+    for identifier in (b"\x44" * 28, b"\x47" * 28):
+        world.no(WORKER, WORKER_INFO + "AddWorkerInfo", on_n1(identifier))
     world.now += 2
     again = world.new()
     again.replay(json.loads(json.dumps(world.journal)))
@@ -1648,6 +1649,15 @@ def test_worker_ids_are_few_and_ones_own(world: World) -> None:
         world.ok(WORKER, info, on_n1(number.to_bytes(28, "big")))
     said = world.no(WORKER, info, on_n1(b"\x44" * 28))
     assert "16 worker ids" in said.why
+    # Nor a node's, or one that somebody waits for news under.
+    world.ok(BOB, POLL, poll(b"\x55" * 28))
+    for identifier in (NODE_ID, b"\x55" * 28):
+        said = world.no(ALICE, info, on_n1(identifier))
+        assert said.why == "the worker id is another's"
+    for identifier in ((3).to_bytes(28, "big"), driver_id(ALICES)):
+        message = register(node_id=identifier)
+        said = world.no(N1, NODE + "RegisterNode", message)
+        assert said.why == "the node id is a worker's"
     world.ok(WORKER, info, on_n1((3).to_bytes(28, "big")))
 
 
