@@ -12,6 +12,7 @@ import errno
 import fcntl
 import os
 import struct
+import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -51,9 +52,15 @@ class Listener:
         self.fd, self._profile, self._kill = fd, profile, kill
         self.denials: list[str] = []
         self.count, self.killed = 0, ""
+        # Held while the descriptor is used: closed, its number may be another's.
+        self._lock = threading.Lock()
 
     def handle(self) -> bool:
         """Answer one notification; False when the jail is gone."""
+        with self._lock:
+            return self.fd >= 0 and self._answer()
+
+    def _answer(self) -> bool:
         buffer = bytearray(_NOTIFICATION.size)
         try:
             fcntl.ioctl(self.fd, _RECV, buffer)
@@ -88,6 +95,7 @@ class Listener:
 
     def close(self) -> None:
         """Close the descriptor; calls still waiting fail with ENOSYS."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        with self._lock:
+            if self.fd >= 0:
+                os.close(self.fd)
+                self.fd = -1

@@ -217,7 +217,11 @@ class Pump:
     def __init__(self, on_tick: Callable[[], None]) -> None:
         self._on_tick = on_tick
         self._epoll = select.epoll()
+        self._lock = threading.Lock()
         self._handlers: dict[int, Callable[[], bool]] = {}
+        # Removed since the last look: what was reported of these numbers is of
+        # descriptors that are closed, and each may be another one's by now.
+        self._stale: set[int] = set()
         self._thread: threading.Thread | None = None
 
     def add(self, fd: int, handler: Callable[[], bool]) -> None:
@@ -227,11 +231,10 @@ class Pump:
             OSError: The descriptor can't be waited for.
             RuntimeError: No thread can be started.
         """
-        known = fd in self._handlers
-        self._handlers[fd] = handler
-        if known:
-            return
-        self._epoll.register(fd, select.EPOLLIN)
+        with self._lock:
+            if fd not in self._handlers:
+                self._epoll.register(fd, select.EPOLLIN)
+            self._handlers[fd] = handler
         if self._thread is None:
             thread = threading.Thread(
                 target=self._run, name="raysandbox-pump", daemon=True
@@ -241,20 +244,38 @@ class Pump:
 
     def remove(self, fd: int) -> None:
         """Forget a descriptor; must be called before it is closed."""
+        with self._lock:
+            self._stale.add(fd)
+            self._forget(fd)
+
+    def _forget(self, fd: int) -> None:
         if self._handlers.pop(fd, None) is not None:
-            try:
+            with contextlib.suppress(OSError):
                 self._epoll.unregister(fd)
-            except OSError:
-                return
+
+    def _serve(self, fd: int, events: int) -> None:
+        """Handle what was reported of a descriptor, if it is still the same one.
+
+        Nothing is lost: what is true of its successor is reported again.
+        """
+        with self._lock:
+            handler = None if fd in self._stale else self._handlers.get(fd)
+        if handler is None:
+            return
+        # Hung up alone: nothing to read, now or later.
+        if events & select.EPOLLIN and _safely(handler):
+            return
+        with self._lock:
+            if self._handlers.get(fd) is handler:
+                self._forget(fd)
 
     def _run(self) -> None:
         next_tick = time.monotonic() + _TICK_S
         while True:
+            with self._lock:
+                self._stale.clear()
             for fd, events in self._epoll.poll(_TICK_S):
-                handler = self._handlers.get(fd)
-                # Hung up alone: nothing to read, now or later.
-                if not events & select.EPOLLIN or (handler and not _safely(handler)):
-                    self.remove(fd)
+                self._serve(fd, events)
             if time.monotonic() >= next_tick:
                 _safely(self._on_tick)
                 next_tick = time.monotonic() + _TICK_S

@@ -111,3 +111,53 @@ def test_a_handler_that_fails_does_not_stop_the_pump() -> None:
     pump.remove(good_read)
     for fd in (bad_read, bad_write, good_read, good_write):
         os.close(fd)
+
+
+def test_a_number_that_is_used_again_keeps_its_new_handler() -> None:
+    """News of a closed descriptor is not taken for news of the next one.
+
+    The pump has both events in its hands when the second descriptor is closed,
+    and the next one, as the kernel has it, gets its number.
+    """
+    turns, entered = threading.Semaphore(0), threading.Semaphore(0)
+    seen = threading.Event()
+    slow_read, slow_write = os.pipe2(os.O_CLOEXEC)
+    old_read, old_write = os.pipe2(os.O_CLOEXEC)
+
+    def slow() -> bool:
+        entered.release()
+        os.read(slow_read, 1)
+        return turns.acquire(timeout=10)
+
+    def new() -> bool:
+        os.read(new_read, 1)
+        seen.set()
+        return True
+
+    pump = Pump(lambda: None)
+    pump.add(slow_read, slow)
+    pump.add(old_read, lambda: True)
+    os.write(slow_write, b"x")
+    assert entered.acquire(timeout=10)
+    os.write(slow_write, b"x")
+    os.close(old_write)  # hung up: both are reported next, in this order
+    turns.release()
+    assert entered.acquire(timeout=10)
+    pump.remove(old_read)
+    os.close(old_read)
+    new_read, new_write = os.pipe2(os.O_CLOEXEC)
+    assert new_read == old_read
+    pump.add(new_read, new)
+    turns.release()
+    # What was in the pump's hands has been handled when this one is.
+    os.write(slow_write, b"x")
+    assert entered.acquire(timeout=10)
+    turns.release()
+    os.write(new_write, b"x")
+    try:
+        assert seen.wait(5), "the new descriptor is not waited for"
+    finally:
+        for fd in (slow_read, new_read):
+            pump.remove(fd)
+        for fd in (slow_read, slow_write, new_read, new_write):
+            os.close(fd)
