@@ -25,16 +25,15 @@ HERE = Path(__file__).resolve().parent
 ATTACK = HERE.parent / "cluster" / "attack.py"
 # Name, function of cluster_side, its arguments, unit, least ratio.
 WORK: list[tuple[str, str, list[int], float]] = [
-    ("tasks per second", "tasks", [500], 0.95),
+    ("tasks per second", "tasks", [1000], 0.95),
     ("actor calls per second", "calls", [1000], 0.95),
     ("actor creations per second", "actors", [4], 0.8),
     ("placement groups per second, each used by a task", "groups", [4], 0.8),
     ("empty placement groups per second, one after the other", "bare_groups", [50],
      0.8),
 ]  # fmt: skip
-# Seconds that a flood lasts beside the honest job, and alone: the memory's growth is
-# asked for a minute.
-WORK_S, FLOOD_S = 30, 60
+# Seconds that a flood lasts beside the honest job, and alone.
+WORK_S, FLOOD_S = 60, 60
 FLOODS = (
     ("small calls", "flood_small", 0.8),
     ("large reads that are abandoned", "flood_reads", 0.5),
