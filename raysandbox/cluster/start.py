@@ -537,6 +537,7 @@ def start(
         ClusterError: Nothing runs: what was started has been ended again.
     """
     check(cluster, argv, problems)
+    _begin_session(cluster)
     settings, member = cluster.settings(), cluster.member()
     head = member.role == "head"
     flags = _flags(argv)
@@ -555,8 +556,6 @@ def start(
     durable = bool(
         os.environ.get("RAY_REDIS_ADDRESS") or os.environ.get("RAY_gcs_storage")  # noqa: SIM112 - Ray's name
     )
-    cluster.run.mkdir(mode=0o700, exist_ok=True)
-    sessions.begin(cluster.run)
     start_helpers(cluster, fresh=head and not durable)
     write_wrapper(cluster, program)
     from ray.scripts.scripts import cli
@@ -576,6 +575,18 @@ def start(
         raise
     if "--block" in flags:
         _block(cluster)
+
+
+def _begin_session(cluster: ClusterDir) -> None:
+    try:
+        cluster.run.mkdir(mode=0o700, exist_ok=True)
+        sessions.begin(cluster.run)
+    except OSError as error:
+        raise ClusterError(
+            where=str(error.filename or cluster.run),
+            what=f"can't be written: {error.strerror}; nothing was started",
+            remedy="make room on its disk, and let whoever starts the node own it",
+        ) from None
 
 
 def _refuse_open(head: bool) -> None:

@@ -7,6 +7,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -468,18 +469,34 @@ TOLD = (
 )
 
 
+# Actors that start: whether they have is told to whoever waits under the driver's id.
+# Whoever is told in its place leaves the driver waiting.
+STARTED = (
+    "made = [Mortal.remote() for _ in range(4)]\n"
+    "ready = [m.ping.remote() for m in made]\n"
+    "done, _ = ray.wait(ready, num_returns=len(ready), timeout=15)\n"
+    "[ray.kill(m) for m in made]\n"
+    "result = len(done)"
+)
+
+
 def test_news_of_another_are_cancelled_on_stock_only(
     hardened: Hardened, stock: Stock, attack: Attack, now: float, victim: Victim,
     stock_victim: Victim,
 ) -> None:  # fmt: skip
     """A driver's id, which anybody can guess, is enough to keep its news from it.
 
-    On stock Ray it never hears that its actor has died.
+    On stock Ray it never hears that its actor has died, and somebody else hears where
+    its next ones are.
     """
     worker, actor = stock_victim.driver(MORTAL)
     assert worker == stock_victim.job + "ff" * 24
     assert attack(stock.target, "cancel_news", worker, actor)["code"] == "OK"
     assert stock_victim.driver(TOLD) == "ActorUnavailableError"
+    with ThreadPoolExecutor(1) as pool:
+        taken = pool.submit(attack, stock.target, "take_news", worker, 15)
+        stock_victim.driver(STARTED)
+        assert taken.result()["told"]
     worker, actor = victim.driver(MORTAL)
     mallory = hardened.target("mallory")
     for what in (["cancel_news", worker, actor], ["take_news", worker, 5]):

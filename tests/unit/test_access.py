@@ -1681,3 +1681,28 @@ def test_actors_of_who_has_ended_are_nobodys(world: World) -> None:
     world.ok(N1, WORKER_INFO + "ReportWorkerFailure", gone)
     world.no(ALICE, end, ask)
     assert world.access.actor_owner == {}
+
+
+def test_one_worker_s_actors_push_out_its_own_alone(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of too many the oldest is nobody's any more: unknown is refused."""
+    monkeypatch.setattr(access, "MOST_ACTORS", 2)
+
+    def made(owner: str, job: int, number: int) -> pb.ReportActorOutOfScopeRequest:
+        ask = actor(job, "", count=number)
+        ask.task_spec.caller_address.worker_id = driver_id(job)
+        world.ok(owner, ACTOR + "RegisterActor", ask)
+        made = ask.task_spec.actor_creation_task_spec
+        return pb.ReportActorOutOfScopeRequest(actor_id=made.actor_id)
+
+    for owner, job in ((ALICE, ALICES), (BOB, BOBS)):
+        world.ok(owner, WORKER_INFO + "AddWorkerInfo", on_n1(driver_id(job)))
+    bobs = made(BOB, BOBS, 1)
+    first, *others = (made(ALICE, ALICES, number) for number in range(3))
+    end = ACTOR + "ReportActorOutOfScope"
+    said = world.no(ALICE, end, first)
+    assert said.why == "the actor's owner is not the caller, or has ended"
+    for ask in others:
+        world.ok(ALICE, end, ask)
+    world.ok(BOB, end, bobs)

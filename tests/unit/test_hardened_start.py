@@ -98,6 +98,15 @@ def test_directory_is_one_nodes(cluster: ClusterDir) -> None:
     assert "raysandbox cluster down" in problem
 
 
+def test_directory_that_can_not_be_written_is_named(cluster: ClusterDir) -> None:
+    """Before anything is started: nothing has to be ended again."""
+    cluster.run.rmdir()
+    cluster.run.write_text("what is no directory")
+    with pytest.raises(ClusterError, match="nothing was started") as refused:
+        start.start(cluster, _start_flags())
+    assert refused.value.where == str(cluster.run)
+
+
 def test_head_listens_at_addresses_that_it_has(cluster: ClusterDir) -> None:
     """Nowhere else, so an address of another machine is refused, by name."""
     _set(cluster, 'listen_addresses = ["192.0.2.7"]')
