@@ -1,8 +1,6 @@
--- What the guard decides before anything else: who speaks, in one header that
--- nobody else can set. Refusals are gRPC errors with a reason.
+-- What the guard decides of a call to the GCS before anything else: who speaks, in one
+-- header that nobody else can set. Refusals are gRPC errors with a reason.
 
-local CLUSTER = "@CLUSTER@"
-local ROOT = "@ROOT@"
 local SYNC = "/ray.rpc.syncer.RaySyncer/StartSync"
 local ADD_JOB = "/ray.rpc.JobInfoGcsService/AddJob"
 local NEXT_JOB = "/ray.rpc.JobInfoGcsService/GetNextJobID"
@@ -10,35 +8,10 @@ local MARKS = {"x-rsb-uri", "x-rsb-role", "x-rsb-who", "x-rsb-to", "x-rsb-seen"}
 -- What reads many bytes must not hold up what keeps the cluster alive.
 local TO = {head = "gcs-trusted", node = "gcs-trusted"}
 
-local function refuse(handle, why)
-  handle:streamInfo():dynamicMetadata():set("rsb", "why", why)
-  handle:respond({[":status"] = "403"}, "raysandbox: " .. why)
-end
-
--- The issuer is part of the identity: a node's own issuer signs its workers and
--- nothing else, or one stolen node could make itself an operator.
-local function identity(ssl)
-  local sans = ssl:uriSanPeerCertificate()
-  if #sans ~= 1 then return nil, "the certificate names no identity" end
-  local role, name = string.match(sans[1], "^spiffe://" .. CLUSTER .. "/([a-z]+)/([a-z0-9.-]+)/[a-z0-9.-]+$")
-  if role == nil then return nil, "the certificate's identity is of another cluster" end
-  local issuer = ssl:issuerPeerCertificate()
-  if role == "worker" then
-    if issuer ~= "CN=workers of " .. name then
-      return nil, "a worker's certificate from an issuer that is not its node's"
-    end
-  elseif issuer ~= ROOT then
-    return nil, "a certificate that only the cluster's CA may sign"
-  end
-  return sans[1], role, role .. "/" .. name
-end
-
 function envoy_on_request(handle)
   local headers = handle:headers()
   for _, mark in ipairs(MARKS) do headers:remove(mark) end
-  local ssl = handle:streamInfo():downstreamSslConnection()
-  if ssl == nil then return refuse(handle, "no TLS") end
-  local uri, role, who = identity(ssl)
+  local uri, role, who = identity(handle)
   if uri == nil then return refuse(handle, role) end
   headers:add("x-rsb-uri", uri)
   headers:add("x-rsb-role", role)

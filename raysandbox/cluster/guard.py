@@ -181,13 +181,14 @@ def secrets_of(cluster: ClusterDir, crls: bytes) -> dict[str, str]:
 
     settings = cluster.settings()
     ca = {"inline_string": cluster.ca_cert.read_text()}
+    all_of_them = {"inline_string": "".join(c.read_text() for c in cluster.ca_certs())}
     return {
         "server.json": _secret("server", tls_certificate=pair("guard")),
         "inner.json": _secret("inner", tls_certificate=pair("guard-inner")),
         "members.json": _secret(
             "members",
             validation_context={
-                "trusted_ca": ca,
+                "trusted_ca": all_of_them,
                 "crl": {"inline_string": crls.decode()},
                 "match_typed_subject_alt_names": [
                     {
@@ -217,13 +218,27 @@ def secrets_of(cluster: ClusterDir, crls: bytes) -> dict[str, str]:
     }
 
 
-def _lua(settings: Settings, root_subject: str) -> str:
-    source = resources.files("raysandbox.cluster").joinpath("guard.lua").read_text()
+def _lua(settings: Settings, issuers: Mapping[str, str], name: str) -> Json:
+    """Return a filter that knows who speaks, and then does what a file says."""
+
+    def quoted(text: str) -> str:
+        # As decimal escapes: a CA's name can't end the string that it is put into.
+        return '"' + "".join(f"\\{byte:03d}" for byte in text.encode()) + '"'
+
+    files = resources.files("raysandbox.cluster")
     # Lua patterns read '-' and '.' as operators.
     cluster = re.sub(r"([.-])", r"%\1", settings.name)
-    # As decimal escapes: a CA's name can't end the string that it is put into.
-    root = "".join(f"\\{byte:03d}" for byte in root_subject.encode())
-    return source.replace("@CLUSTER@", cluster).replace("@ROOT@", root)
+    table = ", ".join(f"{role} = {quoted(ca)}" for role, ca in sorted(issuers.items()))
+    known = files.joinpath("identity.lua").read_text()
+    known = known.replace("@CLUSTER@", cluster).replace("@ISSUERS@", f"{{{table}}}")
+    source = known + files.joinpath(f"{name}.lua").read_text()
+    return {
+        "name": "envoy.filters.http.lua",
+        "typed_config": _typed(
+            "extensions.filters.http.lua.v3.Lua",
+            default_source_code={"inline_string": source},
+        ),
+    }
 
 
 def _who(pattern: str) -> Json:
@@ -733,7 +748,7 @@ def listeners(
     settings: Settings,
     inventory: Inventory,
     run: Path,
-    root_subject: str,
+    issuers: Mapping[str, str],
     members: Iterable[str] = (),
 ) -> Json:
     """Return the LDS file: what depends on inventory and revocations.
@@ -742,12 +757,12 @@ def listeners(
         settings: Of the cluster.
         inventory: Its nodes.
         run: Where the guard's other files are.
-        root_subject: Name of the CA.
+        issuers: Role to the name of the CA that signs its certificates.
         members: Addresses that certificates in force name.
     """
     members, limits = list(members), settings.limits
 
-    lua = _lua(settings, root_subject)
+    lua = _lua(settings, issuers, "guard")
 
     def manager(chain: _Chain) -> Json:
         return _gcs_manager(settings, run, lua, _rbac(settings, inventory, chain.nodes))
@@ -763,21 +778,16 @@ def listeners(
     )
     found = [main]
     if settings.dashboard_tls_port:
-        found.append(_dashboard(settings, inventory, run, members))
+        front = _lua(settings, issuers, "dashboard")
+        found.append(_dashboard(settings, inventory, run, members, front))
     return {"resources": found}
 
 
-def _gcs_manager(settings: Settings, run: Path, lua: str, rbac: Json) -> Json:
+def _gcs_manager(settings: Settings, run: Path, lua: Json, rbac: Json) -> Json:
     """Return what takes calls for the GCS: the filters that the docstring lists."""
     filters = [
         _fault(),
-        {
-            "name": "envoy.filters.http.lua",
-            "typed_config": _typed(
-                "extensions.filters.http.lua.v3.Lua",
-                default_source_code={"inline_string": lua},
-            ),
-        },
+        lua,
         # Before the next: refusing costs too. Where there is a route, that has them.
         {"name": RATE_LIMIT, "typed_config": _rate_limit(settings.limits)},
         {"name": "envoy.filters.http.rbac", "typed_config": rbac},
@@ -847,8 +857,9 @@ def _connection_limit(most: int) -> Json:
 
 
 def _dashboard(
-    settings: Settings, inventory: Inventory, run: Path, members: Iterable[str]
-) -> Json:
+    settings: Settings, inventory: Inventory, run: Path, members: Iterable[str],
+    lua: Json,
+) -> Json:  # fmt: skip
     """A TLS front of the dashboard for operators and, reading only, observers."""
     base = f"spiffe://{re.escape(settings.name)}"
     get = {"header": {"name": ":method", "string_match": {"exact": "GET"}}}
@@ -870,6 +881,7 @@ def _dashboard(
     )
     filters = [
         _fault(),
+        lua,
         {"name": "envoy.filters.http.rbac", "typed_config": rbac},
         {
             "name": "envoy.filters.http.router",
@@ -1123,7 +1135,7 @@ def write_secrets(cluster: ClusterDir, crls: bytes) -> dict[str, str]:
 
 def write_listeners(
     cluster: ClusterDir,
-    root_subject: str,
+    issuers: Mapping[str, str],
     digest: str,
     members: Iterable[str],
     files: int,
@@ -1135,7 +1147,7 @@ def write_listeners(
 
     Args:
         cluster: Of which cluster.
-        root_subject: Name of the CA.
+        issuers: Role to the name of the CA that signs its certificates.
         digest: Of what it is made from: the version that Envoy reports.
         members: Addresses that certificates in force name.
         files: How many Envoy may open.
@@ -1148,7 +1160,7 @@ def write_listeners(
     write_file(run / "envoy.json", text, durable=False)
     # Listeners that come without their routes would wait for them.
     write_file(run / "routes.json", json.dumps(routes_of(settings)), durable=False)
-    lds = listeners(settings, cluster.inventory(), run, root_subject, members)
+    lds = listeners(settings, cluster.inventory(), run, issuers, members)
     lds["version_info"] = digest
     for listener in lds["resources"]:
         # Without a change in the listener Envoy would keep the connections of

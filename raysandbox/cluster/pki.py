@@ -1,13 +1,18 @@
 """Certificates of a cluster: who is who.
 
-Identities are URIs, ``spiffe://<cluster>/<role>/<name>/<component>``. Four
+Identities are URIs, ``spiffe://<cluster>/<role>/<name>/<component>``. Five
 kinds of issuer exist::
 
-    cluster CA        signs every member's leaf, and the workers' issuers
+    cluster CA        signs leaves of heads, nodes, drivers, and the workers' issuers
       └ workers of N  on node N; signs one short-lived leaf per worker process
+    callers CA        signs leaves of those that speak to the guard alone
     guard CA          signs one leaf, the guard's as a client of the real GCS
     servers CA        signs one certificate: the cluster CA's name and key again,
                       with an extended key usage of serverAuth alone
+
+Raylets and workers take every certificate of the cluster CA for anything: who only
+looks at a cluster, or drains its nodes, has none of it. Where the CA is external,
+there is no callers CA, and that one signs all.
 
 The last two are how nothing but the guard reaches the real GCS. Ray gives a
 process one certificate and one set of anchors for both of its roles. The GCS
@@ -52,6 +57,7 @@ __all__ = [
     "check_pair",
     "check_workers",
     "identity_of",
+    "issuers",
     "make_csr",
     "mint_worker",
 ]
@@ -388,6 +394,15 @@ def servers_only(
     return anchor.cert, way
 
 
+def issuers(cluster: ClusterDir) -> dict[str, str]:
+    """Return the name of each role's issuer; workers' have one of their own."""
+    return {
+        role: load_chain(cluster.issuer_cert(role))[0].subject.rfc4514_string()
+        for role in COMPONENTS
+        if role != "worker"
+    }
+
+
 def mint_worker(
     issuer: Issuer, cluster_name: str, name: str, session: str,
     addresses: Sequence[str], way: bytes = b"",
@@ -517,7 +532,8 @@ def check_pair(
 ) -> list[str]:  # fmt: skip
     """Check a chain and a key for one component; see `check_identity`."""
     settings, member = cluster.settings(), cluster.member()
-    leaf, ca = chain[0], load_chain(cluster.ca_cert)[0]
+    issuer = cluster.issuer_cert(member.role)
+    leaf, ca = chain[0], load_chain(issuer)[0]
     again = f"`raysandbox cluster certs renew {member.role}/{member.name}`"
     if leaf.public_key() != key.public_key():
         raise ClusterError(
@@ -529,7 +545,7 @@ def check_pair(
             where=str(path),
             what=f"is for {identity_of(leaf) or 'nobody'}, not for {uri}",
         )
-    _check_issued(path, chain, ca, cluster.ca_cert)
+    _check_issued(path, chain, ca, issuer)
     _check_use(path, leaf)
     _check_time(path, [*chain, ca], again)
     have = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value

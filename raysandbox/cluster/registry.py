@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from raysandbox.cluster import pki
 from raysandbox.cluster.errors import ClusterError
 from raysandbox.cluster.settings import (
+    CALLERS,
     NAME,
     ROLES,
     ClusterDir,
@@ -82,17 +83,21 @@ class Registry:
         self.name = cluster.settings().name
         self._index = cluster.ca / "index.json"
         self._root_crl = cluster.trust / "root.crl"
+        self._callers_crl = cluster.trust / "callers.crl"
 
     # -- the CA -----------------------------------------------------------------
 
     def create(self) -> None:
-        """Make the cluster's CA, the guard's CA, the anchors and an empty CRL."""
+        """Make the CAs of the cluster, its anchors and empty lists."""
         self.dir.ca.mkdir(mode=0o700, exist_ok=False)
         root = pki.Issuer.root(f"{self.name} cluster CA")
         write_file(self.dir.ca / "root.key", pki.key_pem(root.key))
         write_file(self.dir.ca / "root.pem", pki.pem(root.cert), 0o644)
         self.adopt(root.cert)
-        self._write([], root)
+        callers = pki.Issuer.root(f"{self.name} callers CA")
+        write_file(self.dir.ca / "callers.key", pki.key_pem(callers.key))
+        write_file(self.dir.callers_cert, pki.pem(callers.cert), 0o644)
+        self._write([])
 
     def adopt(self, ca: x509.Certificate) -> None:
         """Install a CA certificate (our own or an external one) and the anchors."""
@@ -127,6 +132,11 @@ class Registry:
             )
         return pki.Issuer.load(self.dir.ca_cert, key)
 
+    def callers(self) -> pki.Issuer:
+        """Load the CA of those that speak to the guard alone."""
+        self.root()
+        return pki.Issuer.load(self.dir.callers_cert, self.dir.ca / "callers.key")
+
     # -- issuing ----------------------------------------------------------------
 
     def issue(
@@ -150,6 +160,7 @@ class Registry:
         check_member(role, name, addresses)
         _check_days(days)
         root = self.root()
+        signer = self.callers() if role in CALLERS else root
         _check_target(out, role, name)
         keys: dict[str, tuple[pki.Key, x509.Certificate]] = {}
         with self._locked() as records:
@@ -158,7 +169,7 @@ class Registry:
             for component in pki.COMPONENTS[role]:
                 uri = f"spiffe://{self.name}/{role}/{name}/{component}"
                 key = pki.new_key()
-                cert = root.leaf(uri, addresses, key.public_key(), days)
+                cert = signer.leaf(uri, addresses, key.public_key(), days)
                 keys[component] = key, cert
                 records.append(_record(cert, uri, addresses))
             if role in NODES:
@@ -166,7 +177,7 @@ class Registry:
                 keys[WORKERS] = issuer.key, issuer.cert
                 records.append(_record(issuer.cert, self._workers_uri(name), addresses))
                 self._keep_workers_crl(issuer.key, issuer.crl([]))
-            self._write(records, root)
+            self._write(records)
         made = records[-len(keys) :]
         target = self.bundle(role, name, addresses, out)
         for component, (key, cert) in keys.items():
@@ -186,6 +197,9 @@ class Registry:
         write_file(out / "cluster.toml", settings, 0o644)
         target = ClusterDir(out)
         write_file(target.ca_cert, read_trusted(self.dir.ca_cert), 0o644)
+        signer = self.dir.issuer_cert(role)
+        if signer != self.dir.ca_cert:
+            write_file(target.callers_cert, read_trusted(signer), 0o644)
         way = read_trusted(self.dir.servers_cert)
         write_file(target.servers_cert, way, 0o644)
         write_file(target.token, read_secret(self.dir.token))
@@ -232,7 +246,8 @@ class Registry:
                 raise _asks(", ".join(uris) or "no identity", uri)
             if extra := hosts - set(addresses) - set(pki.LOCAL):
                 raise _asks(", ".join(sorted(extra)), ", ".join(addresses))
-            cert = root.leaf(uri, addresses, public, days)
+            signer = self.callers() if role in CALLERS else root
+            cert = signer.leaf(uri, addresses, public, days)
         else:
             raise ClusterError(
                 where=f"{role}/{name}/{component}", what="no role has that component"
@@ -241,7 +256,7 @@ class Registry:
             records.append(_record(cert, uri, addresses))
             if component == WORKERS:
                 self._keep_workers_crl(public, _checked_crl(crl_pem, cert))
-            self._write(records, root)
+            self._write(records)
         return pki.pem(cert)
 
     def trust(self, crl_pem: bytes, issuer_pem: bytes = b"") -> str:
@@ -290,7 +305,7 @@ class Registry:
         Returns:
             The URIs revoked; the CRL is written before this returns.
         """
-        root = self.root()
+        self.root()
         path = member.removeprefix(f"spiffe://{self.name}/")
         parts = path.split("/")
         if not 2 <= len(parts) <= 3 or not all(parts):
@@ -316,7 +331,7 @@ class Registry:
                     what="no valid certificate of that name",
                     remedy="`raysandbox cluster certs list` shows all",
                 )
-            self._write(records, root)
+            self._write(records)
         return gone
 
     def records(self) -> list[Record]:
@@ -362,6 +377,12 @@ class Registry:
                 where=str(self._root_crl),
                 what="is missing: the CA's list of revoked certificates",
                 remedy="`raysandbox cluster certs trust CRL` for an external CA",
+            )
+        if self.dir.callers_cert.exists() and not self._callers_crl.exists():
+            raise ClusterError(
+                where=str(self._callers_crl),
+                what="is missing: the list of revoked operators and observers",
+                remedy="revoking somebody writes it anew",
             )
         files = sorted(self.dir.trust.glob("*.crl"))
         return b"".join(read_trusted(file) for file in files)
@@ -443,14 +464,17 @@ class Registry:
         finally:
             os.close(lock)
 
-    def _write(self, records: list[Record], root: pki.Issuer) -> None:
+    def _write(self, records: list[Record]) -> None:
+        issuers = (self._root_crl, self.root()), (self._callers_crl, self.callers())
         revoked = [
             (r.serial, dt.datetime.fromisoformat(r.revoked))
             for r in records
             if r.revoked
         ]
         write_file(self._index, json.dumps([r.as_json() for r in records], indent=0))
-        write_file(self._root_crl, root.crl(revoked), 0o644)
+        # Each names all: a serial number that is another's is nobody's.
+        for path, issuer in issuers:
+            write_file(path, issuer.crl(revoked), 0o644)
 
 
 def install(target: ClusterDir, component: str, key: pki.Key, chain_pem: bytes) -> None:
@@ -459,8 +483,9 @@ def install(target: ClusterDir, component: str, key: pki.Key, chain_pem: bytes) 
         paths = target.workers / "issuer.key", target.workers / "issuer.pem"
     else:
         paths = target.key(component), target.cert(component)
-        way = read_trusted(target.servers_cert)
-        chain_pem = chain_pem.removesuffix(way) + way
+        if target.issuer_cert(target.member().role) == target.ca_cert:
+            way = read_trusted(target.servers_cert)
+            chain_pem = chain_pem.removesuffix(way) + way
     _mkdir(paths[0].parent)
     write_file(paths[0], pki.key_pem(key))
     write_file(paths[1], chain_pem, 0o644)

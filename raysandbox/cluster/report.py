@@ -155,6 +155,12 @@ def cluster_checks(cluster: ClusterDir) -> list[dict[str, str]]:
     if member.role != "head":
         return rows
     _try(add, "guard's program", lambda: str(guard.executable()))
+    apart = cluster.issuer_cert("observer") != cluster.ca_cert
+    add(
+        "raylets take no observers", "ok" if apart else "warning",
+        "" if apart else "an external CA signs all roles: raylets and workers take the "
+        "certificates of operators, observers and clients too",
+    )  # fmt: skip
     _try(add, "inventory", lambda: f"{len(cluster.inventory().nodes)} nodes")
     _try(add, "revocation lists", lambda: _crls(cluster))
     add(

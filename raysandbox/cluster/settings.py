@@ -74,6 +74,9 @@ ROLES: tuple[Role, ...] = (
     "operator",
     "observer",
 )
+#: They speak to the guard alone: raylets and workers need not take their certificates,
+#: which a CA of their own signs.
+CALLERS: tuple[Role, ...] = ("client", "operator", "observer")
 # Those of the machines themselves.
 TRUSTED: tuple[Role, ...] = ("head", "node")
 # \Z and not $, which would let a line feed pass at the end.
@@ -545,10 +548,23 @@ class ClusterDir:
         self.run = self.path / "run"
         self.token = self.path / "token"
         self.ca_cert = self.path / "ca.pem"
+        self.callers_cert = self.path / "callers.pem"
         self.servers_cert = self.path / "servers.pem"
         self.audit = self.path / "audit"
         self.access_socket = self.run / "access.sock"
         self.admin_socket = self.run / "admin.sock"
+
+    def issuer_cert(self, role: str) -> Path:
+        """Path of the CA that signs a role's certificates, but for workers'.
+
+        That of an external CA is the same for all.
+        """
+        apart = role in CALLERS and os.path.lexists(self.callers_cert)
+        return self.callers_cert if apart else self.ca_cert
+
+    def ca_certs(self) -> list[Path]:
+        """Paths of all CAs whose members the guard takes."""
+        return sorted({self.issuer_cert(role) for role in ROLES})
 
     def settings(self) -> Settings:
         """Load cluster.toml."""

@@ -778,10 +778,9 @@ class HeadWorker(NodeWorker):
 
     def write_listeners(self, digest: str) -> None:
         """Write what depends on the inventory."""
-        ca = pki.load_chain(self.dir.ca_cert)[0]
         files = _let_open(guard.files_wanted(self.settings))
         most = guard.write_listeners(
-            self.dir, ca.subject.rfc4514_string(), digest, self._addresses(), files
+            self.dir, pki.issuers(self.dir), digest, self._addresses(), files
         )
         allowed = guard.connections_allowed(self.settings, files)
         if most > allowed:

@@ -16,6 +16,7 @@ import pytest
 from raysandbox.cluster import pki
 from raysandbox.cluster.methods import METHODS, PLAIN
 from tests.cluster.conftest import (
+    DASHBOARD,
     HEAD,
     NODE,
     PORT,
@@ -505,6 +506,55 @@ def test_news_of_another_are_cancelled_on_stock_only(
         assert "is another's" in answer["details"]
     assert victim.driver(TOLD) == "ActorDiedError"
     hardened.expect_event(now, who="mallory", method="GcsSubscriberPoll", ok="False")
+
+
+RAYLET = (
+    "[node] = [n for n in ray.nodes() if n['NodeManagerAddress'] == '{}']\n"
+    "result = f\"{{node['NodeManagerAddress']}}:{{node['NodeManagerPort']}}\""
+)
+STATS = "/ray.rpc.NodeManagerService/GetNodeStats"
+LIST_NODES = "/ray.rpc.NodeInfoGcsService/GetAllNodeInfo"
+
+
+def test_raylets_take_no_observers(
+    hardened: Hardened, stock: Stock, attack: Attack, victim: Victim,
+    stock_victim: Victim,
+) -> None:  # fmt: skip
+    """Who may only look is nobody to raylets and workers, who let all do anything.
+
+    Positive controls: anybody on stock Ray, and a driver here, as Ray needs it.
+    """
+    raylet = stock_victim.driver(RAYLET.format(STOCK))
+    assert attack({**stock.target, "address": raylet}, "call", STATS)["code"] == "OK"
+    raylet = victim.driver(RAYLET.format(HEAD))
+    for name, component, code in (
+        ("alice", "driver", "OK"), ("otto", "cli", "UNAVAILABLE"),
+        ("olga", "cli", "UNAVAILABLE"),
+    ):  # fmt: skip
+        target = hardened.target(name, component)
+        assert attack(target, "call", LIST_NODES)["code"] == "OK"
+        answer = attack({**target, "address": raylet}, "call", STATS)
+        assert answer["code"] == code, (name, answer)
+
+
+def test_stolen_node_is_nobody_at_the_dashboard(
+    hardened: Hardened, attack: Attack
+) -> None:
+    """What signs a node's workers signs no operator, who could submit jobs there."""
+    front = {**hardened.target("olga", "cli"), "address": f"{HEAD}:{DASHBOARD}"}
+    assert attack(front, "https", "GET", "/api/version")["status"] == 200
+    stolen = hardened.node.home / "c" / "workers"
+    issuer = pki.Issuer.load(stolen / "issuer.pem", stolen / "issuer.key")
+    home = hardened.rogue.home
+    for who in ("operator/olga/cli", "driver/alice/driver", "observer/otto/cli"):
+        key = pki.new_key()
+        uri = f"spiffe://{hardened.registry.name}/{who}"
+        leaf = issuer.leaf(uri, [ROGUE], key.public_key())
+        (home / "minted.pem").write_bytes(pki.pem(leaf) + pki.pem(issuer.cert))
+        (home / "minted.key").write_bytes(pki.key_pem(key))
+        front |= {"cert": str(home / "minted.pem"), "key": str(home / "minted.key")}
+        answer = attack(front, "https", "GET", "/api/version")
+        assert answer["status"] == 403, who
 
 
 def test_names_to_wait_under_are_few(

@@ -22,8 +22,10 @@ from raysandbox.cluster.pending import install_all, make, sign_all
 from raysandbox.cluster.registry import Registry, check_member
 from raysandbox.cluster.rolling import due, script
 from raysandbox.cluster.settings import (
+    CALLERS,
     ClusterDir,
     Member,
+    Role,
     read_secret,
     toml_text,
     write_file,
@@ -379,6 +381,46 @@ def test_revoked_serials_are_in_the_list(cluster: ClusterDir, tmp_path: Path) ->
         mine = "/n1/" in record.uri
         assert (record.serial in revoked) == mine
         assert (record.state() == "revoked") == mine
+
+
+@pytest.mark.parametrize("role", CALLERS)
+def test_who_speaks_to_the_guard_alone_has_another_ca(
+    cluster: ClusterDir, tmp_path: Path, role: Role
+) -> None:
+    """Raylets and workers take all that the cluster's CA has signed, for anything.
+
+    Positive control: a driver's, which they must take.
+    """
+    registry = Registry(cluster)
+    ca = pki.load_chain(cluster.ca_cert)[0]
+    registry.issue("driver", "alice", [ADDRESS], tmp_path / "alice")
+    driver = ClusterDir(tmp_path / "alice")
+    pki.load_chain(driver.cert("driver"))[0].verify_directly_issued_by(ca)
+
+    registry.issue(role, "otto", [], tmp_path / "otto")
+    otto = ClusterDir(tmp_path / "otto")
+    (component,) = pki.COMPONENTS[role]
+    assert pki.check_identity(otto, component) == []
+    (leaf,) = pki.load_chain(otto.cert(component))
+    with pytest.raises(ValueError, match=r"[Ii]ssuer"):
+        leaf.verify_directly_issued_by(ca)
+    assert pki.issuers(cluster)[role] == leaf.issuer.rfc4514_string()
+
+    def revoked() -> bool:
+        crl = x509.load_pem_x509_crl((cluster.trust / "callers.crl").read_bytes())
+        return leaf.serial_number in {entry.serial_number for entry in crl}
+
+    assert not revoked()
+    registry.revoke(f"{role}/otto")
+    assert revoked()
+
+    key = pki.new_key()
+    uri = f"spiffe://prod/{role}/otto/{component}"
+    write_file(otto.key(component), pki.key_pem(key))
+    other = registry.root().leaf(uri, [], key.public_key())
+    write_file(otto.cert(component), pki.pem(other), 0o644)
+    with pytest.raises(ClusterError, match=r"was not signed by .*callers.pem"):
+        pki.check_identity(otto, component)
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def _many(count: int) -> Inventory:
 def _listeners(
     inventory: Inventory, *members: str, run: Path = Path("/run/x"), **more: Any
 ) -> list[Any]:
-    made = guard.listeners(_settings(**more), inventory, run, "CN=x", members)
+    made = guard.listeners(_settings(**more), inventory, run, {"head": "CN=x"}, members)
     found: list[Any] = made["resources"]
     return found
 
@@ -265,7 +265,9 @@ def test_limit_of_all_connections_takes_none_of_a_chain(port: int | None) -> Non
     """However many addresses there will be, there is room for all that chains hold."""
     settings = _settings(dashboard_tls_port=port)
     members = [f"10.{i}.3.{j}" for i in range(20, 30) for j in range(200)]
-    made = guard.listeners(settings, _many(2000), Path("/run"), "CN=x", members)
+    made = guard.listeners(
+        settings, _many(2000), Path("/run"), {"head": "CN=x"}, members
+    )
     allowed = guard.connections_allowed(settings, 10**6)
     assert guard.connections_of(made) + guard.SPARE_CONNECTIONS <= allowed
     assert allowed + guard.FILES_BESIDE == guard.files_wanted(settings)
@@ -295,7 +297,9 @@ def test_envoy_takes_the_configuration(inventory: Inventory, tmp_path: Path) -> 
     settings = _settings(dashboard_tls_port=8443)
     members = ["10.0.0.9", "10.200.0.1", *(f"10.3.0.{i}" for i in range(100))]
     made = guard.bootstrap(settings, tmp_path, 10**6)
-    listeners = guard.listeners(settings, inventory, tmp_path, "CN=x", members)
+    listeners = guard.listeners(
+        settings, inventory, tmp_path, {"head": "CN=x"}, members
+    )
     (routes,) = guard.routes_of(settings)["resources"]
     # What is in other files is not looked at: here it is in the same one.
     del made["dynamic_resources"], routes["@type"]

@@ -129,7 +129,7 @@ def test_guard_listens_where_the_settings_say(
     """At the head's own address and on loopback, unless others are named."""
     settings = Settings(**{"name": "c", "head_address": "10.0.0.1", **more})
     assert guard.listen_addresses(settings) == where
-    found = guard.listeners(settings, Inventory(), Path("/run"), "CN=x")
+    found = guard.listeners(settings, Inventory(), Path("/run"), {"head": "CN=x"})
     main = found["resources"][0]
     bound = [main, *main["additional_addresses"]]
     assert [b["address"]["socket_address"]["address"] for b in bound] == where

@@ -1,0 +1,30 @@
+-- Who speaks: what a certificate says, if who signed it may say so. This comes before
+-- each of the other files here.
+
+local CLUSTER = "@CLUSTER@"
+local ISSUERS = @ISSUERS@
+
+local function refuse(handle, why)
+  handle:streamInfo():dynamicMetadata():set("rsb", "why", why)
+  handle:respond({[":status"] = "403"}, "raysandbox: " .. why)
+end
+
+-- The issuer is part of the identity: a node's own issuer signs its workers and
+-- nothing else, or one stolen node could make itself an operator.
+local function identity(handle)
+  local ssl = handle:streamInfo():downstreamSslConnection()
+  if ssl == nil then return nil, "no TLS" end
+  local sans = ssl:uriSanPeerCertificate()
+  if #sans ~= 1 then return nil, "the certificate names no identity" end
+  local role, name = string.match(sans[1], "^spiffe://" .. CLUSTER .. "/([a-z]+)/([a-z0-9.-]+)/[a-z0-9.-]+$")
+  if role == nil then return nil, "the certificate's identity is of another cluster" end
+  local issuer = ssl:issuerPeerCertificate()
+  if role == "worker" then
+    if issuer ~= "CN=workers of " .. name then
+      return nil, "a worker's certificate from an issuer that is not its node's"
+    end
+  elseif issuer ~= ISSUERS[role] then
+    return nil, "a certificate from a CA that does not sign this role's"
+  end
+  return sans[1], role, role .. "/" .. name
+end
