@@ -91,7 +91,7 @@ MOST_NUMBERS = 1000
 TABLES = (
     "jobs", "bound", "namespaces", "job_namespace", "job_node", "nodes", "actors",
     "submissions", "added", "workers", "detached", "ended", "finished",
-    "constraint", "actor_owner", "over", sessions.TABLE,
+    "constraint", "actor_owner", "over", "submitters", sessions.TABLE,
 )  # fmt: skip
 # How long a package may be kept for a job that has not begun: Ray's own is 10 minutes.
 MOST_PIN_S = 3600
@@ -212,6 +212,7 @@ class Access:
         self.actors: dict[str, str] = {}
         self.keys: dict[Name, Entry] = {}
         self.submissions: dict[str, str] = {}
+        self.submitters: dict[str, str] = {}
         self.workers: dict[str, str] = {}
         self.actor_owner: dict[str, str] = {}
         self.over: dict[str, str] = {}
@@ -250,6 +251,14 @@ class Access:
         """The GCS has answered an AddJob: it has the job now."""
         if known := self._adding.pop(request_id, None):
             self._fact("added", *known)
+
+    def learn_submitted(self, uri: str, name: str) -> None:
+        """A job was submitted by somebody, by way of the dashboard's front."""
+        self._fact("submitters", name, _who(uri))
+
+    def may_end(self, uri: str, name: str) -> bool:
+        """Whether a submitted job is a driver's to end."""
+        return self.submitters.get(name) == _who(uri)
 
     def replay(self, facts: Iterable[list[Any]]) -> None:
         """Take back what a former process wrote to the journal."""
@@ -399,6 +408,11 @@ class Access:
             ("submissions", name)
             for name, uri in self.submissions.items()
             if uri in self.ended and (JOB, bytes.fromhex(name)) not in self.keys
+        }
+        past |= {
+            ("submitters", name)
+            for name in self.submitters
+            if (JOB, STATE + name.encode()) not in self.keys
         }
         self._ends = {each: self._ends.get(each, now) for each in past}
         gone = [each for each, since in self._ends.items() if now - since >= PAST_S]
@@ -758,6 +772,15 @@ class Access:
         raise _RefusedError(f"the key belongs to {known[0]}")
 
     def _write_key(self, call: _Call, namespace: bytes, key: bytes) -> None:
+        known = self.keys.get((namespace, key))
+        if namespace == b"" and key.startswith(PACKAGE):
+            # Of whomever: what the dashboard is sent, the head writes.
+            value = getattr(call.ask, "value", None)
+            if value is None and call.role != "head":
+                raise _RefusedError("packages are deleted by the head alone")
+            if value is not None and self._is_other(known, value):
+                raise _RefusedError("a package of that name has another content")
+            return
         if call.role == "head":
             name = JOB, key
             gone = name not in self.keys or self._writes.is_deleted(name)
@@ -766,14 +789,6 @@ class Access:
                 if before := self.submissions.get(key.hex()):
                     self._fact("ended", before, call.who)
                 self._fact("submissions", key.hex(), "")
-            return
-        known = self.keys.get((namespace, key))
-        if namespace == b"" and key.startswith(PACKAGE):
-            value = getattr(call.ask, "value", None)
-            if value is None:
-                raise _RefusedError("packages are deleted by the head alone")
-            if known and known[2] != hashlib.sha256(value).digest():
-                raise _RefusedError("a package of that name has another content")
             return
         if call.role == "node":
             if namespace == b"dashboard" or key.startswith(b"DASHBOARD_AGENT"):
@@ -805,6 +820,10 @@ class Access:
                 f"the key belongs to {known[0]}",
                 retry=self._writes.is_deleted((namespace, key)),
             )
+
+    @staticmethod
+    def _is_other(known: Entry | None, package: bytes) -> bool:
+        return known is not None and known[2] != hashlib.sha256(package).digest()
 
     def _submission(self, call: _Call, key: bytes) -> None:
         """A submitted job's state: for the one worker that supervises it."""

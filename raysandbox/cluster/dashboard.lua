@@ -1,6 +1,38 @@
--- Who speaks to the dashboard's front; what each role may do there, its RBAC says.
+-- Who speaks to the dashboard's front, and whose the submitted job is that it ends. What
+-- each role may do there at all, its RBAC says.
+
+local ID = "[%w_.-]+"
+
+local function submission(method, path)
+  if method == "POST" then return string.match(path, "^/api/jobs/(" .. ID .. ")/stop$") end
+  if method == "DELETE" then return string.match(path, "^/api/jobs/(" .. ID .. ")$") end
+end
 
 function envoy_on_request(handle)
-  local uri, why = identity(handle)
-  if uri == nil then return refuse(handle, why) end
+  local uri, role = identity(handle)
+  if uri == nil then return refuse(handle, role) end
+  if role ~= "driver" then return end
+  local method = handle:headers():get(":method")
+  local path = string.match(handle:headers():get(":path"), "^[^?]*")
+  if method == "POST" and path == "/api/jobs/" then
+    handle:streamInfo():dynamicMetadata():set("rsb", "submits", uri)
+  elseif method == "DELETE" or (method == "POST" and string.find(path, "/stop$")) then
+    local id = submission(method, path)
+    if id == nil or not agreed(handle, "/may-end", {["x-rsb-uri"] = uri, ["x-rsb-job"] = id}) then
+      return refuse(handle, "a submitted job is ended by who submitted it here, or by an operator")
+    end
+  end
+end
+
+-- Whose it is, the access service knows before its submitter does. If it does not, only
+-- an operator ends it.
+function envoy_on_response(handle)
+  local meta = handle:streamInfo():dynamicMetadata():get("rsb")
+  if meta == nil or meta["submits"] == nil or handle:headers():get(":status") ~= "200" then return end
+  local body = handle:body()
+  if body == nil then return end
+  local id = string.match(body:getBytes(0, body:length()), '"submission_id": *"(' .. ID .. ')"')
+  if id ~= nil then
+    agreed(handle, "/submitted", {["x-rsb-uri"] = meta["submits"], ["x-rsb-job"] = id})
+  end
 end

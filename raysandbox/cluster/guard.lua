@@ -56,10 +56,7 @@ end
 -- says so: told to the access service before the answer goes out, so that the
 -- job's next call is already known.
 local function tell(handle, path, header, value, body)
-  local answer = handle:httpCall("access", {
-    [":method"] = "POST", [":path"] = path, [":authority"] = "access", [header] = value,
-  }, body, 2000)
-  if answer == nil or answer[":status"] ~= "200" then
+  if not agreed(handle, path, {[header] = value}, body) then
     handle:headers():replace("grpc-status", "14")
   end
 end

@@ -34,7 +34,13 @@ from pathlib import Path
 from typing import Any
 
 from raysandbox.cluster.errors import ClusterError
-from raysandbox.cluster.methods import METHODS, PLAIN, STREAM
+from raysandbox.cluster.methods import (
+    FRONT_LOOK,
+    FRONT_SUBMIT,
+    METHODS,
+    PLAIN,
+    STREAM,
+)
 from raysandbox.cluster.settings import (
     ClusterDir,
     Inventory,
@@ -860,25 +866,37 @@ def _dashboard(
     settings: Settings, inventory: Inventory, run: Path, members: Iterable[str],
     lua: Json,
 ) -> Json:  # fmt: skip
-    """A TLS front of the dashboard for operators and, reading only, observers."""
-    base = f"spiffe://{re.escape(settings.name)}"
-    get = {"header": {"name": ":method", "string_match": {"exact": "GET"}}}
+    """A TLS front of the dashboard: observers look, drivers submit jobs as well.
+
+    The dashboard itself does for whoever reaches it all that a head may.
+    """
+
+    def who(role: str) -> list[Json]:
+        base = f"spiffe://{re.escape(settings.name)}"
+        return [_who(f"{base}/{role}/[a-z0-9.-]+/.+")]
+
+    def asks(method: str, path: str) -> Json:
+        name = {"name": ":method", "string_match": {"exact": method}}
+        matcher = {"path": {"safe_regex": {"regex": path}}}
+        return {"and_rules": {"rules": [{"header": name}, {"url_path": matcher}]}}
+
+    look = [asks("GET", path) for path in FRONT_LOOK]
+    submit = [asks(method, path) for method, path in FRONT_SUBMIT]
     rbac = _typed(
         "extensions.filters.http.rbac.v3.RBAC",
         rules={
             "action": "ALLOW",
             "policies": {
                 "operator": {
-                    "permissions": [{"any": True}],
-                    "principals": [_who(f"{base}/(operator|driver)/[a-z0-9.-]+/.+")],
+                    "permissions": [{"any": True}], "principals": who("operator")
                 },
-                "observer": {
-                    "permissions": [get],
-                    "principals": [_who(f"{base}/observer/[a-z0-9.-]+/.+")],
+                "driver": {
+                    "permissions": [*look, *submit], "principals": who("driver")
                 },
+                "observer": {"permissions": look, "principals": who("observer")},
             },
         },
-    )
+    )  # fmt: skip
     filters = [
         _fault(),
         lua,

@@ -10,7 +10,15 @@ is one line.
 
 from __future__ import annotations
 
-__all__ = ["CONTENT", "METHODS", "PLAIN", "STREAM", "methods_of"]
+__all__ = [
+    "CONTENT",
+    "FRONT_LOOK",
+    "FRONT_SUBMIT",
+    "METHODS",
+    "PLAIN",
+    "STREAM",
+    "methods_of",
+]
 
 STREAM = "/ray.rpc.syncer.RaySyncer/StartSync"
 
@@ -173,3 +181,32 @@ CONTENT: frozenset[str] = frozenset().union(*METHODS.values()) - PLAIN
 def methods_of(role: str) -> frozenset[str]:
     """Return the methods of a role; none for a role that is unknown."""
     return METHODS.get(role, frozenset())
+
+
+#: Paths of the dashboard's that only look, as expressions, for GET. Not among them:
+#: what attaches to a worker to look into it, waits on demand, or pins a package.
+FRONT_LOOK = (
+    "/",
+    r"/(static|logos)/.*",
+    r"/[a-z_-]+\.(ico|html|json|svg)",
+    "/timezone|/cluster_id|/usage_stats_enabled|/events",
+    "/nodes|/nodes/[^/]+|/logical/actors|/logical/actors/[^/]+",
+    "/api/(version|ray/version|authentication_mode|cluster_status|component_activities)",
+    "/api/(profiling_enabled|gcs_healthz|grafana_health|prometheus_health)",
+    "/api/prometheus/sd|/api/serve/applications/|/api/data/datasets/[^/]+",
+    "/api/train/v2/runs(/v1)?",
+    "/api/jobs/|/api/jobs/[^/]+|/api/jobs/[^/]+/logs(/tail)?",
+    "/api/v0/(cluster_metadata|cluster_events|platform_events)",
+    "/api/v0/(actors|jobs|nodes|placement_groups|workers|tasks|objects)",
+    "/api/v0/(runtime_envs|runtime_env_redaction)",
+    "/api/v0/(actors|objects|tasks)/summarize|/api/v0/tasks/timeline",
+    "/api/v0/logs|/api/v0/logs/(file|stream)",
+)
+#: What submits jobs and ends one's own there: HTTP method and path, as an expression.
+FRONT_SUBMIT = (
+    ("GET", "/api/packages/gcs/[^/]+"),
+    ("PUT", "/api/packages/gcs/[^/]+"),
+    ("POST", "/api/jobs/"),
+    ("POST", "/api/jobs/[^/]+/stop"),
+    ("DELETE", "/api/jobs/[^/]+"),
+)

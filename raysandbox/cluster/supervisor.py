@@ -78,6 +78,8 @@ LOAD_S = 30.0
 # How often the keys that the GCS has are compared with those that are known.
 KEYS_S = 15.0
 SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+# What the guard's own filters say or ask, see `common.lua`.
+TOLD = {"/job", "/added", "/submitted", "/may-end"}
 # Answered when there is something to tell, an actor runs, a group is placed.
 HELD = {
     "/ray.rpc.ControlPlanePubSubGcsService/GcsSubscriberPoll",
@@ -438,15 +440,8 @@ class HeadWorker(NodeWorker):
         self, path: str, headers: dict[str, str], body: bytes, request_id: str
     ) -> tuple[int, str, float]:
         uri = headers.get("x-rsb-uri", "")
-        if path == "/job" and headers.get("host") == "access":
-            from ray.core.generated import gcs_service_pb2 as pb
-
-            reply = pb.GetNextJobIDReply.FromString(grpc_message(body))
-            self.access.learn_job(uri, reply.job_id)
-            return 200, "", 0.0
-        if path == "/added" and headers.get("host") == "access":
-            self.access.learn_added(request_id)
-            return 200, "", 0.0
+        if headers.get("host") == "access" and path in TOLD:
+            return self._told(path, uri, headers, body), "", 0.0
         if headers.get("grpc-encoding", "identity") != "identity":
             return self.refused(
                 request_id,
@@ -478,6 +473,24 @@ class HeadWorker(NodeWorker):
             request_id, decision.why, about=decision.object,
             status=429 if decision.retry else 403, wait_s=decision.wait_s,
         )  # fmt: skip
+
+    def _told(
+        self, path: str, uri: str, headers: dict[str, str], body: bytes
+    ) -> int:  # fmt: skip
+        """Take in what the guard's own filters say, or answer what they ask."""
+        job = headers.get("x-rsb-job", "")
+        if path == "/job":
+            from ray.core.generated import gcs_service_pb2 as pb
+
+            reply = pb.GetNextJobIDReply.FromString(grpc_message(body))
+            self.access.learn_job(uri, reply.job_id)
+        elif path == "/added":
+            self.access.learn_added(headers.get("x-request-id", ""))
+        elif path == "/submitted":
+            self.access.learn_submitted(uri, job)
+        else:
+            return 200 if self.access.may_end(uri, job) else 403
+        return 200
 
     def refused(
         self, request_id: str, why: str, *, about: str = "", status: int = 403,

@@ -347,16 +347,20 @@ def _plain_port(host: str, port: int) -> str:
         return type(error).__name__
 
 
-def https(gcs: Gcs, method: str, path: str) -> dict[str, Any]:
+def https(gcs: Gcs, method: str, path: str, body: str = "") -> dict[str, Any]:
     """Send one HTTP request over TLS, with the token."""
     with _connect(gcs.target, "http/1.1") as sock:
         lines = [
             f"{method} {path} HTTP/1.1", "host: x", "connection: close",
-            "content-length: 0", *(f"{k}: {v}" for k, v in gcs.metadata), "", "",
+            f"content-length: {len(body)}", "content-type: application/json",
+            *(f"{k}: {v}" for k, v in gcs.metadata), "", body,
         ]  # fmt: skip
         sock.sendall("\r\n".join(lines).encode())
-        sock.settimeout(10)
-        return {"status": int(sock.recv(4096).split()[1])}
+        sock.settimeout(20)
+        answer = b"".join(iter(lambda: sock.recv(65536), b""))
+        return {
+            "status": int(answer.split()[1]), "text": answer.decode(errors="replace")
+        }  # fmt: skip
 
 
 def batch(gcs: Gcs, calls: list[list[Any]]) -> dict[str, Any]:

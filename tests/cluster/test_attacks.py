@@ -557,6 +557,78 @@ def test_stolen_node_is_nobody_at_the_dashboard(
         assert answer["status"] == 403, who
 
 
+def _front(hardened: Hardened, attack: Attack, who: str) -> Any:
+    """Return what sends requests to the dashboard's front as somebody."""
+    target = hardened.target(who, "cli" if who in ("olga", "otto") else "driver")
+    target["address"] = f"{HEAD}:{DASHBOARD}"
+
+    def send(method: str, path: str, body: Any = "") -> tuple[int, str]:
+        text = body if isinstance(body, str) else json.dumps(body)
+        answer = attack(target, "https", method, path, text)
+        return answer["status"], answer["text"]
+
+    return send
+
+
+def test_dashboard_only_shows_observers_things(
+    hardened: Hardened, attack: Attack
+) -> None:
+    """What attaches to a worker, waits or pins is a GET there as well.
+
+    Positive control: an operator, who is let through.
+    """
+    otto, olga = (_front(hardened, attack, who) for who in ("otto", "olga"))
+    for path in (
+        "/", "/nodes", "/api/jobs/", "/api/v0/nodes", "/api/v0/tasks?limit=1",
+        "/api/cluster_status",
+    ):  # fmt: skip
+        assert otto("GET", path)[0] == 200, path
+    for path in (
+        "/api/v0/delay/0", "/worker/traceback?pid=1&ip=127.0.0.1", "/test/dump",
+        "/api/packages/gcs/_ray_pkg_1.zip", "//worker/traceback", "/%77orker/traceback",
+        "/nodes/../worker/traceback", "/api/v0/nodes%2f..%2fdelay%2f0",
+    ):  # fmt: skip
+        assert otto("GET", path)[0] in (400, 403), path
+    assert otto("POST", "/api/jobs/", {"entrypoint": "true"})[0] == 403
+    assert olga("GET", "/api/v0/delay/0")[0] == 200
+
+
+def test_submitted_job_is_ended_by_who_submitted_it(
+    hardened: Hardened, attack: Attack, now: float
+) -> None:
+    """By way of the dashboard, which does for whoever asks all that a head may.
+
+    Positive controls: the submitter, and an operator.
+    """
+    alice, mallory, olga = (
+        _front(hardened, attack, who) for who in ("alice", "mallory", "olga")
+    )
+    for ends in (alice, olga):
+        status, text = alice("POST", "/api/jobs/", {"entrypoint": "sleep 60"})
+        assert status == 200, text
+        name = re.findall(r"raysubmit_\w+", text)[0]
+        for method, path in (
+            ("POST", f"/api/jobs/{name}/stop"), ("DELETE", f"/api/jobs/{name}"),
+            ("POST", f"/api/jobs/{name}%2fstop"), ("POST", "/api/jobs/x/../x/stop"),
+        ):  # fmt: skip
+            status, text = mallory(method, path)
+            assert status in (400, 403), (path, text)
+        assert ends("POST", f"/api/jobs/{name}/stop")[0] == 200
+    hardened.expect_event(now, who="mallory", why="by who submitted it", ok="False")
+
+
+def test_package_is_not_replaced_by_way_of_the_dashboard(
+    hardened: Hardened, attack: Attack
+) -> None:
+    """A job's code is what its driver sent; the dashboard would write over it."""
+    alice, mallory = (_front(hardened, attack, who) for who in ("alice", "mallory"))
+    path = "/api/packages/gcs/_ray_pkg_0123456789abcdef.zip"
+    assert alice("PUT", path, "good")[0] == 200
+    status, text = mallory("PUT", path, "evil")
+    assert (status, "has another content" in text) == (500, True), text
+    assert mallory("PUT", path, "good")[0] == 200
+
+
 def test_names_to_wait_under_are_few(
     hardened: Hardened, stock: Stock, attack: Attack
 ) -> None:

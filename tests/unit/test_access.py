@@ -425,6 +425,43 @@ def test_package_under_a_name_stays_what_it_was(world: World) -> None:
     world.no(ALICE, KV + "Del", delete(b"gcs://_ray_pkg_1.zip", b""))
 
 
+def test_package_stays_what_it_was_by_way_of_the_dashboard(world: World) -> None:
+    """What anybody sends the dashboard, the head writes: it may not either.
+
+    When Ray has deleted it, a new one may have that name.
+    """
+    name = b"gcs://_ray_pkg_1.zip"
+    for first in (ALICE, HEAD):
+        world.ok(first, KV + "Put", put(name, b"good", b""))
+        world.ok(HEAD, KV + "Put", put(name, b"good", b""))
+        for uri in (HEAD, BOB):
+            said = world.no(uri, KV + "Put", put(name, b"evil", b""))
+            assert said.why == "a package of that name has another content"
+        world.ok(HEAD, KV + "Del", delete(name, b""))
+
+
+def test_submitted_job_is_ended_by_its_submitter(world: World) -> None:
+    """By way of the dashboard's front; also after a restart, and until it is gone."""
+    name, key = "raysubmit_1", b"_ray_internal_job_info_raysubmit_1"
+    assert not world.access.may_end(ALICE, name)
+    world.ok(HEAD, KV + "Put", put(key, b"{}", b"job"))
+    world.access.learn_submitted(ALICE, name)
+    again = world.new()
+    again.replay(json.loads(json.dumps(world.journal)))
+    for each in (world.access, again):
+        assert each.may_end(ALICE, name)
+        assert not each.may_end(BOB, name)
+        assert not each.may_end(ALICE, "raysubmit_2")
+    world.now += access.PAST_S
+    world.access.let_past_go({NODE_ID.hex()})
+    world.ok(HEAD, KV + "Del", delete(key, b"job"))
+    for _ in range(2):
+        assert world.access.may_end(ALICE, name)
+        world.now += access.PAST_S
+        world.access.let_past_go({NODE_ID.hex()})
+    assert not world.access.may_end(ALICE, name)
+
+
 def test_default_namespace_is_read_by_its_writers(world: World) -> None:
     """A package holds a job's code; what others keep there is theirs as elsewhere.
 

@@ -1,5 +1,5 @@
--- Who speaks: what a certificate says, if who signed it may say so. This comes before
--- each of the other files here.
+-- What each of the other files here begins with: who speaks, which is what a certificate
+-- says, if who signed it may say so.
 
 local CLUSTER = "@CLUSTER@"
 local ISSUERS = @ISSUERS@
@@ -27,4 +27,12 @@ local function identity(handle)
     return nil, "a certificate from a CA that does not sign this role's"
   end
   return sans[1], role, role .. "/" .. name
+end
+
+-- The access service is told, or asked: whether it says yes.
+local function agreed(handle, path, more, body)
+  local headers = {[":method"] = "POST", [":path"] = path, [":authority"] = "access"}
+  for name, value in pairs(more) do headers[name] = value end
+  local answer = handle:httpCall("access", headers, body, 2000)
+  return answer ~= nil and answer[":status"] == "200"
 end
