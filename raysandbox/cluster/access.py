@@ -285,6 +285,7 @@ class Access:
             self._ids.setdefault(uri, {})[worker] = None
         for actor, owner in self.actor_owner.items():
             self._owned.setdefault(owner.partition(":")[0], {})[actor] = None
+        self._forget_former()
 
     def facts(self) -> Iterator[list[Any]]:
         """Yield what `replay` needs to bring this state back."""
@@ -519,12 +520,20 @@ class Access:
             raise _RefusedError("the worker has ended")
         if began > newest:
             self._fact(sessions.TABLE, machine, began)
-            for uri in {*self.bound, *self.over, *self._ids}:
-                former = sessions.of(uri)
-                if former and former[0] == machine and former[1] < began:
-                    self._end(uri)
-                    self._let_go("over", uri)
-                    self._leaving.pop(uri, None)
+            self._forget_former()
+
+    def _forget_former(self) -> None:
+        """Forget workers of former sessions: that a new one began says it for all."""
+        for uri in {*self.bound, *self.over, *self._ids}:
+            machine, began = sessions.of(uri) or ("", "")
+            if began >= self.sessions.get(machine, ""):
+                continue
+            for worker in self._ids.pop(uri, ()):
+                for actor in self._owned.pop(worker, ()):
+                    del self.actor_owner[actor]
+                del self.workers[worker]
+            for table in (self.bound, self.over, self._leaving):
+                table.pop(uri, None)
 
     def _let_leave(self) -> None:
         """Forget what those were bound to who have had their time."""
@@ -1292,11 +1301,6 @@ class Access:
             self._fact("over", uri, "")
             self._end_ids(uri)
             self._leaving[uri] = self._clock() + GRACE_S
-
-    def _end(self, uri: str) -> None:
-        """Nothing is a worker's any more."""
-        self._end_ids(uri)
-        self._let_go("bound", uri)
 
     def _end_ids(self, uri: str) -> None:
         for worker in list(self._ids.get(uri, ())):
