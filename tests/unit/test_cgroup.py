@@ -37,14 +37,19 @@ def groups() -> Iterator[Cgroups]:
 
 
 def spawn(group: Cgroup | None, body: Callable[[], int]) -> int:
-    """Fork a child that enters ``group`` as a jail does, then runs ``body``."""
+    """Fork a child that enters ``group`` as a jail does, then runs ``body``.
+
+    It is in the group, or has ended, when this returns.
+    """
     fds = group.procs_fds() if group else []
+    entered, enter = os.pipe()
     pid = os.fork()
     if pid == 0:
         code = 70
         try:
             for fd in fds:
                 os.write(fd, b"0")
+            os.close(enter)
             code = body()
         except MemoryError:
             code = 71
@@ -52,7 +57,9 @@ def spawn(group: Cgroup | None, body: Callable[[], int]) -> int:
             code = error.errno or 72
         finally:
             os._exit(code)
-    for fd in fds:
+    os.close(enter)
+    os.read(entered, 1)
+    for fd in (*fds, entered):
         os.close(fd)
     return pid
 
