@@ -74,10 +74,10 @@ clean:  ## remove everything that was built, .venv too
 	@$(PIP) install --upgrade pip 'setuptools>=77'
 	@touch $@
 
-# setuptools would carry files of an older build over: build/lib goes first.
+# setuptools would carry files of an older build over: build/lib* goes first.
 build/wheel/.built: $(SOURCES) | .venv/.created
 	@echo 'building the wheel'
-	@rm -rf build/wheel build/lib build/bdist.* raysandbox.egg-info
+	@rm -rf build/wheel build/lib* build/bdist.* raysandbox.egg-info
 	@$(PIP) wheel --no-deps --no-build-isolation --no-index --wheel-dir build/wheel .
 	@touch $@
 

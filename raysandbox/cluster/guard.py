@@ -235,7 +235,7 @@ def _lua(settings: Settings, issuers: Mapping[str, str], name: str) -> Json:
     # Lua patterns read '-' and '.' as operators.
     cluster = re.sub(r"([.-])", r"%\1", settings.name)
     table = ", ".join(f"{role} = {quoted(ca)}" for role, ca in sorted(issuers.items()))
-    known = files.joinpath("identity.lua").read_text()
+    known = files.joinpath("common.lua").read_text()
     known = known.replace("@CLUSTER@", cluster).replace("@ISSUERS@", f"{{{table}}}")
     source = known + files.joinpath(f"{name}.lua").read_text()
     return {
