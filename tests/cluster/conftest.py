@@ -69,10 +69,11 @@ class Driver:
     """A driver process on a machine, see driver.py."""
 
     def __init__(self, host: Host, *prefix: str, init: str = "") -> None:
+        self._log = host.home / "drivers.log"
         self.process = subprocess.Popen(
             host.argv([*prefix, sys.executable, str(HERE / "driver.py")]),
             env=host.env(), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=(host.home / "drivers.log").open("ab"), text=True,
+            stderr=self._log.open("ab"), text=True,
         )  # fmt: skip
         options = f"address='{host.lab.where[host.name]}', log_to_driver=False"
         options += ", logging_level='ERROR'"
@@ -89,7 +90,8 @@ class Driver:
             if line.startswith(">"):
                 answer: dict[str, Any] = json.loads(line[1:])
                 return answer
-        raise AssertionError(f"the driver ended with {self.process.wait()}")
+        said = self._log.read_text(errors="replace")[-3000:]
+        raise AssertionError(f"the driver ended with {self.process.wait()}: {said}")
 
     def __call__(self, code: str) -> Any:
         answer = self.ask(code)

@@ -579,7 +579,8 @@ def test_dashboard_only_shows_observers_things(
     """
     otto, olga = (_front(hardened, attack, who) for who in ("otto", "olga"))
     for path in (
-        "/", "/nodes?view=summary", "/api/jobs/", "/api/v0/nodes", "/api/v0/tasks?limit=1",
+        "/", "/nodes?view=summary", "/api/jobs/", "/api/v0/nodes",
+        "/api/v0/tasks?limit=1",
         "/api/cluster_status",
     ):  # fmt: skip
         assert otto("GET", path)[0] == 200, path

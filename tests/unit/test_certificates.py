@@ -493,6 +493,27 @@ def test_member_with_keys_of_its_own(cluster: ClusterDir, tmp_path: Path) -> Non
         install_all(node, signed)
 
 
+def test_observer_s_own_key_is_signed_by_its_own_ca(
+    cluster: ClusterDir, tmp_path: Path
+) -> None:
+    """And one that the CA of nodes signed is not installed."""
+    registry = Registry(cluster)
+    otto = registry.bundle("observer", "otto", [], tmp_path / "otto")
+    make(otto)
+    signed = tmp_path / "signed"
+    sign_all(registry, otto.path / "pending", "observer", "otto", [], signed, 100)
+    good = (signed / "cli.pem").read_bytes()
+    public = x509.load_pem_x509_certificate(good).public_key()
+    uri = "spiffe://prod/observer/otto/cli"
+    bad = registry.root().leaf(uri, [], public)  # type: ignore[arg-type]
+    (signed / "cli.pem").write_bytes(pki.pem(bad))
+    with pytest.raises(ClusterError, match="was not signed by"):
+        install_all(otto, signed)
+    (signed / "cli.pem").write_bytes(good)
+    install_all(otto, signed)
+    assert pki.check_identity(otto, "cli") == []
+
+
 @pytest.mark.parametrize(
     ("uri", "addresses", "says"),
     [
