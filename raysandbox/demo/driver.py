@@ -73,6 +73,7 @@ def _stage(profile: str, directory: Path, token_path: Path) -> Stage:
     raylet = node.all_processes["raylet"][0].process.pid
     return Stage(
         remote=_remote(profile),
+        sandboxed=bool(profile),
         directory=directory,
         token_path=token_path,
         gcs_address=ray.get_runtime_context().gcs_address,
