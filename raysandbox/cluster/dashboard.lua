@@ -1,5 +1,6 @@
 -- Who speaks to the dashboard's front, and whose the submitted job is that it ends. What
--- each role may do there at all, its RBAC says.
+-- each role may do there at all, its RBAC says, and lets nobody through whom this has not:
+-- Envoy goes on with a request on which a script fails.
 
 local ID = "[%w_.-]+"
 
@@ -8,20 +9,25 @@ local function submission(method, path)
   if method == "DELETE" then return string.match(path, "^/api/jobs/(" .. ID .. ")$") end
 end
 
-function envoy_on_request(handle)
-  local uri, role = identity(handle)
-  if uri == nil then return refuse(handle, role) end
-  if role ~= "driver" then return end
+local function may(handle, uri)
   local method = handle:headers():get(":method")
   local path = string.match(handle:headers():get(":path"), "^[^?]*")
   if method == "POST" and path == "/api/jobs/" then
     handle:streamInfo():dynamicMetadata():set("rsb", "submits", uri)
   elseif method == "DELETE" or (method == "POST" and string.find(path, "/stop$")) then
     local id = submission(method, path)
-    if id == nil or not agreed(handle, "/may-end", {["x-rsb-uri"] = uri, ["x-rsb-job"] = id}) then
-      return refuse(handle, "a submitted job is ended by who submitted it here, or by an operator")
-    end
+    return id ~= nil and agreed(handle, "/may-end", {["x-rsb-uri"] = uri, ["x-rsb-job"] = id})
   end
+  return true
+end
+
+function envoy_on_request(handle)
+  local uri, role = identity(handle)
+  if uri == nil then return refuse(handle, role) end
+  if role == "driver" and not may(handle, uri) then
+    return refuse(handle, "a submitted job is ended by who submitted it here, or by an operator")
+  end
+  handle:streamInfo():dynamicMetadata():set("rsb", "front", "passed")
 end
 
 -- Whose it is, the access service knows before its submitter does. If it does not, only

@@ -378,6 +378,15 @@ class Registry:
                 what="is missing: the CA's list of revoked certificates",
                 remedy="`raysandbox cluster certs trust CRL` for an external CA",
             )
+        ours = self._callers_crl.exists() or (self.dir.ca / "root.key").exists()
+        if ours and not self.dir.callers_cert.exists():
+            # As if the CA were external, the guard would take the cluster CA's word.
+            raise ClusterError(
+                where=str(self.dir.callers_cert),
+                what="is missing: the CA of operators, observers and clients",
+                remedy="bring it back from a copy; a directory that was made before "
+                "there was one has to be made anew (`raysandbox cluster init`)",
+            )
         if self.dir.callers_cert.exists() and not self._callers_crl.exists():
             raise ClusterError(
                 where=str(self._callers_crl),

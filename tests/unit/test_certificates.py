@@ -493,6 +493,26 @@ def test_member_with_keys_of_its_own(cluster: ClusterDir, tmp_path: Path) -> Non
         install_all(node, signed)
 
 
+def test_guard_does_without_no_ca_of_observers(cluster: ClusterDir) -> None:
+    """As if it were external, the cluster's CA would sign operators; it is not silent.
+
+    Also where the CA's keys are kept elsewhere. Positive control: as it was made.
+    """
+    registry = Registry(cluster)
+    assert registry.crls()
+    kept = cluster.callers_cert.read_bytes()
+    cluster.callers_cert.unlink()
+    with pytest.raises(ClusterError, match=r"callers.pem: is missing"):
+        registry.crls()
+    (cluster.ca / "root.key").rename(cluster.ca / "elsewhere")
+    with pytest.raises(ClusterError, match=r"callers.pem: is missing"):
+        registry.crls()
+    cluster.callers_cert.write_bytes(kept)
+    (cluster.trust / "callers.crl").unlink()
+    with pytest.raises(ClusterError, match=r"callers.crl: is missing"):
+        registry.crls()
+
+
 def test_observer_s_own_key_is_signed_by_its_own_ca(
     cluster: ClusterDir, tmp_path: Path
 ) -> None:

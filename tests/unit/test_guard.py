@@ -322,3 +322,20 @@ def test_envoy_takes_the_configuration(inventory: Inventory, tmp_path: Path) -> 
     assert out.returncode == 0, out.stderr[-2000:]
     chains.append({**chains[0], "name": "again"})
     assert "same matching rules" in validate().stderr
+
+
+def test_front_lets_nobody_through_whom_its_script_has_not() -> None:
+    """Envoy goes on with a request on which a script fails: then this refuses it."""
+    _, dashboard = _listeners(_many(1), dashboard_tls_port=8443)
+    chains = [*dashboard["filter_chains"], dashboard["default_filter_chain"]]
+    for chain in chains:
+        filters = chain["filters"][-1]["typed_config"]["http_filters"]
+        _, script, rbac, _ = filters
+        assert script["name"] == "envoy.filters.http.lua"
+        policies = rbac["typed_config"]["rules"]["policies"]
+        assert policies.keys() == {"operator", "driver", "observer"}
+        for policy in policies.values():
+            (principal,) = policy["principals"]
+            _, passed = principal["and_ids"]["ids"]
+            assert passed["metadata"]["filter"] == "rsb"
+            assert passed["metadata"]["path"] == [{"key": "front"}]
