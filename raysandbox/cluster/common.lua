@@ -9,6 +9,12 @@ local function refuse(handle, why)
   handle:respond({[":status"] = "403"}, "raysandbox: " .. why)
 end
 
+-- Said last, of a request that may go on: Envoy goes on with one on which a script fails,
+-- and RBAC refuses what nobody has said this of.
+local function checked(handle)
+  handle:streamInfo():dynamicMetadata():set("rsb", "checked", "yes")
+end
+
 -- The issuer is part of the identity: a node's own issuer signs its workers and
 -- nothing else, or one stolen node could make itself an operator.
 local function identity(handle)

@@ -1,6 +1,5 @@
 -- Who speaks to the dashboard's front, and whose the submitted job is that it ends. What
--- each role may do there at all, its RBAC says, and lets nobody through whom this has not:
--- Envoy goes on with a request on which a script fails.
+-- each role may do there at all, its RBAC says.
 
 local ID = "[%w_.-]+"
 
@@ -27,7 +26,7 @@ function envoy_on_request(handle)
   if role == "driver" and not may(handle, uri) then
     return refuse(handle, "a submitted job is ended by who submitted it here, or by an operator")
   end
-  handle:streamInfo():dynamicMetadata():set("rsb", "front", "passed")
+  checked(handle)
 end
 
 -- Whose it is, the access service knows before its submitter does. If it does not, only

@@ -49,6 +49,7 @@ function envoy_on_request(handle)
   elseif path == ADD_JOB then
     handle:streamInfo():dynamicMetadata():set("rsb", "add_job", headers:get("x-request-id"))
   end
+  checked(handle)
   handle:clearRouteCache()
 end
 

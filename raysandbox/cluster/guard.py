@@ -7,6 +7,7 @@ filters of a chain, in this order::
 
     fault       refuses everything while the audit log can't be written
     lua         who speaks (certificate, issuer), one token, node_id of a sync
+                (whom it has not let through, rbac refuses)
     ratelimit   one bucket of calls per identity, sized by its role
     rbac        revoked identities; a node's calls from its own address; methods
     buffer      how large a request may be that nobody looks into
@@ -255,6 +256,40 @@ def _paths(methods: frozenset[str]) -> list[Json]:
     return [{"url_path": {"path": {"exact": method}}} for method in sorted(methods)]
 
 
+# What a script has found to be so of a request, see `checked` of common.lua.
+_CHECKED = {
+    "metadata": {
+        "filter": "rsb", "path": [{"key": "checked"}],
+        "value": {"string_match": {"exact": "yes"}},
+    }
+}  # fmt: skip
+
+
+def _allow(policies: Mapping[str, tuple[list[Json], list[Json]]]) -> Json:
+    """Return the filter that lets nobody else through.
+
+    Envoy goes on with a request on which a script fails: here it ends.
+
+    Args:
+        policies: Name to what may be asked, and who may ask for that.
+    """
+    return _typed(
+        "extensions.filters.http.rbac.v3.RBAC",
+        rules={
+            "action": "ALLOW",
+            "policies": {
+                name: {
+                    "permissions": permissions,
+                    "principals": [
+                        {"and_ids": {"ids": [_CHECKED, {"or_ids": {"ids": who}}]}}
+                    ],
+                }
+                for name, (permissions, who) in policies.items()
+            },
+        },
+    )
+
+
 def _rbac(
     settings: Settings, inventory: Inventory, names: Collection[str] | None = None
 ) -> Json:
@@ -267,7 +302,7 @@ def _rbac(
             rules of others would allow none of them. None: of all nodes.
     """
     base = f"spiffe://{re.escape(settings.name)}"
-    policies: Json = {}
+    policies = {}
     for role, methods in METHODS.items():
         if not methods:
             continue
@@ -300,13 +335,8 @@ def _rbac(
         else:
             principals = [_who(f"{base}/{role}/[a-z0-9.-]+/.+")]
         if principals:
-            policies[role] = {
-                "permissions": _paths(methods), "principals": principals
-            }  # fmt: skip
-    return _typed(
-        "extensions.filters.http.rbac.v3.RBAC",
-        rules={"action": "ALLOW", "policies": policies},
-    )
+            policies[role] = _paths(methods), principals
+    return _allow(policies)
 
 
 def _observed(base: str, inventory: Inventory) -> Json:
@@ -870,17 +900,9 @@ def _dashboard(
 
     The dashboard itself does for whoever reaches it all that a head may.
     """
-    # What dashboard.lua has found to be so: nobody gets past it where it fails.
-    passed = {
-        "metadata": {
-            "filter": "rsb", "path": [{"key": "front"}],
-            "value": {"string_match": {"exact": "passed"}},
-        }
-    }  # fmt: skip
 
     def who(role: str) -> list[Json]:
-        named = _who(f"spiffe://{re.escape(settings.name)}/{role}/[a-z0-9.-]+/.+")
-        return [{"and_ids": {"ids": [named, passed]}}]
+        return [_who(f"spiffe://{re.escape(settings.name)}/{role}/[a-z0-9.-]+/.+")]
 
     def asks(method: str, path: str) -> Json:
         name = {"name": ":method", "string_match": {"exact": method}}
@@ -889,21 +911,13 @@ def _dashboard(
 
     look = [asks("GET", path) for path in FRONT_LOOK]
     submit = [asks(method, path) for method, path in FRONT_SUBMIT]
-    rbac = _typed(
-        "extensions.filters.http.rbac.v3.RBAC",
-        rules={
-            "action": "ALLOW",
-            "policies": {
-                "operator": {
-                    "permissions": [{"any": True}], "principals": who("operator")
-                },
-                "driver": {
-                    "permissions": [*look, *submit], "principals": who("driver")
-                },
-                "observer": {"permissions": look, "principals": who("observer")},
-            },
-        },
-    )  # fmt: skip
+    rbac = _allow(
+        {
+            "operator": ([{"any": True}], who("operator")),
+            "driver": ([*look, *submit], who("driver")),
+            "observer": (look, who("observer")),
+        }
+    )
     filters = [
         _fault(),
         lua,

@@ -84,6 +84,12 @@ def call(gcs: Gcs, path: str, body: str = "") -> dict[str, Any]:
     return {"answer": gcs.raw(path, bytes.fromhex(body)).hex()[:200]}
 
 
+def call_as(gcs: Gcs, path: str, marks: dict[str, str]) -> dict[str, Any]:
+    """Call a method without arguments, and say oneself what the guard's script says."""
+    gcs.metadata += tuple(marks.items())
+    return {"answer": gcs.raw(path, b"").hex()[:200]}
+
+
 def call_all(gcs: Gcs, paths: list[str]) -> dict[str, Any]:
     """Call each method without arguments."""
     return {

@@ -639,10 +639,6 @@ def test_names_to_wait_under_are_few(
     assert seen == {"DEADLINE_EXCEEDED": 2560}
     assert memory_bytes(stock.host, "gcs_server") - before > 20_000_000
 
-    before = memory_bytes(hardened.head, "gcs_server")
-    attack(hardened.target("mallory"), "many_subscribers", 2560)
-    assert memory_bytes(hardened.head, "gcs_server") - before < 50_000_000
-
     # A refusal can come after the call was given up: the log says what was let through.
     def polls(ok: str) -> int:
         found = hardened.events(
@@ -650,6 +646,13 @@ def test_names_to_wait_under_are_few(
         )
         return sum(record.get("count", 1) for record in found)
 
+    before = memory_bytes(hardened.head, "gcs_server")
+    # Calls that a busy machine gives up before they get there are not in the log.
+    for _ in range(6):
+        attack(hardened.target("mallory"), "many_subscribers", 2560)
+        if polls("False") > 500:
+            break
+    assert memory_bytes(hardened.head, "gcs_server") - before < 50_000_000
     wait_for("the refusals in the log", lambda: polls("False") > 500)
     assert 0 < polls("True") <= 1536
 

@@ -23,6 +23,8 @@ DESK, NODE_1, NODE_2 = "10.77.5.5", "10.77.5.6", "10.77.5.7"
 PORT, DASHBOARD = 6379, 8443
 ATTACK = Path(__file__).resolve().parent / "attack.py"
 Attack = Callable[..., dict[str, Any]]
+# A script that Envoy takes and that ends with an error on each request.
+FAILS = "function envoy_on_request(handle) handle:nothing() end"
 
 
 class SmallGuard(Guard):
@@ -319,6 +321,50 @@ def test_guard_listens_where_it_was_told(guard: SmallGuard) -> None:
     listening = guard.host.run("ss", "-ltnH", "sport", "=", "6379").stdout
     found = {line.split()[3] for line in listening.splitlines()}
     assert found == {f"{HEAD}:6379", "127.0.0.1:6379"}
+
+
+def test_nobody_gets_through_a_script_that_fails(guard: SmallGuard) -> None:
+    """Envoy goes on with the request, and with who its caller says to be."""
+    marks = {
+        "x-rsb-uri": "spiffe://c/head/head/gcs", "x-rsb-role": "head",
+        "x-rsb-who": "head/head", "x-rsb-to": "gcs-trusted",
+    }  # fmt: skip
+    place = guard.there / "run" / "lds.json"
+    whole = place.read_text()
+
+    def said() -> str:
+        answer = guard.attack("mallory", "call_as", NODES, marks, host=guard.laptop)
+        return str(answer["details"])
+
+    def put(version: str, rules: bool) -> None:
+        changed = json.loads(whole)
+        changed["version_info"] = version
+        for listener in changed["resources"]:
+            listener["metadata"]["filter_metadata"]["rsb"]["version"] = version
+            for chain in (*listener["filter_chains"], listener["default_filter_chain"]):
+                for each in chain["filters"][-1]["typed_config"]["http_filters"]:
+                    made = each["typed_config"]
+                    if each["name"].endswith("lua"):
+                        made["default_source_code"]["inline_string"] = FAILS
+                    elif each["name"].endswith("rbac") and not rules:
+                        for policy in made["rules"]["policies"].values():
+                            del policy["principals"][0]["and_ids"]["ids"][0]
+        new = place.with_suffix(".new")
+        new.write_text(json.dumps(changed))
+        new.rename(place)
+
+    try:
+        put("fails", rules=True)
+        wait_for("a refusal", lambda: "not a method of this role" in said())
+        put("without", rules=False)
+        wait_for("the GCS's address", lambda: "upstream" in said())
+    finally:
+        put("again", rules=True)
+        place.with_suffix(".new").write_text(whole)
+        place.with_suffix(".new").rename(place)
+    wait_for("the whole script", lambda: guard.through("mallory", guard.laptop))
+    # What a caller says of itself is nothing then.
+    assert "upstream" in said()
 
 
 def test_program_that_can_not_be_executed_is_said(guard: SmallGuard) -> None:

@@ -236,24 +236,26 @@ class Node:
             variables: More of its environment.
         """
         first = (
-            f"{ALONE}\nimport time, ray\noptions = {{}}\n{textwrap.dedent(options)}\n"
+            f"{ALONE}\nimport faulthandler, time, ray\n"
+            f"faulthandler.dump_traceback_later({limit_s * 0.95})\n"
+            f"options = {{}}\n{textwrap.dedent(options)}\n"
             f"ray.init(address={self.address!r}, logging_level='ERROR', "
             "log_to_driver=False, **options)\n"
         )
         try:
             done = self.run(first + textwrap.dedent(code), limit_s, **variables)
         except subprocess.TimeoutExpired as expired:
-            raise AssertionError(f"{expired}\n{self._last_words()}") from None
+            said = f"{self._last_words()}\nno end within {limit_s} s, but:\n"
+            said += f"{expired.stdout}\n{expired.stderr}"
+            raise AssertionError(said) from None
         assert done.returncode == 0, (
             done.stdout[-2000:] + done.stderr[-4000:] + self._last_words()
         )
         return done.stdout
 
     def _last_words(self) -> str:
-        """What a node said that has ended, in which case its driver can't tell why."""
-        if self.raylet and (self.process.poll() is None or not self._block):
-            return ""
-        said = f"\nThe node ended ({self.process.returncode}):\n"
+        """What a node said last, whether or not it lives."""
+        said = f"\nThe node's end: {self.process.poll()}, its raylet: {self.raylet}\n"
         logs = self.session / "logs"
         names = ("raylet.out", "raylet.err", "gcs_server.out", "dashboard_agent.log")
         for path in (self.log, *(logs / name for name in names)):
@@ -275,6 +277,10 @@ class Node:
         )
         try:
             out, err = process.communicate(timeout=limit_s)
+        except subprocess.TimeoutExpired as expired:
+            process.kill()
+            out, err = process.communicate()
+            raise subprocess.TimeoutExpired(expired.cmd, limit_s, out, err) from None
         except BaseException:
             process.kill()
             process.communicate()

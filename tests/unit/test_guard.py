@@ -70,7 +70,7 @@ def _of(listener: Any, address: str) -> Any:
 
 
 def _policies(chain: Any) -> Any:
-    for each in chain["filters"][1]["typed_config"]["http_filters"]:
+    for each in chain["filters"][-1]["typed_config"]["http_filters"]:
         if each["name"] == "envoy.filters.http.rbac":
             return each["typed_config"]["rules"]["policies"]
     raise AssertionError("no rules")
@@ -87,6 +87,9 @@ def _allows(policies: Any, role: str, name: str, address: str) -> bool:
             return any(map(applies, body["ids"]))
         if kind == "not_id":
             return not applies(body)
+        if kind == "metadata":
+            # The script has let it through.
+            return True
         if kind == "direct_remote_ip":
             text = f"{body['address_prefix']}/{body['prefix_len']}"
             return ip in ipaddress.ip_network(text)
@@ -324,18 +327,19 @@ def test_envoy_takes_the_configuration(inventory: Inventory, tmp_path: Path) -> 
     assert "same matching rules" in validate().stderr
 
 
-def test_front_lets_nobody_through_whom_its_script_has_not() -> None:
-    """Envoy goes on with a request on which a script fails: then this refuses it."""
-    _, dashboard = _listeners(_many(1), dashboard_tls_port=8443)
-    chains = [*dashboard["filter_chains"], dashboard["default_filter_chain"]]
-    for chain in chains:
-        filters = chain["filters"][-1]["typed_config"]["http_filters"]
-        _, script, rbac, _ = filters
-        assert script["name"] == "envoy.filters.http.lua"
-        policies = rbac["typed_config"]["rules"]["policies"]
-        assert policies.keys() == {"operator", "driver", "observer"}
-        for policy in policies.values():
-            (principal,) = policy["principals"]
-            _, passed = principal["and_ids"]["ids"]
-            assert passed["metadata"]["filter"] == "rsb"
-            assert passed["metadata"]["path"] == [{"key": "front"}]
+def test_nobody_gets_through_whom_a_script_has_not_let() -> None:
+    """Envoy goes on with a request on which a script fails: RBAC refuses it then."""
+    main, dashboard = _listeners(_many(1), dashboard_tls_port=8443)
+    roles = set()
+    for listener in (main, dashboard):
+        for chain in (*listener["filter_chains"], listener["default_filter_chain"]):
+            filters = chain["filters"][-1]["typed_config"]["http_filters"]
+            names = [each["name"].rpartition(".")[2] for each in filters]
+            assert names.index("lua") < names.index("rbac")
+            for role, policy in _policies(chain).items():
+                (principal,) = policy["principals"]
+                checked, _ = principal["and_ids"]["ids"]
+                assert checked["metadata"]["filter"] == "rsb"
+                assert checked["metadata"]["path"] == [{"key": "checked"}]
+                roles.add(role)
+    assert {"driver", "observer", "operator", "node", "head", "worker"} <= roles
