@@ -361,8 +361,8 @@ class Lab:
                     os.rmdir(group)
 
     def _is_ours(self, group: str) -> bool:
-        """Whether a group may be a host's: a jail's has the namespace in its name."""
-        named = re.search(r"/raysandbox-(\d+)-", group)
+        """Whether a group may be a host's: others' names have another namespace."""
+        named = re.search(r"/raysandbox-(?:node-)?(\d+)-", group)
         return named is None or int(named[1]) in self.namespaces
 
     def __enter__(self) -> Lab:
