@@ -509,6 +509,8 @@ LOG_FORMAT = {
     "grpc": "%GRPC_STATUS_NUMBER%",
     "flags": "%RESPONSE_FLAGS%",
     "details": "%RESPONSE_CODE_DETAILS%",
+    # Missing where nothing was sent on.
+    "to": "%UPSTREAM_HOST%",
     "why": "%DYNAMIC_METADATA(rsb:why)%",
     "in": "%BYTES_RECEIVED%",
     "out": "%BYTES_SENT%",

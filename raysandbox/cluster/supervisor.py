@@ -624,7 +624,8 @@ class HeadWorker(NodeWorker):
         if method in HELD:
             self._held.ended(request_id)
         details = str(entry.get("details", ""))
-        why = str(entry.get("why", "")) or why or _why(details) or _answered(entry)
+        why = str(entry.get("why", "")) or why or _why(details)
+        why = why or _not_sent(entry, details) or _answered(entry)
         role = name.partition("/")[0]
         ok = not why
         size = int(entry.get("in", 0)) + int(entry.get("out", 0))
@@ -1132,6 +1133,15 @@ def _why(details: str) -> str:
     if details.startswith("http2.") and "remote_reset" not in details:
         return f"malformed: {details}"
     return ""
+
+
+def _not_sent(entry: dict[str, Any], details: str) -> str:
+    """Say why a call that nobody refused did not get past the guard, or ""."""
+    if entry.get("to"):
+        return ""
+    if "remote_reset" in details or "remote_disconnect" in details:
+        return "given up by its caller before it was decided"
+    return f"not let through: {details or 'the guard says no more'}"
 
 
 # What who is behind the guard says to a token that is not the cluster's, or to

@@ -198,7 +198,8 @@ def test_refusal_behind_the_guard_is_a_refused_record(
     head: HeadWorker, entry: dict[str, Any], why: str
 ) -> None:
     """A wrong token passes the guard, and is no call that went well."""
-    record = _recorded(head, **{"details": "via_upstream", **entry})
+    sent = {"details": "via_upstream", "to": "127.0.0.1:1"}
+    record = _recorded(head, **{**sent, **entry})
     assert record["ok"] is False
     assert record["why"].startswith(why)
 
@@ -213,9 +214,8 @@ def test_observed_node_at_another_address_is_an_alert(head: HeadWorker) -> None:
     head.access.inventory = Inventory(nodes=nodes)
 
     def alerts(who: str, source: str) -> int:
-        head._logged(
-            {"t": "1.0", "method": "/x", "uri": f"spiffe://c/{who}", "source": source}
-        )
+        line = {"t": "1.0", "method": "/x", "uri": f"spiffe://c/{who}"}
+        head._logged({**line, "source": source, "to": "127.0.0.1:1"})
         found = [r for r in head._queue if r.get("event") == "unexpected_address"]
         head._queue.clear()
         return len(found)
@@ -365,8 +365,27 @@ def test_nodes_hold_as_many_calls_as_they_need(head: HeadWorker) -> None:
 def test_call_that_failed_is_not_refused(head: HeadWorker) -> None:
     """Positive control: what the GCS did not find, or took too long for, is a call."""
     for grpc in (0, 2, 4, 5, 14):
-        assert _recorded(head, details="via_upstream", http=200, grpc=grpc)["ok"]
+        sent = {"details": "via_upstream", "to": "127.0.0.1:1"}
+        assert _recorded(head, **sent, http=200, grpc=grpc)["ok"]
         head._queue.clear()
+
+
+@pytest.mark.parametrize(
+    ("details", "why"),
+    [
+        ("http2.remote_reset", "given up by its caller"),
+        ("downstream_remote_disconnect(x)", "given up by its caller"),
+        ("something_new", "not let through: something_new"),
+        ("", "not let through"),
+    ],
+)
+def test_what_was_not_sent_on_was_not_allowed(
+    head: HeadWorker, details: str, why: str
+) -> None:
+    """Whether or not anybody knows why: no record says that a call got through."""
+    record = _recorded(head, details=details)
+    assert record["ok"] is False
+    assert record["why"].startswith(why)
 
 
 def _serve(*chunks: bytes) -> tuple[_Worker, bytes]:
