@@ -4,7 +4,7 @@
 local SYNC = "/ray.rpc.syncer.RaySyncer/StartSync"
 local ADD_JOB = "/ray.rpc.JobInfoGcsService/AddJob"
 local NEXT_JOB = "/ray.rpc.JobInfoGcsService/GetNextJobID"
-local MARKS = {"x-rsb-uri", "x-rsb-role", "x-rsb-who", "x-rsb-to", "x-rsb-seen"}
+local MARKS = {"x-rsb-uri", "x-rsb-role", "x-rsb-who", "x-rsb-to", "x-rsb-seen", "x-rsb-limited"}
 -- What reads many bytes must not hold up what keeps the cluster alive.
 local TO = {head = "gcs-trusted", node = "gcs-trusted"}
 

@@ -9,6 +9,8 @@ filters of a chain, in this order::
     lua         who speaks (certificate, issuer), one token, node_id of a sync
                 (whom it has not let through, rbac refuses)
     ratelimit   one bucket of calls per identity, sized by its role
+    fault       a call over its limits waits, and then is refused: who calls again
+                when it is answered calls less often
     rbac        revoked identities; a node's calls from its own address; methods
     buffer      how large a request may be that nobody looks into
     ext_authz   content: whose key, whose actor, which node, how many bytes
@@ -92,15 +94,18 @@ PLAIN_BYTES = 4 << 20
 # A package that is sent to the dashboard is whole after this long.
 DASHBOARD_REQUEST_S = 600
 STREAM_WINDOW_BYTES = 1 << 20
+# How long who is over its limits waits to be told so; and how many wait at once,
+# beyond which they are told at once.
+LIMITED_S, MOST_WAITING = 0.25, 1024
+# Of a call over its limits: its mark, why it was refused and what to do.
+LIMITED = "x-rsb-limited"
+LIMITED_WHY = "calls per second of this identity"
+_LESS_OFTEN = "call less often, or raise limits.roles in cluster.toml"
 # By a mark in the details that Envoy gives: why it refused by itself, what to do.
 REASONS = {
     "rbac_access_denied": (
         "not a method of this role, or not from this node's address",
         "the audit log says who called from where; inventory.toml has the addresses",
-    ),
-    "local_rate_limited": (
-        "calls per second of this identity",
-        "call less often, or raise limits.roles in cluster.toml",
     ),
     "request_payload_too_large": (
         "the request is larger than its role may send",
@@ -382,8 +387,12 @@ def _rate_limit(limits: Limits) -> Json:
     return _typed(
         "extensions.filters.http.local_ratelimit.v3.LocalRateLimit",
         stat_prefix="rsb",
-        filter_enabled=_always("rsb.limit"),
-        filter_enforced=_always("rsb.limit_enforced"),
+        filter_enabled=_percent("rsb.limit", 100),
+        # What is over it is marked, see `_limited`.
+        filter_enforced=_percent("rsb.limit_enforced", 0),
+        request_headers_to_add_when_not_enforced=[
+            {"header": {"key": LIMITED, "value": "yes"}}
+        ],
         token_bucket=_bucket(1_000_000, 1_000_000),
         descriptors=descriptors,
         max_dynamic_descriptors=10_000,
@@ -401,11 +410,12 @@ def _header(header: str, key: str) -> Json:
     return {"request_headers": {"header_name": header, "descriptor_key": key}}
 
 
-def _always(key: str) -> Json:
-    return {
-        "runtime_key": key,
-        "default_value": {"numerator": 100, "denominator": "HUNDRED"},
-    }
+def _percent(key: str, percent: int) -> Json:
+    return {"runtime_key": key, "default_value": _hundredths(percent)}
+
+
+def _hundredths(percent: int) -> Json:
+    return {"numerator": percent, "denominator": "HUNDRED"}
 
 
 def _ext_authz(settings: Settings) -> Json:
@@ -511,6 +521,7 @@ LOG_FORMAT = {
     "details": "%RESPONSE_CODE_DETAILS%",
     # Missing where nothing was sent on.
     "to": "%UPSTREAM_HOST%",
+    "limited": "%REQ(X-RSB-LIMITED)%",
     "why": "%DYNAMIC_METADATA(rsb:why)%",
     "in": "%BYTES_RECEIVED%",
     "out": "%BYTES_SENT%",
@@ -566,14 +577,17 @@ def _tls(name: str, run: Path) -> Json:
 
 def _replies() -> Json:
     """Return what a caller reads that Envoy itself refuses."""
+    said = [(f"'{LIMITED}' in request.headers", LIMITED_WHY, _LESS_OFTEN)]
+    for mark, (why, remedy) in REASONS.items():
+        if remedy:
+            said.append((f"response.code_details.contains('{mark}')", why, remedy))
     return {
         "mappers": [
             {
-                "filter": _cel(f"response.code_details.contains('{mark}')"),
+                "filter": _cel(expression),
                 "body": {"inline_string": f"raysandbox: {why} ({remedy})"},
             }
-            for mark, (why, remedy) in REASONS.items()
-            if remedy
+            for expression, why, remedy in said
         ]
     }
 
@@ -828,6 +842,7 @@ def _gcs_manager(settings: Settings, run: Path, lua: Json, rbac: Json) -> Json:
         lua,
         # Before the next: refusing costs too. Where there is a route, that has them.
         {"name": RATE_LIMIT, "typed_config": _rate_limit(settings.limits)},
+        *_limited(),
         {"name": "envoy.filters.http.rbac", "typed_config": rbac},
         {
             "name": BUFFER,
@@ -871,15 +886,39 @@ def _fault() -> Json:
 
     Runtime fault.http.abort.abort_percent is 0 until then.
     """
-    return {
-        "name": "envoy.filters.http.fault",
-        "typed_config": _typed(
-            "extensions.filters.http.fault.v3.HTTPFault",
-            abort={
-                "http_status": 503,
-                "percentage": {"numerator": 0, "denominator": "HUNDRED"},
-            },
+    abort = {"http_status": 503, "percentage": _hundredths(0)}
+    return _faulty("envoy.filters.http.fault", abort=abort)
+
+
+def _limited() -> list[Json]:
+    """Return what lets a call over its limits wait, and what refuses it then.
+
+    Two, as the first does nothing to one more than `MOST_WAITING`.
+    """
+    marked = [{"name": LIMITED, "present_match": True}]
+    # Not those of `_fault`, which change.
+    own = {
+        f"{name}_runtime": f"rsb.limited.{name}"
+        for name in (
+            "delay_percent", "abort_percent", "delay_duration", "abort_http_status",
+            "abort_grpc_status", "max_active_faults",
+        )
+    }  # fmt: skip
+    every = _hundredths(100)
+    delay = {"fixed_delay": f"{LIMITED_S}s", "percentage": every}
+    abort = {"http_status": 429, "percentage": every}
+    return [
+        _faulty(
+            "wait", delay=delay, headers=marked, max_active_faults=MOST_WAITING, **own
         ),
+        _faulty("refuse", abort=abort, headers=marked, **own),
+    ]
+
+
+def _faulty(name: str, **more: Any) -> Json:
+    return {
+        "name": name,
+        "typed_config": _typed("extensions.filters.http.fault.v3.HTTPFault", **more),
     }
 
 

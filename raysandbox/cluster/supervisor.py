@@ -624,7 +624,8 @@ class HeadWorker(NodeWorker):
         if method in HELD:
             self._held.ended(request_id)
         details = str(entry.get("details", ""))
-        why = str(entry.get("why", "")) or why or _why(details)
+        limited = guard.LIMITED_WHY if entry.get("limited") else ""
+        why = str(entry.get("why", "")) or why or limited or _why(details)
         why = why or _not_sent(entry, details) or _answered(entry)
         role = name.partition("/")[0]
         ok = not why

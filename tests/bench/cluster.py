@@ -28,12 +28,12 @@ WORK: list[tuple[str, str, list[int], float]] = [
     ("tasks per second", "tasks", [1000], 0.95),
     ("actor calls per second", "calls", [1000], 0.95),
     ("actor creations per second", "actors", [4], 0.8),
-    ("placement groups per second, each used by a task", "groups", [12], 0.8),
+    ("placement groups per second, each used by a task", "groups", [6], 0.8),
     ("empty placement groups per second, one after the other", "bare_groups", [50],
      0.8),
 ]  # fmt: skip
 # Seconds that a flood lasts beside the honest job, and alone; and of peace around it.
-WORK_S, FLOOD_S, PEACE_S = 60, 60, 20
+WORK_S, FLOOD_S, PEACE_S = 60, 60, 30
 FLOODS = (
     ("small calls", "flood_small", 0.8),
     ("large reads that are abandoned", "flood_reads", 0.5),

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from raysandbox.cluster.guard import LIMITED, LIMITED_S, LIMITED_WHY
 from tests.cluster.guard_only import NODES, Guard
 from tests.cluster.lab import Host, Lab, wait_for
 
@@ -192,8 +193,10 @@ def test_flood_of_forbidden_calls_has_a_limit(guard: SmallGuard) -> None:
     # Twice the role's burst and rate, see `guard`, for some seconds.
     assert 0 < refused < 500, seen
     assert any("not a method of this role" in said for said in seen), seen
-    assert any("calls per second of this identity" in said for said in seen), seen
-    guard.expect_refused(now, "driver/mallory", "calls per second of this identity")
+    assert any(LIMITED_WHY in said for said in seen), seen
+    # Who calls again as soon as it is answered calls less often.
+    told = guard.expect_refused(now, "driver/mallory", LIMITED_WHY)
+    assert told["ms"] >= 950 * LIMITED_S
 
 
 KV_PUT = "/ray.rpc.InternalKVGcsService/InternalKVPut"
@@ -364,6 +367,7 @@ def test_nobody_gets_through_a_script_that_fails(guard: SmallGuard) -> None:
         place.with_suffix(".new").rename(place)
     wait_for("the whole script", lambda: guard.through("mallory", guard.laptop))
     # What a caller says of itself is nothing then.
+    marks[LIMITED] = "yes"
     assert "upstream" in said()
 
 

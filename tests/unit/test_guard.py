@@ -263,6 +263,33 @@ def test_calls_of_an_identity_are_counted_once() -> None:
     assert (host["domains"], host["routes"][-1]["match"]) == (["*"], {"prefix": "/"})
 
 
+def test_call_over_its_limits_is_refused_whatever_else_is() -> None:
+    """It waits, and is refused also where too many wait, or the log can be written.
+
+    Guards against Envoy's own names for how much is refused: the supervisor sets them.
+    """
+    (main,) = _listeners(_many(1))
+    filters = main["default_filter_chain"]["filters"][-1]["typed_config"][
+        "http_filters"
+    ]
+    names = [each["name"].rpartition(".")[2] for each in filters]
+    assert names[: names.index("rbac")] == [
+        "fault", "lua", "local_ratelimit", "wait", "refuse"
+    ]  # fmt: skip
+    _, _, limit, wait, refuse = (each["typed_config"] for each in filters[:5])
+    assert limit["filter_enabled"]["default_value"]["numerator"] == 100
+    (mark,) = limit["request_headers_to_add_when_not_enforced"]
+    for each in (wait, refuse):
+        marked = {"name": mark["header"]["key"], "present_match": True}
+        assert each["headers"] == [marked]
+        own = {value for key, value in each.items() if key.endswith("_runtime")}
+        assert len(own) == 6
+        assert not any(value.startswith("fault.") for value in own)
+    assert "max_active_faults" in wait
+    assert "max_active_faults" not in refuse
+    assert refuse["abort"]["percentage"]["numerator"] == 100
+
+
 @pytest.mark.parametrize("port", [None, 8443])
 def test_limit_of_all_connections_takes_none_of_a_chain(port: int | None) -> None:
     """However many addresses there will be, there is room for all that chains hold."""
