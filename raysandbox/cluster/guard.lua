@@ -49,8 +49,8 @@ function envoy_on_request(handle)
   elseif path == ADD_JOB then
     handle:streamInfo():dynamicMetadata():set("rsb", "add_job", headers:get("x-request-id"))
   end
-  checked(handle)
   handle:clearRouteCache()
+  checked(handle)
 end
 
 -- A new job belongs to whom the GCS gave its number, and has begun when the GCS

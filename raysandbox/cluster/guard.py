@@ -9,8 +9,9 @@ filters of a chain, in this order::
     lua         who speaks (certificate, issuer), one token, node_id of a sync
                 (whom it has not let through, rbac refuses)
     ratelimit   one bucket of calls per identity, sized by its role
-    fault       a call over its limits waits, and then is refused: who calls again
-                when it is answered calls less often
+    wait        a call over its limits, for a moment: who calls again when it is
+                answered calls less often
+    refuse      that call
     rbac        revoked identities; a node's calls from its own address; methods
     buffer      how large a request may be that nobody looks into
     ext_authz   content: whose key, whose actor, which node, how many bytes
@@ -94,9 +95,9 @@ PLAIN_BYTES = 4 << 20
 # A package that is sent to the dashboard is whole after this long.
 DASHBOARD_REQUEST_S = 600
 STREAM_WINDOW_BYTES = 1 << 20
-# How long who is over its limits waits to be told so; and how many wait at once,
-# beyond which they are told at once.
-LIMITED_S, MOST_WAITING = 0.25, 1024
+# How long who is over its limits waits to be told so; and how many wait at once, each
+# with as much of its request as its window takes: others are told at once.
+LIMITED_S, MOST_WAITING = 0.25, 128
 # Of a call over its limits: its mark, why it was refused and what to do.
 LIMITED = "x-rsb-limited"
 LIMITED_WHY = "calls per second of this identity"
@@ -387,9 +388,9 @@ def _rate_limit(limits: Limits) -> Json:
     return _typed(
         "extensions.filters.http.local_ratelimit.v3.LocalRateLimit",
         stat_prefix="rsb",
-        filter_enabled=_percent("rsb.limit", 100),
+        filter_enabled=_runtime_percent("rsb.limit", 100),
         # What is over it is marked, see `_limited`.
-        filter_enforced=_percent("rsb.limit_enforced", 0),
+        filter_enforced=_runtime_percent("rsb.limit_enforced", 0),
         request_headers_to_add_when_not_enforced=[
             {"header": {"key": LIMITED, "value": "yes"}}
         ],
@@ -410,11 +411,11 @@ def _header(header: str, key: str) -> Json:
     return {"request_headers": {"header_name": header, "descriptor_key": key}}
 
 
-def _percent(key: str, percent: int) -> Json:
-    return {"runtime_key": key, "default_value": _hundredths(percent)}
+def _runtime_percent(key: str, percent: int) -> Json:
+    return {"runtime_key": key, "default_value": _percent(percent)}
 
 
-def _hundredths(percent: int) -> Json:
+def _percent(percent: int) -> Json:
     return {"numerator": percent, "denominator": "HUNDRED"}
 
 
@@ -521,7 +522,7 @@ LOG_FORMAT = {
     "details": "%RESPONSE_CODE_DETAILS%",
     # Missing where nothing was sent on.
     "to": "%UPSTREAM_HOST%",
-    "limited": "%REQ(X-RSB-LIMITED)%",
+    "limited": f"%REQ({LIMITED})%",
     "why": "%DYNAMIC_METADATA(rsb:why)%",
     "in": "%BYTES_RECEIVED%",
     "out": "%BYTES_SENT%",
@@ -886,7 +887,7 @@ def _fault() -> Json:
 
     Runtime fault.http.abort.abort_percent is 0 until then.
     """
-    abort = {"http_status": 503, "percentage": _hundredths(0)}
+    abort = {"http_status": 503, "percentage": _percent(0)}
     return _faulty("envoy.filters.http.fault", abort=abort)
 
 
@@ -904,7 +905,7 @@ def _limited() -> list[Json]:
             "abort_grpc_status", "max_active_faults",
         )
     }  # fmt: skip
-    every = _hundredths(100)
+    every = _percent(100)
     delay = {"fixed_delay": f"{LIMITED_S}s", "percentage": every}
     abort = {"http_status": 429, "percentage": every}
     return [

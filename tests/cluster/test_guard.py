@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from raysandbox.cluster.guard import LIMITED, LIMITED_S, LIMITED_WHY
+from raysandbox.cluster.guard import LIMITED, LIMITED_S, LIMITED_WHY, MOST_WAITING
 from tests.cluster.guard_only import NODES, Guard
 from tests.cluster.lab import Host, Lab, wait_for
 
@@ -183,7 +183,8 @@ def test_caller_over_its_budget_reads_why(guard: SmallGuard) -> None:
 def test_flood_of_forbidden_calls_has_a_limit(guard: SmallGuard) -> None:
     """Being refused is counted as being served is.
 
-    The first ones read why; the rest are told to come back.
+    The first ones read why; the rest are told to come back, more of them than may wait
+    to hear it.
     """
     now = time.time()
     seen = guard.attack("mallory", "forbidden", 800)["seen"]
@@ -194,9 +195,28 @@ def test_flood_of_forbidden_calls_has_a_limit(guard: SmallGuard) -> None:
     assert 0 < refused < 500, seen
     assert any("not a method of this role" in said for said in seen), seen
     assert any(LIMITED_WHY in said for said in seen), seen
-    # Who calls again as soon as it is answered calls less often.
-    told = guard.expect_refused(now, "driver/mallory", LIMITED_WHY)
+    assert later > MOST_WAITING
+    guard.expect_refused(now, "driver/mallory", LIMITED_WHY)
+
+
+def test_caller_over_its_limits_waits_to_hear_so(guard: SmallGuard) -> None:
+    """Who calls again as soon as it is answered calls less often.
+
+    Positive control: a call that is refused for another reason does not wait.
+    """
+    now = time.time()
+    # Fewer over the limits than may wait at once.
+    seen = guard.attack("bob", "forbidden", 300, host=guard.desk)["seen"]
+    assert any(LIMITED_WHY in said for said in seen), seen
+    told = guard.expect_refused(now, "driver/bob", LIMITED_WHY)
     assert told["ms"] >= 950 * LIMITED_S
+    lines = guard.audit("--json", "--denied", "--who", "driver/bob").splitlines()
+    others = [
+        record["ms"]
+        for record in map(json.loads, lines)
+        if record["t"] >= now and "ms" in record and LIMITED_WHY not in record["why"]
+    ]
+    assert min(others) < 950 * LIMITED_S
 
 
 KV_PUT = "/ray.rpc.InternalKVGcsService/InternalKVPut"

@@ -277,13 +277,11 @@ class Node:
         )
         try:
             out, err = process.communicate(timeout=limit_s)
-        except subprocess.TimeoutExpired as expired:
+        except BaseException as error:
             process.kill()
             out, err = process.communicate()
-            raise subprocess.TimeoutExpired(expired.cmd, limit_s, out, err) from None
-        except BaseException:
-            process.kill()
-            process.communicate()
+            if isinstance(error, subprocess.TimeoutExpired):
+                error.output, error.stderr = out, err
             raise
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
