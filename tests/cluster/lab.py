@@ -44,11 +44,17 @@ def _die_with_parent() -> None:
 
 
 def _inside(pid: int, *command: str) -> None:
-    """Run a command in the network namespace of a process."""
-    subprocess.run(
+    """Run a command in the network namespace of a process.
+
+    Raises:
+        RuntimeError: It failed; with what it said.
+    """
+    out = subprocess.run(
         ["nsenter", "-t", str(pid), "--net", "--", *command],
-        check=True, capture_output=True, text=True,
+        capture_output=True, text=True,
     )  # fmt: skip
+    if out.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {out.stderr.strip()}")
 
 
 def _holder(*unshare: str, script: str = "") -> tuple[subprocess.Popen[str], int]:
@@ -251,6 +257,10 @@ class Host:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
         self._holder.wait(timeout=10)
+        # The kernel takes the cable away when it gets to it, and until then its end
+        # at the switch has the name that the next life's would have.
+        with contextlib.suppress(RuntimeError):
+            _inside(self.lab.switch, "ip", "link", "delete", self.name)
 
     def reboot(self) -> None:
         """End everything here and start the machine again."""
