@@ -172,21 +172,31 @@ list_threads(void)
     return code == 0 ? count : -1;
 }
 
-/* What a thread calls itself, for reports. */
-static const char *
-name_of(pid_t tid, char *name, size_t size)
+/* Say which thread does not answer, and what it does instead: its name, its state
+ * (proc_pid_status(5)) and whether it blocks the signal. */
+static int
+fail_silent(pid_t tid, int number, char *report, size_t size)
 {
-    char path[64];
+    char path[64], status[4096], name[32] = "?", state = '?';
+    unsigned long long blocked = 0;
 
-    snprintf(path, sizeof path, "/proc/self/task/%d/comm", tid);
+    snprintf(path, sizeof path, "/proc/self/task/%d/status", tid);
     int fd = open(path, O_RDONLY | O_CLOEXEC);
-    ssize_t length = fd < 0 ? 0 : read(fd, name, size - 1);
+    ssize_t length = fd < 0 ? 0 : read(fd, status, sizeof status - 1);
     if (fd >= 0)
         close(fd);
-    if (length <= 0)
-        return "?";
-    name[length - 1] = '\0'; /* the end of the line */
-    return name;
+    status[length > 0 ? length : 0] = '\0';
+    sscanf(status, "Name:\t%31[^\n]", name);
+    const char *line = strstr(status, "\nState:\t");
+    if (line != NULL)
+        state = line[strlen("\nState:\t")];
+    line = strstr(status, "\nSigBlk:\t");
+    if (line != NULL)
+        blocked = strtoull(line + strlen("\nSigBlk:\t"), NULL, 16);
+    errno = ETIMEDOUT;
+    return fail(report, size, "thread %d, %s, does not answer signal %d (state %c%s)",
+                tid, name, number, state,
+                blocked >> (number - 1) & 1 ? ", and blocks it" : "");
 }
 
 static int
@@ -266,14 +276,8 @@ restrict_all(int number, long long deadline, int *counted, char *report,
         }
         for (int slot = 0; slot < count; slot++) {
             int answer = ask(slot, number, deadline);
-            if (answer == PENDING) {
-                char buffer[32];
-                const char *name = name_of(threads[slot].tid, buffer, sizeof buffer);
-
-                errno = ETIMEDOUT;
-                return fail(report, size, "thread %d, %s, does not answer signal %d",
-                            threads[slot].tid, name, number);
-            }
+            if (answer == PENDING)
+                return fail_silent(threads[slot].tid, number, report, size);
             if (answer >= FAILED) {
                 errno = answer / 1024;
                 return fail(report, size, "%s in thread %d",

@@ -172,11 +172,12 @@ def test_every_thread_is_behind_the_walls():
 
 
 def test_thread_that_blocks_signals_fails_it():
-    """A thread that can't be reached is an error, never left out."""
+    """A thread that can't be reached is an error that says why, never left out."""
     require("landlock:1")
     failed = run("blocked")["failed"]
     assert "SetupError" in failed
-    assert re.search(r"thread \d+, python\S*, does not answer signal", failed)
+    why = r"thread \d+, python\S*, does not answer signal \d+ \(state S, and blocks"
+    assert re.search(why, failed), failed
 
 
 @pytest.mark.parametrize(
