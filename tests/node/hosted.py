@@ -54,14 +54,26 @@ def register(kind, pid, job):
 
 
 def connect_often(count):
-    """Connect as so many processes at once; return how many were not refused."""
+    """Connect as so many processes at once; return how many were not refused.
+
+    None of them leaves before all have come, however slowly they start.
+    """
     code = (
-        "import sys; sys.path.insert(0, '.'); import hosted, time\n"
-        "c = hosted._raylet(); c.settimeout(4)\n"
-        "try: sys.exit(c.recv(1) == b'')\n"
-        "except TimeoutError: pass"
+        "import sys; sys.path.insert(0, '.'); import hosted, select\n"
+        "c = hosted._raylet(); print(flush=True)\n"
+        "sys.exit(c in select.select([c, sys.stdin], [], [])[0])"
     )
-    made = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(int(count))]
+    made = [
+        subprocess.Popen(
+            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        for _ in range(int(count))
+    ]
+    for each in made:
+        each.stdout.readline()
+    time.sleep(4)
+    for each in made:
+        each.stdin.close()
     return sum(each.wait() == 0 for each in made)
 
 
