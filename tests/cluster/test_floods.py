@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from typing import Any
 
 import pytest
@@ -74,8 +75,9 @@ def test_honest_job_goes_on_and_memory_is_bounded(
     hardened: Hardened, lab: Lab, alice: Driver, flood: str
 ) -> None:
     """An honest job runs to its end during a flood, and the GCS does not grow."""
-    # One whose budget is whole: what it wrote in another flood counts against it.
-    flooder = flood.replace("_", "-")
+    # One whose budget is whole, at a second try too: what it wrote in another flood
+    # counts against it.
+    flooder = f"{flood.replace('_', '-')}-{time.time_ns()}"
     hardened.issue("driver", flooder, flooder, ROGUE)
     before = memory_bytes(hardened.head, "gcs_server")
     process = _flood(lab, hardened.target(flooder), flood)
