@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -19,7 +18,7 @@ from raysandbox.cluster import guard
 from raysandbox.cluster.settings import ClusterDir
 from tests.bench.cluster import WORK, Side
 from tests.bench.turns import turns
-from tests.cluster.conftest import HEAD, NODE, PORT, SMALL, STOCK
+from tests.cluster.conftest import HEAD, NODE, PORT, STOCK, Stock
 from tests.cluster.lab import Host, Lab, wait_for
 
 OTHER_PORT = 7000
@@ -81,34 +80,25 @@ def configuration(address: str) -> dict[str, Any]:
     return {"static_resources": {"listeners": [listener], "clusters": [gcs]}}
 
 
-def start(host: Host, env: Mapping[str, str]) -> None:
-    """Start a Ray on one of the lab's machines, as small as the bench's others."""
-    host.run("ray", "start", "--head", f"--port={PORT}", "--include-dashboard=false",
-             f"--node-ip-address={host.address}", *SMALL, env=env)  # fmt: skip
+def stock(lab: Lab, host: Host) -> dict[str, str]:
+    """Start stock Ray; return what its drivers' environment has besides."""
+    Stock(lab, host.name)
+    return {}
 
 
-def stock(host: Host) -> dict[str, str]:
-    """Start stock Ray; return what its drivers' environment has."""
-    host.run("ray", "get-auth-token", "--generate")
-    token = str(host.home / ".ray" / "auth_token")
-    env = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": token}
-    start(host, env)
-    return env
-
-
-def with_tls(host: Host) -> dict[str, str]:
+def with_tls(lab: Lab, host: Host) -> dict[str, str]:
     """The same with Ray's TLS, which has the certificate of a cluster of ours."""
     host.raysandbox(
         "cluster", "init", "c", "--name=lab", f"--head-address={host.address}"
     )
     env = ClusterDir(host.home / "c").tls_env("raylet")
-    start(host, env)
+    Stock(lab, host.name, env)
     return env
 
 
-def with_envoy(host: Host) -> dict[str, str]:
+def with_envoy(lab: Lab, host: Host) -> dict[str, str]:
     """Stock Ray, and an Envoy that its drivers' calls of the GCS pass."""
-    env = stock(host)
+    token = Stock(lab, host.name).token
     file = host.home / "plain.json"
     file.write_text(json.dumps(configuration(host.address)))
     host.popen(
@@ -116,7 +106,11 @@ def with_envoy(host: Host) -> dict[str, str]:
         "--use-dynamic-base-id", "-l", "error", log="envoy.log",
     )  # fmt: skip
     wait_for("Envoy", lambda: f":{OTHER_PORT} " in host.run("ss", "-ltn").stdout)
-    return {**env, "RAY_ADDRESS": f"{host.address}:{OTHER_PORT}"}
+    # Ray finds its own way to the token at the node's own address alone.
+    return {
+        "RAY_ADDRESS": f"{host.address}:{OTHER_PORT}", "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+    }  # fmt: skip
 
 
 def main() -> None:
@@ -128,7 +122,7 @@ def main() -> None:
         for address, begin in kinds.items():
             host = lab.host(begin.__name__.replace("_", "-"), address)
             lab.where[host.name] = "auto"
-            env = begin(host)
+            env = begin(lab, host)
             sides.append(Side(host, "env", *(f"{k}={v}" for k, v in env.items())))
         try:
             for side in sides:

@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -117,14 +117,17 @@ class Driver:
 class Stock:
     """Stock Ray 2.60 with its token, as `ray start` makes it."""
 
-    def __init__(self, lab: Lab) -> None:
-        self.host = lab.hosts["stock"]
+    def __init__(
+        self, lab: Lab, name: str = "stock", env: Mapping[str, str] | None = None
+    ) -> None:
+        self.host = lab.hosts[name]
         self.host.run("ray", "get-auth-token", "--generate")
         self.token = self.host.home / ".ray" / "auth_token"
-        self.target = {"address": f"{STOCK}:{PORT}", "token": str(self.token)}
+        address = self.host.address
+        self.target = {"address": f"{address}:{PORT}", "token": str(self.token)}
         self.host.run(
-            "ray", "start", "--head", f"--port={PORT}", f"--node-ip-address={STOCK}",
-            "--include-dashboard=false", *SMALL,
+            "ray", "start", "--head", f"--port={PORT}", f"--node-ip-address={address}",
+            "--include-dashboard=false", *SMALL, env=env,
         )  # fmt: skip
 
     def driver(self, name: str) -> Driver:
